@@ -1,0 +1,324 @@
+//! KV layouts: a data-driven table of what a model keeps per block of tokens and per state boundary.
+//!
+//! No model is known to the code that stores or moves bytes. A layout lists *groups*; a group is a set of layers
+//! that share row format, rate and retention. The object of one block (or state) is cut into *planes*, one per
+//! group and run of layers; inside a plane the order is layer, then row, then the fields of the row, packed.
+//! Published models are tables too: see `published.rs`.
+
+mod published;
+
+use serde::{Deserialize, Serialize};
+
+use crate::chain::{digest_type, len_u32};
+use crate::object::ObjectKind;
+use crate::{PrefixError, Result};
+pub use published::RowFormat;
+
+use std::fmt;
+
+const LAYOUT_CONTEXT: &str = "esker 2026-11 kv layout v1";
+
+/// A plane below this many bytes costs more to find than to read; layers are joined until it is reached.
+const PLANE_TARGET_BYTES: u64 = 64 * 1024;
+/// Bound on the table itself, so that a hostile layout cannot ask for unbounded work.
+const MAX_GROUPS: usize = 64;
+const MAX_LAYERS: usize = 4096;
+const MAX_FIELDS: usize = 64;
+/// Bound on one object, 1 GiB: far above any published model, far below what would exhaust a host.
+const MAX_OBJECT_BYTES: u64 = 1 << 30;
+
+digest_type! {
+    /// Digest of a [`KvLayout`]: two layouts with one id describe the same bytes.
+    LayoutId
+}
+
+/// Number format of a field. Tells sizes, and what a codec may exploit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Dtype {
+    /// Opaque bytes, padding included.
+    U8 = 0,
+    /// IEEE 754 single.
+    F32 = 1,
+    /// bfloat16.
+    Bf16 = 2,
+    /// FP8 e4m3.
+    F8E4m3 = 3,
+    /// Power-of-two scale (ue8m0).
+    F8E8m0 = 4,
+    /// FP4 e2m1, two to a byte.
+    F4E2m1 = 5,
+}
+
+impl Dtype {
+    fn bits(self) -> u64 {
+        match self {
+            Self::F32 => 32,
+            Self::Bf16 => 16,
+            Self::U8 | Self::F8E4m3 | Self::F8E8m0 => 8,
+            Self::F4E2m1 => 4,
+        }
+    }
+}
+
+/// Part of a row: `count` numbers of one format.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Field {
+    /// What the numbers are, such as `latent`, `rope_key`, `scales`.
+    pub name: String,
+    /// Their format.
+    pub dtype: Dtype,
+    /// How many.
+    pub count: u32,
+}
+
+/// Whether a group needs every row of a prefix or only something at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Family {
+    /// Every row of `[0, n)` is needed to resume at `n`: latents, compressed rows, indexer keys.
+    History = 0,
+    /// Only something at `n` is needed: sliding windows, compressor overlap.
+    State = 1,
+}
+
+/// Layers that share row format, rate and retention.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Group {
+    /// Name, unique in the layout.
+    pub name: String,
+    /// History or state.
+    pub family: Family,
+    /// Model layers, ascending.
+    pub layers: Vec<u16>,
+    /// Rows per layer: in one block (history) or in one state.
+    pub rows: u32,
+    /// Fields of one row, in order, without gaps.
+    pub fields: Vec<Field>,
+    /// Position in a restore: lower first.
+    pub restore_order: u16,
+    /// Layers joined in one plane.
+    pub plane_layers: u16,
+}
+
+impl Group {
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> u64 {
+        self.fields.iter().map(|field| u64::from(field.count) * field.dtype.bits() / 8).sum()
+    }
+
+    fn layer_bytes(&self) -> u64 {
+        u64::from(self.rows) * self.row_bytes()
+    }
+
+    /// The smallest run of layers whose plane reaches the size at which reads stop being dominated by their count.
+    fn with_default_planes(mut self) -> Self {
+        let wanted = PLANE_TARGET_BYTES.div_ceil(self.layer_bytes().max(1)).min(self.layers.len() as u64);
+        self.plane_layers = u16::try_from(wanted.max(1)).unwrap_or(u16::MAX);
+        self
+    }
+}
+
+/// One plane of an object: a run of a group's layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlaneSpec {
+    /// Index of the group in [`KvLayout::groups`].
+    pub group: u16,
+    /// First of the group's layers (an index into [`Group::layers`]).
+    pub first_layer: u16,
+    /// Number of layers.
+    pub layers: u16,
+    /// Raw length in bytes.
+    pub len_bytes: u64,
+}
+
+/// The group table of a model's cache. Checked when made: a `KvLayout` that exists is usable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvLayout {
+    table: Table,
+    id: LayoutId,
+    block_planes: Vec<PlaneSpec>,
+    state_planes: Vec<PlaneSpec>,
+}
+
+/// The table as it is written in JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    name: String,
+    block_tokens: u32,
+    groups: Vec<Group>,
+}
+
+impl KvLayout {
+    /// Checks a table. `block_tokens` is a power of two; groups have unique names, layers, whole-byte rows.
+    pub fn new(name: impl Into<String>, block_tokens: u32, groups: Vec<Group>) -> Result<Self> {
+        let table = Table { name: name.into(), block_tokens, groups };
+        check(&table).map_err(|reason| PrefixError::BadLayout { layout: table.name.clone(), reason })?;
+        let id = id(&table);
+        let block_planes = planes(&table, Family::History);
+        let state_planes = planes(&table, Family::State);
+        Ok(Self { table, id, block_planes, state_planes })
+    }
+
+    /// Reads the JSON form and checks it.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let table: Table = serde_json::from_str(text)
+            .map_err(|error| PrefixError::BadLayout { layout: "(json)".into(), reason: error.to_string() })?;
+        Self::new(table.name, table.block_tokens, table.groups)
+    }
+
+    /// The JSON form: what travels on the wire and lies in the store.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(&self.table).expect("a table of names and numbers always serialises")
+    }
+
+    /// Name, for people; part of the id.
+    pub fn name(&self) -> &str {
+        &self.table.name
+    }
+
+    /// Tokens per block.
+    pub fn block_tokens(&self) -> u32 {
+        self.table.block_tokens
+    }
+
+    /// The groups.
+    pub fn groups(&self) -> &[Group] {
+        &self.table.groups
+    }
+
+    /// Digest of the table.
+    pub fn id(&self) -> LayoutId {
+        self.id
+    }
+
+    /// Planes of an object of this kind, in restore order. Layout objects have one plane of any length, so none
+    /// is listed for them.
+    pub fn planes(&self, kind: ObjectKind) -> &[PlaneSpec] {
+        match kind {
+            ObjectKind::Block => &self.block_planes,
+            ObjectKind::State => &self.state_planes,
+            ObjectKind::Layout => &[],
+        }
+    }
+
+    /// Raw bytes of one object of this kind.
+    pub fn object_bytes(&self, kind: ObjectKind) -> u64 {
+        self.planes(kind).iter().map(|plane| plane.len_bytes).sum()
+    }
+
+    /// Raw bytes of the growing part per token, `object_bytes(Block) / block_tokens`.
+    pub fn bytes_per_token(&self) -> f64 {
+        self.object_bytes(ObjectKind::Block) as f64 / f64::from(self.table.block_tokens)
+    }
+}
+
+fn check(table: &Table) -> std::result::Result<(), String> {
+    if !table.block_tokens.is_power_of_two() || table.block_tokens > 65_536 {
+        return Err(format!("block_tokens is a power of two up to 65,536, got {}", table.block_tokens));
+    }
+    if table.groups.is_empty() || table.groups.len() > MAX_GROUPS {
+        return Err(format!("needs 1 to {MAX_GROUPS} groups, got {}", table.groups.len()));
+    }
+    for (index, group) in table.groups.iter().enumerate() {
+        let fail = |what: String| Err(format!("group {:?}: {what}", group.name));
+        if table.groups[..index].iter().any(|other| other.name == group.name) {
+            return fail("name is used twice".into());
+        }
+        if group.layers.is_empty() || group.layers.len() > MAX_LAYERS {
+            return fail(format!("needs 1 to {MAX_LAYERS} layers, got {}", group.layers.len()));
+        }
+        if !group.layers.is_sorted_by(|a, b| a < b) {
+            return fail("layers must ascend".into());
+        }
+        if group.rows == 0 || group.plane_layers == 0 {
+            return fail("rows and plane_layers must be positive".into());
+        }
+        if group.fields.is_empty() || group.fields.len() > MAX_FIELDS {
+            return fail(format!("needs 1 to {MAX_FIELDS} fields, got {}", group.fields.len()));
+        }
+        for field in &group.fields {
+            if field.count == 0 || u64::from(field.count) * field.dtype.bits() % 8 != 0 {
+                return fail(format!("field {:?} must fill a positive whole number of bytes", field.name));
+            }
+        }
+    }
+    for family in [Family::History, Family::State] {
+        let bytes =
+            table.groups.iter().filter(|group| group.family == family).try_fold(0_u64, |sum, group| {
+                let layer = u64::from(group.rows).checked_mul(group.row_bytes())?;
+                sum.checked_add(layer.checked_mul(group.layers.len() as u64)?)
+            });
+        match bytes {
+            Some(bytes) if bytes <= MAX_OBJECT_BYTES => {}
+            _ => return Err(format!("one {family:?} object would exceed {MAX_OBJECT_BYTES} bytes")),
+        }
+    }
+    if !table.groups.iter().any(|group| group.family == Family::History) {
+        return Err("has no history group, so no block could hold anything".into());
+    }
+    Ok(())
+}
+
+fn planes(table: &Table, family: Family) -> Vec<PlaneSpec> {
+    let mut order: Vec<usize> =
+        (0..table.groups.len()).filter(|&g| table.groups[g].family == family).collect();
+    order.sort_by_key(|&g| (table.groups[g].restore_order, g));
+    let mut planes = Vec::new();
+    for index in order {
+        let group = &table.groups[index];
+        let step = usize::from(group.plane_layers);
+        for first in (0..group.layers.len()).step_by(step) {
+            let layers = step.min(group.layers.len() - first);
+            planes.push(PlaneSpec {
+                group: narrow(index),
+                first_layer: narrow(first),
+                layers: narrow(layers),
+                len_bytes: layers as u64 * group.layer_bytes(),
+            });
+        }
+    }
+    planes
+}
+
+/// Group and layer numbers, bounded by `check`.
+fn narrow(value: usize) -> u16 {
+    u16::try_from(value).expect("checked against MAX_GROUPS and MAX_LAYERS")
+}
+
+/// Canonical encoding under a digest; strings and lists carry a u32 LE length:
+///
+/// ```text
+/// name | block_tokens u32 | groups: name | family u8 | layers: u16.. | rows u32 | fields: name | dtype u8 | count u32
+///                                  | restore_order u16 | plane_layers u16
+/// ```
+fn id(table: &Table) -> LayoutId {
+    let mut hasher = blake3::Hasher::new_derive_key(LAYOUT_CONTEXT);
+    let text = |hasher: &mut blake3::Hasher, value: &str| {
+        hasher.update(&len_u32(value.len())).update(value.as_bytes());
+    };
+    text(&mut hasher, &table.name);
+    hasher.update(&table.block_tokens.to_le_bytes()).update(&len_u32(table.groups.len()));
+    for group in &table.groups {
+        text(&mut hasher, &group.name);
+        hasher.update(&[group.family as u8]).update(&len_u32(group.layers.len()));
+        for layer in &group.layers {
+            hasher.update(&layer.to_le_bytes());
+        }
+        hasher.update(&group.rows.to_le_bytes()).update(&len_u32(group.fields.len()));
+        for field in &group.fields {
+            text(&mut hasher, &field.name);
+            hasher.update(&[field.dtype as u8]).update(&field.count.to_le_bytes());
+        }
+        hasher.update(&group.restore_order.to_le_bytes()).update(&group.plane_layers.to_le_bytes());
+    }
+    LayoutId(*hasher.finalize().as_bytes())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,149 @@
+use super::*;
+use crate::ObjectKind;
+
+const V32: &str = r#"{"model_type":"deepseek_v32","num_hidden_layers":61,"kv_lora_rank":512,"qk_rope_head_dim":64,
+    "index_head_dim":128}"#;
+const GLM5: &str = r#"{"model_type":"glm_moe_dsa","num_hidden_layers":78,"kv_lora_rank":512,"qk_rope_head_dim":64,
+    "index_head_dim":128}"#;
+
+fn glm52() -> String {
+    let types: Vec<String> = (0..78_i32)
+        .map(|i| if (i - 3 + 1).max(0) % 4 == 0 { "\"full\"".into() } else { "\"shared\"".into() })
+        .collect();
+    GLM5.replace("}", &format!(",\"indexer_types\":[{}]}}", types.join(",")))
+}
+
+fn v4(layers: usize, ratios: &[u32]) -> String {
+    format!(
+        r#"{{"model_type":"deepseek_v4","num_hidden_layers":{layers},"head_dim":512,"qk_rope_head_dim":64,
+        "index_head_dim":128,"sliding_window":128,"compress_ratios":{ratios:?}}}"#
+    )
+}
+
+fn flash() -> String {
+    let mut ratios = vec![0, 0];
+    ratios.extend([4, 128].repeat(20));
+    ratios.extend([4, 0]);
+    v4(43, &ratios)
+}
+
+fn pro() -> String {
+    let mut ratios = vec![128, 128];
+    ratios.extend([4, 128].repeat(29));
+    ratios.extend([4, 0]);
+    v4(61, &ratios)
+}
+
+fn layout(config: &str, format: RowFormat) -> KvLayout {
+    KvLayout::from_config(config, format, 128).unwrap()
+}
+
+#[test]
+fn published_byte_counts_are_reproduced() {
+    let per_token = |config: &str, format| layout(config, format).bytes_per_token();
+    assert_eq!(per_token(V32, RowFormat::Deployed), 48_068.0);
+    assert_eq!(per_token(V32, RowFormat::Bf16), 85_888.0);
+    assert_eq!(per_token(GLM5, RowFormat::Deployed), 61_464.0);
+    assert_eq!(per_token(GLM5, RowFormat::Bf16), 109_824.0);
+    assert_eq!(per_token(&glm52(), RowFormat::Deployed), 53_940.0);
+    assert_eq!(per_token(&flash(), RowFormat::Deployed), 3_514.25);
+    assert_eq!(per_token(&flash(), RowFormat::DeployedFp8Keys), 3_850.25);
+    assert_eq!(per_token(&flash(), RowFormat::Bf16), 6_880.0);
+    assert_eq!(per_token(&pro(), RowFormat::Deployed), 5_031.4375);
+    assert_eq!(per_token(&pro(), RowFormat::Bf16), 9_848.0);
+
+    let block = |config: &str, format| layout(config, format).object_bytes(ObjectKind::Block);
+    assert_eq!(block(V32, RowFormat::Deployed), 6_152_704);
+    assert_eq!(block(&flash(), RowFormat::Deployed), 449_824);
+    assert_eq!(block(&pro(), RowFormat::Deployed), 644_024);
+    assert_eq!(block(&flash(), RowFormat::DeployedFp8Keys), 492_832);
+    assert_eq!(block(&pro(), RowFormat::DeployedFp8Keys), 705_464);
+
+    let state = |config: &str| layout(config, RowFormat::Deployed).object_bytes(ObjectKind::State);
+    assert_eq!(state(V32), 0);
+    assert_eq!(state(&flash()), 3_214_336 + 430_080);
+    assert_eq!(state(&pro()), 4_559_872 + 614_400);
+}
+
+#[test]
+fn both_namings_of_a_v4_schedule_mean_the_same() {
+    let new_names = r#"{"model_type":"deepseek_v4","num_hidden_layers":3,"head_dim":512,"partial_rotary_factor":0.125,
+        "index_head_dim":128,"sliding_window":128,
+        "layer_types":["sliding_attention","compressed_sparse_attention","heavily_compressed_attention"],
+        "compress_rates":{"compressed_sparse_attention":4,"heavily_compressed_attention":128}}"#;
+    assert_eq!(
+        layout(new_names, RowFormat::Deployed).id(),
+        layout(&v4(3, &[0, 4, 128]), RowFormat::Deployed).id()
+    );
+}
+
+#[test]
+fn planes_follow_restore_order_and_cover_every_layer_once() {
+    let layout = layout(V32, RowFormat::Deployed);
+    let planes = layout.planes(ObjectKind::Block);
+    assert_eq!(layout.groups()[usize::from(planes[0].group)].name, "indexer_key");
+    for (index, group) in layout.groups().iter().enumerate() {
+        let mut next = 0;
+        for plane in planes.iter().filter(|plane| usize::from(plane.group) == index) {
+            assert_eq!(plane.first_layer, next);
+            next += plane.layers;
+        }
+        assert_eq!(usize::from(next), group.layers.len());
+    }
+    assert_eq!(
+        planes.iter().map(|plane| plane.len_bytes).sum::<u64>(),
+        layout.object_bytes(ObjectKind::Block)
+    );
+}
+
+#[test]
+fn json_keeps_the_id() {
+    for config in [V32.to_owned(), glm52(), flash(), pro()] {
+        let layout = layout(&config, RowFormat::Deployed);
+        assert_eq!(KvLayout::from_json(&layout.to_json()).unwrap(), layout);
+    }
+}
+
+#[test]
+fn ids_do_not_change_by_accident() {
+    // Golden digests: a change here orphans every stored block of these models.
+    assert_eq!(
+        layout(V32, RowFormat::Deployed).id().to_hex(),
+        "7e2daaff01ec9acdb84a73376ea409cf6f22933c8f04477fa454e4d9a90ea68d"
+    );
+    assert_eq!(
+        layout(&flash(), RowFormat::Deployed).id().to_hex(),
+        "5197cbe977d775ab81776de43600fb23e7e32d693ba984b10f0a3aedc3f24490"
+    );
+}
+
+#[test]
+fn an_opaque_chunk_is_a_table_too() {
+    let group = Group {
+        name: "chunk".into(),
+        family: Family::History,
+        layers: vec![0],
+        rows: 1,
+        fields: vec![Field { name: "bytes".into(), dtype: Dtype::U8, count: 1 << 20 }],
+        restore_order: 0,
+        plane_layers: 1,
+    };
+    assert_eq!(KvLayout::new("opaque", 256, vec![group]).unwrap().object_bytes(ObjectKind::Block), 1 << 20);
+}
+
+#[test]
+fn unusable_layouts_are_named() {
+    let good = layout(V32, RowFormat::Deployed);
+    let mut group = good.groups()[0].clone();
+    let reason = |block_tokens, groups| KvLayout::new("x", block_tokens, groups).unwrap_err().to_string();
+    assert!(reason(100, vec![group.clone()]).contains("power of two"));
+    assert!(reason(128, vec![]).contains("1 to 64 groups"));
+    assert!(reason(128, vec![group.clone(), group.clone()]).contains("twice"));
+    group.rows = u32::MAX;
+    assert!(reason(128, vec![group.clone()]).contains("would exceed"));
+    group.family = Family::State;
+    group.rows = 1;
+    assert!(reason(128, vec![group]).contains("no history group"));
+    let config = KvLayout::from_config(r#"{"model_type":"gpt2","num_hidden_layers":1}"#, RowFormat::F32, 128);
+    assert!(config.unwrap_err().to_string().contains("gpt2"));
+}

@@ -1,0 +1,1 @@
+//! The content-addressed store on SSD. Knows no network, tenant, price or model.

@@ -1,0 +1,1 @@
+//! The Esker service: tenants, grants, decoding and the esker command.

@@ -1,0 +1,1 @@
+//! Promises of Esker, seen from outside.
