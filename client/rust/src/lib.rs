@@ -1,1 +1,45 @@
-//! The Rust client of Esker.
+//! The Rust client of Esker: the prefix cache and the decoder of one node.
+//!
+//! Architecture invariant: speaks `esker.v1` and nothing else; holds no cache of its own. Values in and out are
+//! those of `esker-prefix`.
+
+mod cache;
+mod decode;
+mod error;
+
+pub use cache::{Fetched, Found, Object, PutResult};
+pub use decode::{Event, Events, Prompt, Request};
+pub use error::{ClientError, Result};
+pub use esker_proto::v1;
+
+use std::time::Duration;
+
+use tonic::transport::{Channel, Endpoint};
+
+use esker_proto::MAX_MESSAGE_BYTES;
+use v1::decoder_client::DecoderClient;
+use v1::prefix_cache_client::PrefixCacheClient;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connection to one node. Cheap to clone; all clones share the connection.
+#[derive(Clone)]
+pub struct Client {
+    cache: PrefixCacheClient<Channel>,
+    decoder: DecoderClient<Channel>,
+}
+
+impl Client {
+    /// Connects to `address`, such as `127.0.0.1:7410` or `http://node-3:7410`.
+    pub async fn connect(address: &str) -> Result<Self> {
+        let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+        let fail = |source| ClientError::Connect { address: address.to_owned(), source };
+        let endpoint =
+            Endpoint::from_shared(url).map_err(fail)?.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+        let channel = endpoint.connect().await.map_err(fail)?;
+        Ok(Self {
+            cache: PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            decoder: DecoderClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
+        })
+    }
+}

@@ -1,0 +1,41 @@
+//! What a call can end with.
+
+/// Result of a call.
+pub type Result<T> = std::result::Result<T, ClientError>;
+
+/// Why a call gave nothing. A cache miss is not among them: it is an answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// No connection.
+    #[error("cannot connect to {address}: is `esker serve` running there?")]
+    Connect {
+        /// Where to.
+        address: String,
+        /// What the transport says.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// The node refused, or the connection broke.
+    #[error("{}: {}", .0.code(), .0.message())]
+    Refused(#[source] Box<tonic::Status>),
+    /// The node sent something that breaks the protocol.
+    #[error("the node broke the protocol: {0}")]
+    Protocol(#[from] esker_proto::WireError),
+}
+
+impl From<tonic::Status> for ClientError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+impl ClientError {
+    /// The status code, where the node gave one.
+    pub fn code(&self) -> Option<tonic::Code> {
+        match self {
+            Self::Refused(status) => Some(status.code()),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! Planes put together from their chunks, with memory bounded by the layout.
+
+use bytes::{Bytes, BytesMut};
+use esker_prefix::{KvLayout, ObjectKind};
+
+use crate::limits::MAX_CHUNK_BYTES;
+use crate::{WireError, v1};
+
+/// Collects the chunks of one object at a time and hands the object out when its last plane is whole.
+///
+/// Allocates only what the layout says an object has, and that only as bytes arrive.
+pub struct PlaneAssembler<'l> {
+    layout: &'l KvLayout,
+    current: Option<Partial>,
+}
+
+/// An object all of whose planes have arrived.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Assembled {
+    /// Block or state.
+    pub kind: ObjectKind,
+    /// Prefix length that it completes.
+    pub tokens: u64,
+    /// Its planes, in restore order.
+    pub planes: Vec<Bytes>,
+}
+
+struct Partial {
+    kind: ObjectKind,
+    tokens: u64,
+    planes: Vec<Bytes>,
+    growing: BytesMut,
+}
+
+impl<'l> PlaneAssembler<'l> {
+    /// For objects of `layout`.
+    pub fn new(layout: &'l KvLayout) -> Self {
+        Self { layout, current: None }
+    }
+
+    /// Takes the next chunk; gives the object that it completes, if it does.
+    pub fn push(&mut self, chunk: v1::PlaneChunk) -> Result<Option<Assembled>, WireError> {
+        let kind = object_kind(chunk.kind())?;
+        if chunk.data.len() > MAX_CHUNK_BYTES {
+            let (limit, got) = (MAX_CHUNK_BYTES, chunk.data.len());
+            return Err(WireError::TooLarge { field: "chunk.data", unit: "bytes", limit, got });
+        }
+        let specs = self.layout.planes(kind);
+        let partial = self.current.get_or_insert_with(|| Partial {
+            kind,
+            tokens: chunk.tokens,
+            planes: Vec::with_capacity(specs.len()),
+            growing: BytesMut::new(),
+        });
+        if (partial.kind, partial.tokens) != (kind, chunk.tokens) {
+            return Err(WireError::Sequence(format!(
+                "chunk of {kind:?} at {} tokens while {:?} at {} tokens is incomplete ({} of {} planes)",
+                chunk.tokens,
+                partial.kind,
+                partial.tokens,
+                partial.planes.len(),
+                self.layout.planes(partial.kind).len(),
+            )));
+        }
+        let index = partial.planes.len();
+        let Some(spec) = specs.get(index) else {
+            return Err(WireError::Sequence(format!("layout {} has no {kind:?} planes", self.layout.id())));
+        };
+        if chunk.plane as usize != index || chunk.offset != partial.growing.len() as u64 {
+            return Err(WireError::Sequence(format!(
+                "expected plane {index} at offset {}, got plane {} at offset {}",
+                partial.growing.len(),
+                chunk.plane,
+                chunk.offset
+            )));
+        }
+        let arrived = partial.growing.len() as u64 + chunk.data.len() as u64;
+        if chunk.plane_bytes != spec.len_bytes || arrived > spec.len_bytes {
+            return Err(WireError::Sequence(format!(
+                "plane {index} of layout {} has {} bytes; the request says {} and has sent {arrived}",
+                self.layout.id(),
+                spec.len_bytes,
+                chunk.plane_bytes,
+            )));
+        }
+        if arrived < spec.len_bytes {
+            if chunk.data.is_empty() {
+                return Err(WireError::Empty("chunk.data"));
+            }
+            partial.growing.extend_from_slice(&chunk.data);
+            return Ok(None);
+        }
+        // The common case, a plane in one chunk, keeps the buffer it came in.
+        let plane = if partial.growing.is_empty() {
+            chunk.data
+        } else {
+            partial.growing.extend_from_slice(&chunk.data);
+            partial.growing.split().freeze()
+        };
+        partial.planes.push(plane);
+        if partial.planes.len() < specs.len() {
+            return Ok(None);
+        }
+        Ok(self.current.take().map(|whole| Assembled { kind, tokens: whole.tokens, planes: whole.planes }))
+    }
+
+    /// Ends the stream; an error if an object is incomplete.
+    pub fn finish(self) -> Result<(), WireError> {
+        match self.current {
+            None => Ok(()),
+            Some(partial) => Err(WireError::Sequence(format!(
+                "stream ended inside {:?} at {} tokens ({} of {} planes)",
+                partial.kind,
+                partial.tokens,
+                partial.planes.len(),
+                self.layout.planes(partial.kind).len(),
+            ))),
+        }
+    }
+}
+
+impl From<ObjectKind> for v1::ObjectKind {
+    fn from(kind: ObjectKind) -> Self {
+        match kind {
+            ObjectKind::Block => Self::Block,
+            ObjectKind::State => Self::State,
+            ObjectKind::Layout => Self::Unspecified,
+        }
+    }
+}
+
+fn object_kind(kind: v1::ObjectKind) -> Result<ObjectKind, WireError> {
+    match kind {
+        v1::ObjectKind::Block => Ok(ObjectKind::Block),
+        v1::ObjectKind::State => Ok(ObjectKind::State),
+        v1::ObjectKind::Unspecified => Err(WireError::Missing("kind")),
+    }
+}
+
+/// The chunks of one plane, none above [`MAX_CHUNK_BYTES`], without copying.
+pub fn chunks(
+    kind: ObjectKind,
+    tokens: u64,
+    plane: u32,
+    bytes: &Bytes,
+) -> impl Iterator<Item = v1::PlaneChunk> {
+    (0..bytes.len().max(1)).step_by(MAX_CHUNK_BYTES).map(move |offset| v1::PlaneChunk {
+        kind: v1::ObjectKind::from(kind).into(),
+        tokens,
+        plane,
+        plane_bytes: bytes.len() as u64,
+        offset: offset as u64,
+        data: bytes.slice(offset..(offset + MAX_CHUNK_BYTES).min(bytes.len())),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use esker_prefix::RowFormat;
+    use proptest::prelude::*;
+
+    fn layout() -> KvLayout {
+        let config = r#"{"model_type":"deepseek_v32","num_hidden_layers":61,"kv_lora_rank":512,
+            "qk_rope_head_dim":64,"index_head_dim":128}"#;
+        KvLayout::from_config(config, RowFormat::Bf16, 512).unwrap()
+    }
+
+    fn object(layout: &KvLayout) -> Vec<Bytes> {
+        let planes = layout.planes(ObjectKind::Block).iter().enumerate();
+        planes
+            .map(|(i, spec)| {
+                Bytes::from(vec![u8::try_from(i % 251).unwrap(); usize::try_from(spec.len_bytes).unwrap()])
+            })
+            .collect()
+    }
+
+    #[test]
+    fn an_object_survives_the_wire() {
+        let layout = layout();
+        let planes = object(&layout);
+        let mut assembler = PlaneAssembler::new(&layout);
+        let mut whole = None;
+        for (index, plane) in planes.iter().enumerate() {
+            for chunk in chunks(ObjectKind::Block, 512, u32::try_from(index).unwrap(), plane.clone()) {
+                assert!(whole.is_none());
+                whole = assembler.push(chunk).unwrap();
+            }
+        }
+        assert_eq!(whole, Some(Assembled { kind: ObjectKind::Block, tokens: 512, planes }));
+        assembler.finish().unwrap();
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let layout = layout();
+        let first = object(&layout).swap_remove(0);
+        let good = chunks(ObjectKind::Block, 512, 0, first).next().unwrap();
+        let error = |change: &dyn Fn(&mut v1::PlaneChunk)| {
+            let mut chunk = good.clone();
+            change(&mut chunk);
+            PlaneAssembler::new(&layout).push(chunk).unwrap_err().to_string()
+        };
+        assert!(error(&|c| c.plane_bytes += 1).contains("the request says"));
+        assert!(error(&|c| c.plane = 1).contains("expected plane 0"));
+        assert!(error(&|c| c.offset = 4).contains("at offset 4"));
+        assert!(error(&|c| c.kind = 0).contains("kind"));
+        assert!(error(&|c| c.kind = v1::ObjectKind::State.into()).contains("no State planes"));
+        assert!(error(&|c| c.data = Bytes::from(vec![0; MAX_CHUNK_BYTES + 1])).contains("limited"));
+        let mut assembler = PlaneAssembler::new(&layout);
+        assembler.push(good).unwrap();
+        assert!(assembler.finish().unwrap_err().to_string().contains("ended inside"));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_chunks_never_panic_or_grow(
+            plane in any::<u32>(), plane_bytes in any::<u64>(), offset in any::<u64>(), kind in -1..4_i32, len in 0..64_usize,
+        ) {
+            let layout = layout();
+            let chunk = v1::PlaneChunk { kind, tokens: 1, plane, plane_bytes, offset, data: Bytes::from(vec![0; len]) };
+            prop_assert!(!matches!(PlaneAssembler::new(&layout).push(chunk), Ok(Some(_))));
+        }
+    }
+}
