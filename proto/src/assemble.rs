@@ -142,7 +142,7 @@ pub fn chunks(
     kind: ObjectKind,
     tokens: u64,
     plane: u32,
-    bytes: &Bytes,
+    bytes: Bytes,
 ) -> impl Iterator<Item = v1::PlaneChunk> {
     (0..bytes.len().max(1)).step_by(MAX_CHUNK_BYTES).map(move |offset| v1::PlaneChunk {
         kind: v1::ObjectKind::from(kind).into(),
