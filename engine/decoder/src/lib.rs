@@ -1,1 +1,36 @@
-//! The sparse-attention decoder: tensors in, tensors out. No network, no storage, no async.
+//! The sparse-attention decoder: DeepSeek V3.2 and GLM-5 (MLA with a sparse-attention indexer, mixture of experts).
+//!
+//! Architecture invariant: tensors in, tensors out. No file, no network, no clock, no async, and no knowledge of
+//! stores, tenants or leases. The caller reads the files of a checkpoint and hands over their bytes; state leaves
+//! and enters as [`esker_prefix::BlockObject`] values.
+//!
+//! The contract that everything here serves: **a token's numbers do not depend on its company.** Logits, latents
+//! and keys have the same bits whether a token was computed alone or in a chunk, by prefill or by decode, on one
+//! thread or many. So there is one code path for all of them, every sum has one order, and a block that was taken
+//! out and put back continues exactly as if it had never left.
+
+mod block;
+mod checkpoint;
+mod config;
+mod error;
+pub mod golden;
+mod indexer;
+mod kernel;
+mod linear;
+mod mla;
+mod model;
+mod moe;
+mod norm;
+mod rope;
+mod sampler;
+mod sequence;
+mod tokenizer;
+mod topk;
+
+pub use block::BlockIdentity;
+pub use config::{KvFormat, ModelConfig};
+pub use error::{DecoderError, ErrorKind, Result};
+pub use model::{Model, ModelBuilder};
+pub use sampler::Sampler;
+pub use sequence::{Logits, LogitsOut, Progress, Sequence, StateField};
+pub use tokenizer::{TextStream, Tokenizer};

@@ -1,0 +1,169 @@
+//! What can go wrong, by what the caller can do about it.
+
+use esker_prefix::{BlockHash, PrefixError, TokenId};
+
+/// Result of an operation of this crate.
+pub type Result<T> = std::result::Result<T, DecoderError>;
+
+/// What the caller can do about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The model's files are unusable; another checkpoint or configuration is needed.
+    Model,
+    /// The tokens or text handed in are unusable; the sequence is as it was.
+    Request,
+    /// The block does not continue this sequence; the sequence is as it was.
+    Block,
+    /// The caller asked to stop; what was computed so far is kept.
+    Cancelled,
+}
+
+/// An error of the decoder. Nothing here is fatal to the model, and none leaves a sequence half-written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DecoderError {
+    /// `config.json` does not describe a model of this family.
+    #[error("config.json: {0}")]
+    Config(String),
+    /// The configuration gives no KV layout, or a block does not fit it.
+    #[error(transparent)]
+    Prefix(#[from] PrefixError),
+    /// A shard that is not a whole safetensors file.
+    #[error("checkpoint shard {shard:?}: {source}")]
+    Shard {
+        /// Name the caller gave it.
+        shard: String,
+        /// What the parser found.
+        source: safetensors::SafeTensorError,
+    },
+    /// Two shards hold one tensor.
+    #[error("tensor {tensor} is in shard {first:?} and again in {second:?}")]
+    DuplicateTensor {
+        /// Name of the tensor.
+        tensor: String,
+        /// Shard that was given first.
+        first: String,
+        /// Shard that repeats it.
+        second: String,
+    },
+    /// No shard holds a tensor that the configuration calls for.
+    #[error("tensor {tensor} is missing, expected shape {expected:?}")]
+    MissingTensor {
+        /// Name of the tensor.
+        tensor: String,
+        /// Shape that the configuration gives.
+        expected: Vec<usize>,
+    },
+    /// A tensor has another shape than the configuration gives.
+    #[error("tensor {tensor} has shape {got:?}, expected {expected:?}")]
+    TensorShape {
+        /// Name of the tensor.
+        tensor: String,
+        /// Shape that the configuration gives.
+        expected: Vec<usize>,
+        /// Shape in the shard.
+        got: Vec<usize>,
+    },
+    /// A tensor's number format is not one of F32, BF16, F16, F8_E4M3.
+    #[error("tensor {tensor} is {got}, expected F32, BF16, F16 or F8_E4M3 with block scales")]
+    TensorDtype {
+        /// Name of the tensor.
+        tensor: String,
+        /// Format in the shard.
+        got: String,
+    },
+    /// `tokenizer.json` is unusable, or text could not be tokenised.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// A token outside the vocabulary.
+    #[error("token {} is not in the vocabulary of {vocab_size}", token.0)]
+    UnknownToken {
+        /// The token.
+        token: TokenId,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// A prefill of nothing has no last token to give logits for.
+    #[error("no tokens were given")]
+    NoTokens,
+    /// The sequence would outgrow the model's positions.
+    #[error("{tokens} tokens exceed max_position_embeddings {limit}")]
+    TooLong {
+        /// Length that was asked for.
+        tokens: usize,
+        /// The model's bound.
+        limit: usize,
+    },
+    /// A sequence was used with another model than the one it was made for.
+    #[error("the sequence belongs to another model")]
+    OtherModel,
+    /// A block of rows that the sequence does not hold in full.
+    #[error("block {block} ends at token {end}, the sequence holds {tokens}")]
+    BlockIncomplete {
+        /// Index of the block.
+        block: usize,
+        /// One past its last token.
+        end: usize,
+        /// Tokens in the sequence.
+        tokens: usize,
+    },
+    /// A block that is not the next one of the sequence.
+    #[error("block completes a prefix of {got} tokens, the sequence expects one of {expected}")]
+    BlockPosition {
+        /// Prefix length that the next block completes.
+        expected: u64,
+        /// Prefix length that the given block completes.
+        got: u64,
+    },
+    /// A block of another prefix than the block restored before it.
+    #[error("block continues prefix {got}, the sequence was restored from {expected}")]
+    BlockParent {
+        /// Hash of the block restored before.
+        expected: BlockHash,
+        /// Parent of the given block.
+        got: BlockHash,
+    },
+    /// A temperature or top-p outside its range.
+    #[error("temperature {temperature} must be 0 or more, top_p {top_p} above 0 and at most 1")]
+    Sampling {
+        /// Temperature given.
+        temperature: f32,
+        /// Top-p given.
+        top_p: f32,
+    },
+    /// A golden file without a tensor, or with one of another shape.
+    #[error("golden file: {0}")]
+    Golden(String),
+    /// The caller's observer asked to stop.
+    #[error("cancelled after {tokens} tokens of the sequence")]
+    Cancelled {
+        /// Tokens that the sequence holds now.
+        tokens: usize,
+    },
+}
+
+impl DecoderError {
+    /// What the caller can do about it.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Config(_)
+            | Self::Shard { .. }
+            | Self::DuplicateTensor { .. }
+            | Self::MissingTensor { .. }
+            | Self::TensorShape { .. }
+            | Self::TensorDtype { .. }
+            | Self::Golden(_) => ErrorKind::Model,
+            Self::Tokenizer(_)
+            | Self::UnknownToken { .. }
+            | Self::NoTokens
+            | Self::TooLong { .. }
+            | Self::OtherModel
+            | Self::Sampling { .. } => ErrorKind::Request,
+            Self::Prefix(_)
+            | Self::BlockIncomplete { .. }
+            | Self::BlockPosition { .. }
+            | Self::BlockParent { .. } => ErrorKind::Block,
+            Self::Cancelled { .. } => ErrorKind::Cancelled,
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Golden vectors: does this decoder reproduce a reference's logits, selections and state?
+//!
+//! A golden folder holds `config.json`, `model.safetensors` and `golden.safetensors`; its tensors are `input_ids [T]`,
+//! `logits [T, vocab]`, `topk.N [T, index_topk]` (ascending, padded with -1) and `state.P.N.{latent, k_pe, index_key}`
+//! after P tokens. The caller reads the files.
+
+use bytes::Bytes;
+use esker_prefix::{BlockHash, BlockObject, NamespaceId, ScopeTag, TokenId};
+use safetensors::{Dtype, SafeTensors};
+use serde::Serialize;
+
+use crate::{
+    BlockIdentity, DecoderError, KvFormat, Logits, LogitsOut, Model, ModelBuilder, Result, Sequence,
+    StateField,
+};
+
+/// Bound on the logits' largest difference, for F32 arithmetic in any order of summation.
+pub const LOGIT_TOLERANCE: f32 = 1e-4;
+/// Bounds on the state's largest difference: up to 1000 tokens, and beyond, where the reference's F32 angles count.
+pub const STATE_TOLERANCE: [f32; 2] = [1e-4, 2e-4];
+
+/// How to run a check.
+#[derive(Clone, Copy, Debug)]
+pub struct GoldenSettings {
+    /// Tokens per block of the restored run, a power of two; halved until two blocks fit the golden sequence.
+    pub block_tokens: u32,
+    /// Lengths of the prefill calls of the uninterrupted run, repeated until all tokens are in; empty for one call.
+    pub schedule: &'static [usize],
+}
+
+impl Default for GoldenSettings {
+    fn default() -> Self {
+        Self { block_tokens: 64, schedule: &[] }
+    }
+}
+
+/// What a check found: one line of JSON.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GoldenReport {
+    /// Name of the golden folder.
+    pub name: String,
+    /// Tokens compared.
+    pub tokens: usize,
+    /// Largest difference of a logit.
+    pub max_abs_dlogit: f32,
+    /// Whether every indexer selected the reference's rows for every query.
+    pub topk_sets_equal: bool,
+    /// Largest difference of a state's element.
+    pub state_max_abs_diff: f32,
+    /// Whether runs whose state was taken out and put back, at every boundary, gave the same bits from there on.
+    pub restored_equals_uninterrupted: bool,
+}
+
+impl GoldenReport {
+    /// Whether everything is within tolerance.
+    pub fn passed(&self) -> bool {
+        let state_tolerance = STATE_TOLERANCE[usize::from(self.tokens > 1000)];
+        // NaN fails both comparisons.
+        self.max_abs_dlogit <= LOGIT_TOLERANCE
+            && self.state_max_abs_diff <= state_tolerance
+            && self.topk_sets_equal
+            && self.restored_equals_uninterrupted
+    }
+}
+
+/// Runs the model of `config_json` and `shards` on the golden tokens and compares.
+pub fn check(
+    name: &str,
+    config_json: &str,
+    shards: Vec<(String, Bytes)>,
+    golden: &[u8],
+    settings: GoldenSettings,
+) -> Result<GoldenReport> {
+    let golden = Golden::parse(golden)?;
+    let mut block_tokens = settings.block_tokens;
+    while block_tokens > 1 && 2 * block_tokens as usize > golden.tokens.len() {
+        block_tokens /= 2;
+    }
+    let mut builder = ModelBuilder::new(config_json, KvFormat::F32, block_tokens)?;
+    for (shard, bytes) in shards {
+        builder.shard(&shard, bytes)?;
+    }
+    let model = builder.finish()?;
+
+    let mut sequence = Sequence::new(&model);
+    sequence.record_selections();
+    let logits = run(&model, &mut sequence, &golden.tokens, settings.schedule)?;
+    Ok(GoldenReport {
+        name: name.to_owned(),
+        tokens: golden.tokens.len(),
+        max_abs_dlogit: golden.compare_logits(&model, &logits)?,
+        topk_sets_equal: golden.compare_selections(&model, &sequence)?,
+        state_max_abs_diff: golden.compare_states(&model, &sequence)?,
+        restored_equals_uninterrupted: restored_equals(&model, &sequence, &golden.tokens, &logits)?,
+    })
+}
+
+/// Logits of every token, computed in calls of the scheduled lengths.
+fn run(
+    model: &Model,
+    sequence: &mut Sequence,
+    tokens: &[TokenId],
+    schedule: &[usize],
+) -> Result<Vec<LogitsOut>> {
+    let mut rest = tokens;
+    let mut lengths = schedule.iter().copied().filter(|&length| length > 0).cycle();
+    let mut logits = Vec::new();
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(lengths.next().unwrap_or(rest.len()).min(rest.len()));
+        logits.push(sequence.prefill(model, now, Logits::All)?);
+        rest = later;
+    }
+    Ok(logits)
+}
+
+/// Takes the state out at every block boundary, puts it into a fresh sequence, and continues: half of the runs in
+/// one call, half token by token at first. Compares every later logit bit for bit.
+fn restored_equals(
+    model: &Model,
+    sequence: &Sequence,
+    tokens: &[TokenId],
+    logits: &[LogitsOut],
+) -> Result<bool> {
+    let block_tokens = model.layout().block_tokens() as usize;
+    let count = tokens.len().saturating_sub(1) / block_tokens;
+    let hash = |index: usize| BlockHash(*blake3::hash(&(index as u64).to_le_bytes()).as_bytes());
+    let take = |index: usize| {
+        let identity = BlockIdentity {
+            namespace: NamespaceId(model.fingerprint()),
+            scope: ScopeTag([0; 16]),
+            parent: hash(index),
+            hash: hash(index + 1),
+        };
+        sequence.block(model, index, identity)
+    };
+    let blocks: Vec<BlockObject> = (0..count).map(take).collect::<Result<_>>()?;
+    let expected: Vec<&[f32]> = logits.iter().flat_map(LogitsOut::rows).collect();
+    for boundary in 1..=count {
+        let mut restored = Sequence::new(model);
+        for block in &blocks[..boundary] {
+            restored.restore(model, block)?;
+        }
+        let start = boundary * block_tokens;
+        let schedule: &[usize] = if boundary % 2 == 1 { &[] } else { &[1, 1, 3, 64] };
+        let later = run(model, &mut restored, &tokens[start..], schedule)?;
+        let same_bits = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
+        let rows = later.iter().flat_map(LogitsOut::rows).zip(&expected[start..]);
+        if !rows.into_iter().all(|(a, b)| a.iter().zip(*b).all(same_bits)) {
+            return Ok(false);
+        }
+    }
+    Ok(count > 0)
+}
+
+struct Golden<'a> {
+    file: SafeTensors<'a>,
+    tokens: Vec<TokenId>,
+}
+
+impl<'a> Golden<'a> {
+    fn parse(bytes: &'a [u8]) -> Result<Self> {
+        let file =
+            SafeTensors::deserialize(bytes).map_err(|error| DecoderError::Golden(error.to_string()))?;
+        let mut golden = Self { file, tokens: Vec::new() };
+        let ids: Vec<[u8; 8]> = golden.read("input_ids", Dtype::I64, None)?;
+        let token = |bytes: [u8; 8]| {
+            u32::try_from(i64::from_le_bytes(bytes)).map(TokenId).map_err(|error| {
+                DecoderError::Golden(format!("input_ids holds a number that is no token: {error}"))
+            })
+        };
+        golden.tokens = ids.into_iter().map(token).collect::<Result<_>>()?;
+        if golden.tokens.is_empty() {
+            return Err(DecoderError::Golden("input_ids is empty".into()));
+        }
+        Ok(golden)
+    }
+
+    fn compare_logits(&self, model: &Model, logits: &[LogitsOut]) -> Result<f32> {
+        let expected = self.floats("logits", &[self.tokens.len(), model.config().vocab_size])?;
+        Ok(max_difference(logits.iter().flat_map(LogitsOut::rows).flatten(), &expected))
+    }
+
+    fn compare_selections(&self, model: &Model, sequence: &Sequence) -> Result<bool> {
+        let config = model.config();
+        let mut equal = true;
+        for layer in (0..config.num_hidden_layers).filter(|&layer| config.has_indexer[layer]) {
+            let shape = [self.tokens.len(), config.index_topk];
+            let rows: Vec<[u8; 4]> = self.read(&format!("topk.{layer}"), Dtype::I32, Some(&shape))?;
+            let selections = sequence.selections(layer);
+            equal &= selections.len() == self.tokens.len();
+            for (expected, selected) in rows.chunks_exact(config.index_topk).zip(selections) {
+                let mut expected: Vec<u32> =
+                    expected.iter().filter_map(|&row| u32::try_from(i32::from_le_bytes(row)).ok()).collect();
+                expected.sort_unstable();
+                equal &= expected == *selected;
+            }
+        }
+        Ok(equal)
+    }
+
+    fn compare_states(&self, model: &Model, sequence: &Sequence) -> Result<f32> {
+        let config = model.config();
+        let mut worst = 0.0_f32;
+        for name in self.file.names() {
+            let Some(path) = name.strip_prefix("state.") else { continue };
+            let unknown = || DecoderError::Golden(format!("{name} is not state.P.N.field of this model"));
+            let mut parts = path.splitn(3, '.');
+            let mut number = || parts.next()?.parse::<usize>().ok();
+            let (tokens, layer) = (number().ok_or_else(unknown)?, number().ok_or_else(unknown)?);
+            let (field, width) = match parts.next() {
+                Some("latent") => (StateField::Latent, config.kv_lora_rank),
+                Some("k_pe") => (StateField::RopeKey, config.qk_rope_head_dim),
+                Some("index_key") => (StateField::IndexKey, config.index_head_dim),
+                _ => return Err(unknown()),
+            };
+            if tokens > self.tokens.len() || layer >= config.num_hidden_layers {
+                return Err(unknown());
+            }
+            let expected = self.floats(name, &[tokens, width])?;
+            let rows = sequence.state_rows(model, layer, field);
+            worst = larger(worst, max_difference(rows.iter().take(tokens * width), &expected));
+        }
+        Ok(worst)
+    }
+
+    fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let values: Vec<[u8; 4]> = self.read(name, Dtype::F32, Some(shape))?;
+        Ok(values.into_iter().map(f32::from_le_bytes).collect())
+    }
+
+    /// The elements of one tensor, as they lie in the file.
+    fn read<const SIZE: usize>(
+        &self,
+        name: &str,
+        dtype: Dtype,
+        shape: Option<&[usize]>,
+    ) -> Result<Vec<[u8; SIZE]>> {
+        let view =
+            self.file.tensor(name).map_err(|error| DecoderError::Golden(format!("{name}: {error}")))?;
+        if view.dtype() != dtype || shape.is_some_and(|shape| view.shape() != shape) {
+            let expected = shape.map_or(String::new(), |shape| format!(" {shape:?}"));
+            let (got, got_shape) = (view.dtype(), view.shape());
+            let reason = format!("{name} is {got:?} {got_shape:?}, expected {dtype:?}{expected}");
+            return Err(DecoderError::Golden(reason));
+        }
+        Ok(view.data().as_chunks().0.to_vec())
+    }
+}
+
+/// Largest difference; infinite where one side has more elements, NaN where one is.
+fn max_difference<'a>(got: impl Iterator<Item = &'a f32>, expected: &[f32]) -> f32 {
+    let (mut worst, mut count) = (0.0, 0);
+    for (got, expected) in got.zip(expected) {
+        worst = larger(worst, (got - expected).abs());
+        count += 1;
+    }
+    if count == expected.len() { worst } else { f32::INFINITY }
+}
+
+/// The larger of two, NaN if either is.
+fn larger(a: f32, b: f32) -> f32 {
+    if a.is_nan() || a > b { a } else { b }
+}

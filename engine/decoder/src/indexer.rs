@@ -1,0 +1,134 @@
+//! The indexer of DeepSeek Sparse Attention (arXiv 2512.02556): which rows a query attends to.
+//!
+//! `score(t, s) = sum_h w_h(t) relu(q_h(t) . k(s)) / sqrt(width)` for `s <= t`; the `index_topk` best are selected.
+//! Products are formed for a tile of queries and a block of keys at a time; each is one chain over the width, and
+//! heads are added in ascending order, so a score depends on its query and key alone.
+
+use rayon::prelude::*;
+
+use crate::checkpoint::Checkpoint;
+use crate::kernel::gemm::{View, gemm};
+use crate::kernel::vector::weighted_relu;
+use crate::linear::Linear;
+use crate::norm::LayerNorm;
+use crate::rope::Angles;
+use crate::topk::TopK;
+use crate::{ModelConfig, Result};
+
+/// Rows (queries times heads) of one product, and its columns (keys): 512 KiB, half of a core's cache.
+const TILE_ROWS: usize = 256;
+const TILE_KEYS: usize = 512;
+
+/// Indexer of one layer.
+pub(crate) struct Indexer {
+    wq_b: Linear,
+    wk: Linear,
+    k_norm: LayerNorm,
+    weights_proj: Linear,
+    heads: usize,
+    width: usize,
+    topk: usize,
+    interleave: bool,
+}
+
+impl Indexer {
+    pub(crate) fn take(checkpoint: &mut Checkpoint, name: &str, config: &ModelConfig) -> Result<Self> {
+        let (heads, width) = (config.index_n_heads, config.index_head_dim);
+        let (hidden, latent) = (config.hidden_size, config.q_lora_rank);
+        Ok(Self {
+            wq_b: Linear::take(checkpoint, &format!("{name}.wq_b"), heads * width, latent, false)?,
+            wk: Linear::take(checkpoint, &format!("{name}.wk"), width, hidden, false)?,
+            k_norm: LayerNorm::take(checkpoint, &format!("{name}.k_norm"), width)?,
+            weights_proj: Linear::take(checkpoint, &format!("{name}.weights_proj"), heads, hidden, false)?,
+            heads,
+            width,
+            topk: config.index_topk,
+            interleave: config.indexer_rope_interleave,
+        })
+    }
+
+    pub(crate) fn parameters(&self) -> usize {
+        let linear = [&self.wq_b, &self.wk, &self.weights_proj];
+        linear.map(Linear::parameters).iter().sum::<usize>() + self.k_norm.parameters()
+    }
+
+    /// Keys of a chunk, normed and rotated, `[tokens, index_head_dim]`. `x` is `[tokens, hidden]`.
+    pub(crate) fn keys(&self, x: &[f32], angles: &Angles) -> Vec<f32> {
+        let mut keys = self.wk.apply(x);
+        for (token, key) in keys.chunks_exact_mut(self.width).enumerate() {
+            self.k_norm.row(key);
+            angles.rotate(token, self.interleave, key);
+        }
+        keys
+    }
+
+    /// Selects for each query of a chunk that starts at position `first`. `x` is `[tokens, hidden]`, `latents` the
+    /// query latents `[tokens, q_lora_rank]`, `keys` those of all positions up to the chunk's end.
+    pub(crate) fn select(
+        &self,
+        x: &[f32],
+        latents: &[f32],
+        angles: &Angles,
+        first: usize,
+        keys: &[f32],
+        selection: &mut [Vec<u32>],
+    ) {
+        let row = self.heads * self.width;
+        let mut queries = self.wq_b.apply(latents);
+        for (token, query) in queries.chunks_exact_mut(row).enumerate() {
+            query.chunks_exact_mut(self.width).for_each(|head| angles.rotate(token, self.interleave, head));
+        }
+        let mut weights = self.weights_proj.apply(x);
+        let scale = 1.0 / ((self.heads * self.width) as f32).sqrt();
+        weights.iter_mut().for_each(|weight| *weight *= scale);
+
+        let tile = (TILE_ROWS / self.heads).clamp(1, 64);
+        selection
+            .par_chunks_mut(tile)
+            .zip(queries.par_chunks(tile * row))
+            .zip(weights.par_chunks(tile * self.heads))
+            .enumerate()
+            .for_each_init(Scratch::default, |scratch, (index, ((selection, queries), weights))| {
+                self.select_tile(queries, weights, first + index * tile, keys, selection, scratch);
+            });
+    }
+
+    fn select_tile(
+        &self,
+        queries: &[f32],
+        weights: &[f32],
+        first: usize,
+        keys: &[f32],
+        selection: &mut [Vec<u32>],
+        scratch: &mut Scratch,
+    ) {
+        let visible = first + selection.len();
+        let Scratch { products, scores, topk } = scratch;
+        scores.resize(selection.len() * visible, 0.0);
+        // While all visible rows fit the selection there is nothing to score.
+        if visible > self.topk {
+            let queries = View::new(queries, selection.len() * self.heads, self.width, self.width);
+            for block in (0..visible).step_by(TILE_KEYS) {
+                let count = TILE_KEYS.min(visible - block);
+                let keys = View::new(&keys[block * self.width..], count, self.width, self.width);
+                products.resize(selection.len() * self.heads * count, 0.0);
+                gemm(queries, keys.transposed(), products, count);
+                let heads = products.chunks_exact(self.heads * count).zip(weights.chunks_exact(self.heads));
+                for ((products, weights), scores) in heads.zip(scores.chunks_exact_mut(visible)) {
+                    weighted_relu(products, weights, &mut scores[block..block + count]);
+                }
+            }
+        }
+        for (index, (selection, scores)) in selection.iter_mut().zip(scores.chunks_exact(visible)).enumerate()
+        {
+            topk.select(&scores[..=first + index], self.topk, selection);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Scratch {
+    products: Vec<f32>,
+    scores: Vec<f32>,
+    topk: TopK,
+}

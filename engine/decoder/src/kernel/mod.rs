@@ -1,0 +1,80 @@
+//! Arithmetic on slices: dense products through crate `matrixmultiply`, and the few element-wise loops that are hot.
+//!
+//! The only place of this crate with unsafe code: calls of functions compiled for a wider instruction set, and of
+//! `sgemm` over pointers. Every function here gives the same bits on every vector width: Rust never reorders a
+//! floating-point sum nor contracts a product and a sum, and each sum below has its order written out.
+
+pub(crate) mod gemm;
+mod gemv;
+pub(crate) mod vector;
+
+/// Defines functions compiled three times: for AVX-512, for AVX2, and for what the build targets; the widest
+/// that the machine has is called.
+macro_rules! wide {
+    ($($(#[$meta:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
+        $(#[$meta])*
+        $visibility fn $name($($arg: $type),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $type),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+                fn avx512($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
+
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
+
+                match crate::kernel::width() {
+                    // SAFETY: `width` found every feature that `avx512` is compiled for on this machine.
+                    #[allow(unsafe_code)]
+                    crate::kernel::Width::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: `width` found every feature that `avx2` is compiled for on this machine.
+                    #[allow(unsafe_code)]
+                    crate::kernel::Width::Avx2 => return unsafe { avx2($($arg),*) },
+                    crate::kernel::Width::Baseline => {}
+                }
+            }
+            body($($arg),*)
+        }
+    )*};
+}
+use wide;
+
+/// Instruction sets that a `wide` function is compiled for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Width {
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// The widest set of this machine. Detection is cached by the standard library: a load and a test.
+#[inline]
+fn width() -> Width {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let wide = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq");
+            return if wide { Width::Avx512 } else { Width::Avx2 };
+        }
+    }
+    Width::Baseline
+}
+
+/// Names the arithmetic that decides bits on this machine: whether products are fused into sums. Vector width
+/// does not matter.
+pub(crate) fn numerics_class() -> &'static str {
+    if gemv::fused() {
+        "x86-64 fused"
+    } else if cfg!(target_arch = "x86_64") {
+        "x86-64 separate"
+    } else {
+        std::env::consts::ARCH
+    }
+}

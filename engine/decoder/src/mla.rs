@@ -1,0 +1,210 @@
+//! Multi-head latent attention over the selected rows, in absorbed form.
+//!
+//! A cached row is `[latent | rope key]`, shared by all heads. Per head, `W_UK` maps the query into latent space, so
+//! scores are products of `[heads, row]` with the selected rows, and `W_UV` maps the weighted sum of latents to
+//! values. Both products run once per query over its rows in ascending order: the same whether the query came in a
+//! chunk or alone, and whether its rows lie together or had to be gathered.
+
+use rayon::prelude::*;
+
+use crate::checkpoint::Checkpoint;
+use crate::indexer::Indexer;
+use crate::kernel::gemm::{View, gemm};
+use crate::kernel::vector::softmax;
+use crate::linear::{Linear, transpose};
+use crate::norm::{LATENT_EPS, RmsNorm};
+use crate::rope::{Angles, Rope};
+use crate::sequence::LayerCache;
+use crate::{KvFormat, ModelConfig, Result};
+
+/// Queries that one task takes through the attention: enough to reuse the packed `W_UK` and `W_UV`.
+const TILE_QUERIES: usize = 32;
+
+/// Attention of one layer.
+pub(crate) struct Mla {
+    q_a_proj: Linear,
+    q_a_layernorm: RmsNorm,
+    q_b_proj: Linear,
+    kv_a_proj: Linear,
+    kv_a_layernorm: RmsNorm,
+    /// `W_UK`, `[heads, nope, kv_lora_rank]`.
+    up_key: Vec<f32>,
+    /// `W_UV` transposed, `[heads, kv_lora_rank, v]`.
+    up_value: Vec<f32>,
+    o_proj: Linear,
+    indexer: Option<Indexer>,
+    heads: usize,
+    nope: usize,
+    rope: usize,
+    latent: usize,
+    value: usize,
+    scale: f32,
+}
+
+impl Mla {
+    pub(crate) fn take(
+        checkpoint: &mut Checkpoint,
+        name: &str,
+        config: &ModelConfig,
+        rope: &Rope,
+        indexed: bool,
+    ) -> Result<Self> {
+        let (hidden, heads, bias) = (config.hidden_size, config.num_attention_heads, config.attention_bias);
+        let (nope, latent, value) = (config.qk_nope_head_dim, config.kv_lora_rank, config.v_head_dim);
+        let (query, q_lora) = (config.qk_head_dim(), config.q_lora_rank);
+        let up = checkpoint.take(&format!("{name}.kv_b_proj.weight"), &[heads * (nope + value), latent])?;
+        let (mut up_key, mut up_value) = (Vec::new(), Vec::new());
+        for head in up.chunks_exact((nope + value) * latent) {
+            let (key_rows, value_rows) = head.split_at(nope * latent);
+            up_key.extend_from_slice(key_rows);
+            up_value.extend(transpose(value_rows, value, latent));
+        }
+        let mut linear = |part: &str, outputs, inputs, bias| {
+            Linear::take(checkpoint, &format!("{name}.{part}"), outputs, inputs, bias)
+        };
+        Ok(Self {
+            q_a_proj: linear("q_a_proj", q_lora, hidden, bias)?,
+            q_b_proj: linear("q_b_proj", heads * query, q_lora, false)?,
+            kv_a_proj: linear("kv_a_proj_with_mqa", config.row_width(), hidden, bias)?,
+            o_proj: linear("o_proj", hidden, heads * value, bias)?,
+            q_a_layernorm: RmsNorm::take(checkpoint, &format!("{name}.q_a_layernorm"), q_lora, LATENT_EPS)?,
+            kv_a_layernorm: RmsNorm::take(checkpoint, &format!("{name}.kv_a_layernorm"), latent, LATENT_EPS)?,
+            up_key,
+            up_value,
+            indexer: match indexed {
+                true => Some(Indexer::take(checkpoint, &format!("{name}.indexer"), config)?),
+                false => None,
+            },
+            heads,
+            nope,
+            rope: config.qk_rope_head_dim,
+            latent,
+            value,
+            scale: rope.softmax_factor / (query as f32).sqrt(),
+        })
+    }
+
+    pub(crate) fn parameters(&self) -> usize {
+        let linear = [&self.q_a_proj, &self.q_b_proj, &self.kv_a_proj, &self.o_proj];
+        linear.map(Linear::parameters).iter().sum::<usize>()
+            + self.up_key.len()
+            + self.up_value.len()
+            + self.q_a_layernorm.parameters()
+            + self.kv_a_layernorm.parameters()
+            + self.indexer.as_ref().map_or(0, Indexer::parameters)
+    }
+
+    /// Attention of a chunk that starts at position `first`: appends the chunk's rows to the cache, selects (unless
+    /// this layer shares the selection already in `selection`), attends. `x` and the result are `[tokens, hidden]`.
+    pub(crate) fn forward(
+        &self,
+        x: &[f32],
+        angles: &Angles,
+        first: usize,
+        format: KvFormat,
+        cache: &mut LayerCache,
+        selection: &mut [Vec<u32>],
+    ) -> Vec<f32> {
+        let latents = self.q_a_layernorm.apply(&self.q_a_proj.apply(x));
+        let mut queries = self.q_b_proj.apply(&latents);
+        for (index, head) in queries.chunks_exact_mut(self.nope + self.rope).enumerate() {
+            angles.rotate(index / self.heads, true, &mut head[self.nope..]);
+        }
+
+        let width = self.latent + self.rope;
+        let mut rows = self.kv_a_proj.apply(x);
+        let mut latent = vec![0.0; self.latent];
+        for (token, row) in rows.chunks_exact_mut(width).enumerate() {
+            self.kv_a_layernorm.row(&row[..self.latent], &mut latent);
+            row[..self.latent].copy_from_slice(&latent);
+            angles.rotate(token, true, &mut row[self.latent..]);
+        }
+        format.round(&mut rows);
+        cache.rows.extend_from_slice(&rows);
+
+        if let Some(indexer) = &self.indexer {
+            let mut keys = indexer.keys(x, angles);
+            format.round(&mut keys);
+            cache.keys.extend_from_slice(&keys);
+            indexer.select(x, &latents, angles, first, &cache.keys, selection);
+        }
+        self.o_proj.apply(&self.attend(&queries, &cache.rows, selection))
+    }
+
+    /// Values of each query, heads concatenated, `[tokens, heads * v]`.
+    fn attend(&self, queries: &[f32], rows: &[f32], selection: &[Vec<u32>]) -> Vec<f32> {
+        let (query, value) = (self.heads * (self.nope + self.rope), self.heads * self.value);
+        let mut out = vec![0.0; selection.len() * value];
+        out.par_chunks_mut(TILE_QUERIES * value)
+            .zip(queries.par_chunks(TILE_QUERIES * query))
+            .zip(selection.par_chunks(TILE_QUERIES))
+            .for_each_init(Scratch::default, |scratch, ((out, queries), selection)| {
+                self.attend_tile(queries, rows, selection, out, scratch);
+            });
+        out
+    }
+
+    fn attend_tile(
+        &self,
+        queries: &[f32],
+        rows: &[f32],
+        selection: &[Vec<u32>],
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        let Self { heads, nope, rope, latent, value, .. } = *self;
+        let (tokens, query, width) = (selection.len(), nope + rope, latent + rope);
+        let Scratch { absorbed, gathered, scores, summed } = scratch;
+
+        // Queries into latent space: [tokens, heads, latent | rope].
+        absorbed.resize(tokens * heads * width, 0.0);
+        for (head, up_key) in self.up_key.chunks_exact(nope * latent).enumerate() {
+            let from = View::new(&queries[head * query..], tokens, nope, heads * query);
+            gemm(from, View::new(up_key, nope, latent, latent), &mut absorbed[head * width..], heads * width);
+        }
+        for (to, from) in absorbed.chunks_exact_mut(width).zip(queries.chunks_exact(query)) {
+            to[latent..].copy_from_slice(&from[nope..]);
+        }
+
+        summed.resize(tokens * heads * latent, 0.0);
+        let tokens_of = absorbed.chunks_exact(heads * width).zip(summed.chunks_exact_mut(heads * latent));
+        for ((query, summed), selected) in tokens_of.zip(selection) {
+            let count = selected.len();
+            let rows = gather(rows, width, selected, gathered);
+            scores.resize(heads * count, 0.0);
+            let query = View::new(query, heads, width, width);
+            gemm(query, View::new(rows, count, width, width).transposed(), scores, count);
+            scores.chunks_exact_mut(count).for_each(|scores| softmax(scores, self.scale));
+            let latents = View::new(rows, count, latent, width);
+            gemm(View::new(scores, heads, count, count), latents, summed, latent);
+        }
+
+        // Weighted latents to values: [tokens, heads, v].
+        for (head, up_value) in self.up_value.chunks_exact(latent * value).enumerate() {
+            let from = View::new(&summed[head * latent..], tokens, latent, heads * latent);
+            gemm(from, View::new(up_value, latent, value, value), &mut out[head * value..], heads * value);
+        }
+    }
+}
+
+/// The selected rows, one after another. `selected` is ascending and without repeats, so a selection as long as its
+/// last index says is every row up to there, which already lie together.
+fn gather<'a>(rows: &'a [f32], width: usize, selected: &[u32], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+    let count = selected.len();
+    if selected.last().is_some_and(|&last| last as usize + 1 == count) {
+        return &rows[..count * width];
+    }
+    buffer.resize(count * width, 0.0);
+    for (to, &row) in buffer.chunks_exact_mut(width).zip(selected) {
+        to.copy_from_slice(&rows[row as usize * width..][..width]);
+    }
+    buffer
+}
+
+#[derive(Default)]
+struct Scratch {
+    absorbed: Vec<f32>,
+    gathered: Vec<f32>,
+    scores: Vec<f32>,
+    summed: Vec<f32>,
+}
