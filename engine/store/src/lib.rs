@@ -1,1 +1,38 @@
-//! The content-addressed store on SSD. Knows no network, tenant, price or model.
+//! The content-addressed store on SSD: open, put, lookup, fetch, close.
+//!
+//! Architecture invariant: knows no network, tenant, price or model; no async. It stores objects of named planes,
+//! and every byte that it returns has been verified to be the one that was put under that name. What cannot be
+//! verified is a miss, counted by kind.
+//!
+//! ```text
+//! DIR/LOCK                  held while the store is open
+//! DIR/segments/NNNNNNNN.seg records; the truth (segment.rs, record.rs)
+//! DIR/index/                RocksDB, derived from the segments (index.rs)
+//! ```
+
+mod commit;
+mod encoding;
+mod error;
+mod fetch;
+mod fields;
+mod index;
+pub mod io;
+mod object;
+mod record;
+mod recovery;
+mod scan;
+mod segment;
+mod settings;
+mod shared;
+mod stats;
+mod store;
+mod verify;
+
+pub use error::{ErrorKind, Result, StoreError};
+pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
+pub use object::{PutObject, PutOutcome, PutPlane};
+#[cfg(any(test, feature = "testing"))]
+pub use settings::Sabotage;
+pub use settings::StoreSettings;
+pub use stats::{MissCounts, MissKind, OpenReport, StoreStats};
+pub use store::{Found, Store};

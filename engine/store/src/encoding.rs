@@ -1,0 +1,151 @@
+//! From an object to the bytes of its record: on the putter's thread, so that writers compress in parallel.
+
+use std::cell::RefCell;
+
+use esker_prefix::ObjectId;
+
+use crate::io::{AlignedBuf, BufferPool};
+use crate::record::{self, Codec, ContentDigest, MAX_PLANES, Plane, RecordHeader};
+use crate::segment::RECORDS_AT;
+use crate::{PutObject, Result, StoreError};
+
+use std::sync::Arc;
+
+/// Compressed planes larger than this share of the raw ones, in percent, are stored raw.
+const WORTH_COMPRESSING_PERCENT: usize = 97;
+
+/// An object whose planes have been hashed.
+pub(crate) struct Hashed {
+    object: PutObject,
+    digests: Vec<[u8; 32]>,
+}
+
+/// A record that lacks only its place.
+#[derive(Debug)]
+pub(crate) struct Encoded {
+    pub(crate) header: RecordHeader,
+    pub(crate) digest: ContentDigest,
+    /// Planes in place; room for the header.
+    pub(crate) record: AlignedBuf,
+}
+
+impl Hashed {
+    /// Checks an object against its specs and against what a segment holds, and hashes its planes.
+    pub(crate) fn new(object: PutObject, segment_bytes: u64) -> Result<Self> {
+        check(&object, segment_bytes)?;
+        let digests = object.planes.iter().map(|plane| *blake3::hash(&plane.bytes).as_bytes()).collect();
+        Ok(Self { object, digests })
+    }
+
+    pub(crate) fn id(&self) -> ObjectId {
+        self.object.id
+    }
+
+    pub(crate) fn digest(&self) -> ContentDigest {
+        record::content_digest(self.digests.iter())
+    }
+
+    /// Bytes of the record if nothing is compressed.
+    pub(crate) fn max_record_bytes(&self) -> usize {
+        max_record_bytes(&self.object) as usize
+    }
+
+    /// Lays the record out.
+    pub(crate) fn encode(self, pool: &Arc<BufferPool>, zstd_level: Option<i32>) -> Encoded {
+        let mut record = pool.take(self.max_record_bytes());
+        let mut end = record::header_bytes(self.digests.len());
+        let mut planes = Vec::with_capacity(self.digests.len());
+        SCRATCH.with_borrow_mut(|scratch| {
+            for (plane, &digest) in self.object.planes.iter().zip(&self.digests) {
+                let raw = &plane.bytes[..];
+                let (codec, stored) = match zstd_level.is_some_and(|level| compress(raw, level, scratch)) {
+                    true => (Codec::Zstd, &scratch.out[..]),
+                    false => (Codec::Raw, raw),
+                };
+                let offset = record::plane_offset(end, stored.len());
+                record[end..offset].fill(0);
+                end = offset + stored.len();
+                record[offset..end].copy_from_slice(stored);
+                let stored_checksum = match codec {
+                    Codec::Raw => 0,
+                    Codec::Zstd => xxhash_rust::xxh3::xxh3_64(stored),
+                };
+                planes.push(Plane {
+                    group: plane.spec.group,
+                    first_layer: plane.spec.first_layer,
+                    layers: plane.spec.layers,
+                    codec,
+                    offset: offset as u32,
+                    stored_bytes: stored.len() as u32,
+                    raw_bytes: raw.len() as u32,
+                    stored_checksum,
+                    digest,
+                });
+            }
+        });
+        record.truncate(end);
+        record[end..].fill(0);
+        let PutObject { id, parent, namespace, scope, tokens, .. } = self.object;
+        let header = RecordHeader { id, parent, namespace, scope, tokens, planes };
+        Encoded { digest: header.content_digest(), header, record }
+    }
+}
+
+fn check(object: &PutObject, segment_bytes: u64) -> Result<()> {
+    for (plane, put) in object.planes.iter().enumerate() {
+        let (expected, got) = (put.spec.len_bytes, put.bytes.len() as u64);
+        if expected != got {
+            return Err(StoreError::PlaneLength { id: object.id, plane, expected, got });
+        }
+    }
+    let (needed_bytes, max_bytes) = (max_record_bytes(object), max_record_in(segment_bytes));
+    if object.planes.len() > MAX_PLANES || needed_bytes > max_bytes {
+        return Err(StoreError::TooLarge {
+            id: object.id,
+            needed_bytes,
+            planes: object.planes.len(),
+            max_bytes,
+            max_planes: MAX_PLANES,
+        });
+    }
+    Ok(())
+}
+
+/// Room for records in a segment: all but its header and seal pages.
+pub(crate) fn max_record_in(segment_bytes: u64) -> u64 {
+    segment_bytes - 2 * RECORDS_AT
+}
+
+fn max_record_bytes(object: &PutObject) -> u64 {
+    let end = object.planes.iter().fold(record::header_bytes(object.planes.len()), |end, plane| {
+        // A plane that compresses below the alignment limit is packed and so ends no later than this.
+        record::plane_offset(end, plane.bytes.len()) + plane.bytes.len()
+    });
+    crate::io::page_ceil(end) as u64
+}
+
+/// A compressor and its output, kept per thread: making one costs more than compressing a small plane.
+#[derive(Default)]
+struct Scratch {
+    compressor: Option<(i32, zstd::bulk::Compressor<'static>)>,
+    out: Vec<u8>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Compresses into `scratch.out`; false if that is not worth it.
+fn compress(raw: &[u8], level: i32, scratch: &mut Scratch) -> bool {
+    if scratch.compressor.as_ref().is_none_or(|(made_for, _)| *made_for != level) {
+        scratch.compressor = zstd::bulk::Compressor::new(level).ok().map(|compressor| (level, compressor));
+    }
+    let Some((_, compressor)) = &mut scratch.compressor else { return false };
+    scratch.out.clear();
+    scratch.out.reserve(raw.len() + 512);
+    match compressor.compress_to_buffer(raw, &mut scratch.out) {
+        Ok(stored) => stored * 100 <= raw.len() * WORTH_COMPRESSING_PERCENT && stored > 0,
+        // The output did not fit: it did not shrink.
+        Err(_) => false,
+    }
+}

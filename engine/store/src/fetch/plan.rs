@@ -1,0 +1,107 @@
+//! Planning: which bytes to read, and in how many reads.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use crate::io::PAGE;
+use crate::segment::SegmentId;
+
+/// Bytes that are read for nothing rather than starting another read.
+const MAX_GAP_BYTES: u64 = 16 << 10;
+
+/// Something to take from a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) object: usize,
+    pub(super) part: Part,
+}
+
+/// Part of a record. The order is that of delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Part {
+    /// All of it.
+    Record,
+    Header,
+    Plane(usize),
+}
+
+/// A read of whole pages and what is to be taken from it, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Read {
+    pub(super) segment: SegmentId,
+    pub(super) range: Range<u64>,
+    pub(super) items: Vec<Item>,
+}
+
+impl Read {
+    pub(super) fn len_bytes(&self) -> usize {
+        usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX)
+    }
+}
+
+/// Reads for `items` in their order; neighbours that follow each other closely become one read of up to
+/// `merge_bytes`. An item larger than that is still one read.
+pub(super) fn join(
+    items: Vec<Item>,
+    merge_bytes: usize,
+    extent: impl Fn(&Item) -> (SegmentId, Range<u64>),
+) -> VecDeque<Read> {
+    let mut reads: VecDeque<Read> = VecDeque::new();
+    for item in items {
+        let (segment, range) = extent(&item);
+        let range = pages(range);
+        if let Some(last) = reads.back_mut() {
+            let end = last.range.end.max(range.end);
+            let near = range.start >= last.range.start && range.start <= last.range.end + MAX_GAP_BYTES;
+            if last.segment == segment && near && end - last.range.start <= merge_bytes as u64 {
+                last.range.end = end;
+                last.items.push(item);
+                continue;
+            }
+        }
+        reads.push_back(Read { segment, range, items: vec![item] });
+    }
+    reads
+}
+
+/// `range` rounded outward to pages, and never empty.
+pub(super) fn pages(range: Range<u64>) -> Range<u64> {
+    let page = PAGE as u64;
+    let start = range.start / page * page;
+    start..range.end.max(start + 1).next_multiple_of(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(extents: &[(u64, Range<u64>)]) -> Vec<(u64, Range<u64>, usize)> {
+        let items = (0..extents.len()).map(|object| Item { object, part: Part::Record }).collect();
+        let reads = join(items, 64 << 10, |item| {
+            let (segment, range) = &extents[item.object];
+            (SegmentId(*segment), range.clone())
+        });
+        reads.into_iter().map(|read| (read.segment.0, read.range, read.items.len())).collect()
+    }
+
+    #[test]
+    fn neighbours_become_one_read_up_to_the_limit() {
+        assert_eq!(
+            joined(&[(1, 0..30_000), (1, 32_768..40_000), (1, 40_960..65_536), (1, 65_536..70_000)]),
+            [(1, 0..65_536, 3), (1, 65_536..73_728, 1)]
+        );
+    }
+
+    #[test]
+    fn other_segments_large_gaps_and_steps_back_start_another_read() {
+        assert_eq!(
+            joined(&[(1, 0..10), (2, 4096..4100), (2, 40_960..41_000), (2, 8192..8200)]),
+            [(1, 0..4096, 1), (2, 4096..8192, 1), (2, 40_960..45_056, 1), (2, 8192..12_288, 1)]
+        );
+    }
+
+    #[test]
+    fn packed_planes_share_their_page() {
+        assert_eq!(joined(&[(1, 100..200), (1, 256..5000), (1, 5056..5100)]), [(1, 0..8192, 3)]);
+    }
+}

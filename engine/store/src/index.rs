@@ -1,0 +1,237 @@
+//! The block index: which record holds an object. Derived from the segments; deleting its folder costs a scan.
+//!
+//! RocksDB keys, all in the default column family (big-endian where they must sort):
+//!
+//! ```text
+//! kind u8 (1 block, 2 state, 3 layout) | hash 32   ->  Entry, see entry.rs
+//! 0xF0 | segment id u64 BE                         ->  SegmentState, see entry.rs
+//! 0xFF                                             ->  format of this index, u32 LE; another one means: build anew
+//! ```
+//!
+//! The write-ahead log is on and not synced: an entry and the watermark of its segment travel in one write batch, so
+//! an index that lost its newest batches knows how far it reaches, and recovery scans the segments from there. What
+//! a put waits for is the flush of the segment.
+
+mod entry;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use esker_prefix::{BlockHash, ObjectId, ObjectKind};
+use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, WriteBatch, WriteOptions};
+
+pub(crate) use entry::{Entry, Phase, SegmentState};
+
+use crate::segment::SegmentId;
+use crate::{Result, StoreError};
+
+const SEGMENT_PREFIX: u8 = 0xF0;
+const FORMAT_KEY: [u8; 1] = [0xFF];
+const FORMAT: u32 = 1;
+const BLOCK_CACHE_BYTES: usize = 64 << 20;
+/// Left in the store's folder when reads of the index fail, so that the next opening builds it anew.
+const DAMAGED_MARK: &str = "index.damaged";
+
+/// See the module.
+pub(crate) struct Index {
+    db: DB,
+    dir: PathBuf,
+    /// Held by whoever compares entries and then writes: the committer, and quarantine.
+    writing: Mutex<()>,
+}
+
+impl Index {
+    /// Opens or makes the index in `dir/index`; tells whether it holds nothing although it may have held something.
+    pub(crate) fn open(dir: &Path) -> Result<(Self, bool)> {
+        let mark = dir.join(DAMAGED_MARK);
+        let path = dir.join("index");
+        let marked = mark.exists();
+        let existing = path.join("CURRENT").exists();
+        if marked {
+            set_aside(&path)?;
+        }
+        let db = match open_db(&path) {
+            Ok(db) => db,
+            Err(error) => {
+                tracing::warn!(%error, "the index cannot be opened and is built anew");
+                set_aside(&path)?;
+                open_db(&path)?
+            }
+        };
+        let mut index = Self { db, dir: dir.to_owned(), writing: Mutex::new(()) };
+        let format = index.db.get(FORMAT_KEY);
+        let mut rebuild = marked || !existing;
+        if !matches!(&format, Ok(Some(found)) if found[..] == FORMAT.to_le_bytes()) {
+            if !matches!(format, Ok(None)) || index.db.iterator(IteratorMode::Start).next().is_some() {
+                drop(index.db);
+                set_aside(&path)?;
+                index.db = open_db(&path)?;
+            }
+            index.db.put(FORMAT_KEY, FORMAT.to_le_bytes())?;
+            rebuild = true;
+        }
+        if marked {
+            fs::remove_file(&mark).map_err(StoreError::io("removing", &mark))?;
+        }
+        Ok((index, rebuild))
+    }
+
+    /// The entry of one object. An index that cannot be read has no entries.
+    pub(crate) fn get(&self, id: ObjectId) -> Result<Option<Entry>> {
+        let value = self.db.get_pinned(key(id)).inspect_err(|_| self.mark_damaged())?;
+        Ok(value.and_then(|value| self.decode(&value)))
+    }
+
+    /// The entries of many objects, in order.
+    pub(crate) fn get_many(&self, ids: &[ObjectId]) -> Vec<Result<Option<Entry>>> {
+        let values = self.db.multi_get(ids.iter().map(|&id| key(id)));
+        let decode = |value: std::result::Result<Option<Vec<u8>>, rocksdb::Error>| {
+            let value = value.inspect_err(|_| self.mark_damaged())?;
+            Ok(value.and_then(|value| self.decode(&value)))
+        };
+        values.into_iter().map(decode).collect()
+    }
+
+    /// All objects of one kind, in the order of their hashes.
+    pub(crate) fn of_kind(&self, kind: ObjectKind) -> impl Iterator<Item = Result<(ObjectId, Entry)>> {
+        let start = [kind as u8];
+        let mode = IteratorMode::From(&start, rocksdb::Direction::Forward);
+        self.db.iterator(mode).map_while(move |item| match item {
+            Err(error) => Some(Err(error.into())),
+            Ok((key, value)) => {
+                let id = id_of(&key).filter(|id| id.kind == kind)?;
+                // An entry that does not decode is passed over; looked up by name it is a miss.
+                Some(Ok(Entry::decode(&value).map(|entry| (id, entry))))
+            }
+        })
+        .filter_map(Result::transpose)
+    }
+
+    /// What is known of each segment.
+    pub(crate) fn segments(&self) -> Result<Vec<(SegmentId, SegmentState)>> {
+        let mut segments = Vec::new();
+        let mode = IteratorMode::From(&[SEGMENT_PREFIX], rocksdb::Direction::Forward);
+        for item in self.db.iterator(mode) {
+            let (key, value) = item?;
+            let Some((&SEGMENT_PREFIX, rest)) = key.split_first() else { break };
+            let (Ok(id), Some(state)) = (rest.try_into(), SegmentState::decode(&value)) else { continue };
+            segments.push((SegmentId(u64::from_be_bytes(id)), state));
+        }
+        Ok(segments)
+    }
+
+    /// Keeps other writers out while entries are compared and written.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes an entry if it still is `entry`. Tells whether it was.
+    pub(crate) fn remove_if(&self, id: ObjectId, entry: &Entry) -> Result<bool> {
+        let _writing = self.lock();
+        if self.get(id)?.as_ref() != Some(entry) {
+            return Ok(false);
+        }
+        self.db.delete(key(id))?;
+        Ok(true)
+    }
+
+    /// Writes all changes or none.
+    pub(crate) fn write(&self, changes: Changes) -> Result<()> {
+        Ok(self.db.write(changes.0)?)
+    }
+
+    /// Makes everything written so far survive a power cut.
+    pub(crate) fn flush(&self) -> Result<()> {
+        Ok(self.db.flush_wal(true)?)
+    }
+
+    /// As [`Index::write`], and durable at once: for what the segments themselves do not say.
+    pub(crate) fn write_durably(&self, changes: Changes) -> Result<()> {
+        let mut options = WriteOptions::default();
+        options.set_sync(true);
+        Ok(self.db.write_opt(changes.0, &options)?)
+    }
+
+    fn decode(&self, value: &[u8]) -> Option<Entry> {
+        let entry = Entry::decode(value);
+        if entry.is_none() {
+            tracing::warn!("an index entry does not decode");
+        }
+        entry
+    }
+
+    fn mark_damaged(&self) {
+        let mark = self.dir.join(DAMAGED_MARK);
+        if !mark.exists() {
+            tracing::error!("the index cannot be read; the next opening builds it anew");
+            let _ = fs::write(mark, []);
+        }
+    }
+}
+
+/// Changes to be written together.
+#[derive(Default)]
+pub(crate) struct Changes(WriteBatch);
+
+impl Changes {
+    pub(crate) fn put(&mut self, id: ObjectId, entry: &Entry) {
+        self.0.put(key(id), entry.encode());
+    }
+
+    pub(crate) fn remove(&mut self, id: ObjectId) {
+        self.0.delete(key(id));
+    }
+
+    pub(crate) fn put_segment(&mut self, id: SegmentId, state: &SegmentState) {
+        self.0.put(segment_key(id), state.encode());
+    }
+
+    pub(crate) fn remove_segment(&mut self, id: SegmentId) {
+        self.0.delete(segment_key(id));
+    }
+}
+
+fn key(id: ObjectId) -> [u8; 33] {
+    let mut key = [0; 33];
+    key[0] = id.kind as u8;
+    key[1..].copy_from_slice(&id.hash.0);
+    key
+}
+
+fn id_of(key: &[u8]) -> Option<ObjectId> {
+    let (&kind, hash) = key.split_first()?;
+    Some(ObjectId { kind: ObjectKind::from_u8(kind)?, hash: BlockHash(hash.try_into().ok()?) })
+}
+
+fn segment_key(id: SegmentId) -> [u8; 9] {
+    let mut key = [SEGMENT_PREFIX; 9];
+    key[1..].copy_from_slice(&id.0.to_be_bytes());
+    key
+}
+
+fn open_db(path: &Path) -> std::result::Result<DB, rocksdb::Error> {
+    let mut table = BlockBasedOptions::default();
+    table.set_bloom_filter(10.0, false);
+    table.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.set_paranoid_checks(true);
+    options.set_compression_type(DBCompressionType::None);
+    options.set_block_based_table_factory(&table);
+    options.set_keep_log_file_num(2);
+    options.set_max_open_files(256);
+    DB::open(&options, path)
+}
+
+/// Moves a damaged index out of the way, over the one before it: for whoever wants to know what happened.
+fn set_aside(path: &Path) -> Result<()> {
+    let aside = path.with_extension("aside");
+    if aside.exists() {
+        fs::remove_dir_all(&aside).map_err(StoreError::io("removing", &aside))?;
+    }
+    if path.exists() {
+        fs::rename(path, &aside).map_err(StoreError::io("moving aside", path))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,162 @@
+//! Values of the index.
+//!
+//! Numbers are little-endian.
+//!
+//! ```text
+//! Entry, 160 bytes
+//!   0   4  zero
+//!   4   4  header length in bytes
+//!   8   4  record length in pages
+//!  12   4  zero
+//!  16   8  segment id
+//!  24   8  offset in bytes
+//!  32   8  sequence
+//!  40   8  tokens
+//!  48   8  raw bytes
+//!  56   8  generation of the segment
+//!  64  16  header checksum: another record at this place is noticed, however sound it is
+//!  80  16  scope tag
+//!  96  32  namespace
+//! 128  32  content digest: tells a repeated put from a conflicting one without a read
+//!
+//! SegmentState, 26 bytes
+//!   0   1  1 open, 2 sealed, 3 suspect
+//!   1   1  zero
+//!   2   8  generation
+//!  10   8  watermark: records before this offset are in the index
+//!  18   8  highest sequence before the watermark
+//! ```
+
+use esker_prefix::{NamespaceId, ScopeTag};
+
+use crate::fields::{Reader, Writer};
+use crate::io::PAGE;
+use crate::record::{ContentDigest, HeaderChecksum, PlacedHeader};
+use crate::segment::{Place, SegmentId};
+
+const ENTRY_BYTES: usize = 160;
+const STATE_BYTES: usize = 26;
+
+/// Where an object's record is, and enough to know it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) place: Place,
+    pub(crate) header_bytes: u32,
+    pub(crate) record_pages: u32,
+    pub(crate) sequence: u64,
+    pub(crate) tokens: u64,
+    pub(crate) raw_bytes: u64,
+    pub(crate) checksum: HeaderChecksum,
+    pub(crate) scope: ScopeTag,
+    pub(crate) namespace: NamespaceId,
+    pub(crate) digest: ContentDigest,
+}
+
+impl Entry {
+    /// The entry of a record.
+    pub(crate) fn of(found: &PlacedHeader) -> Self {
+        let header = &found.header;
+        Self {
+            place: found.place,
+            header_bytes: header.header_bytes() as u32,
+            record_pages: (found.record_bytes / PAGE) as u32,
+            sequence: found.sequence,
+            tokens: header.tokens,
+            raw_bytes: header.raw_bytes(),
+            checksum: found.checksum,
+            scope: header.scope,
+            namespace: header.namespace,
+            digest: header.content_digest(),
+        }
+    }
+
+    pub(crate) fn record_bytes(&self) -> usize {
+        self.record_pages as usize * PAGE
+    }
+
+    /// End of the record in its segment.
+    pub(crate) fn end(&self) -> u64 {
+        self.place.offset.saturating_add(self.record_bytes() as u64)
+    }
+
+    pub(crate) fn encode(&self) -> [u8; ENTRY_BYTES] {
+        let mut bytes = [0; ENTRY_BYTES];
+        let mut writer = Writer::new(&mut bytes);
+        writer.u32(0).u32(self.header_bytes).u32(self.record_pages).u32(0);
+        writer.u64(self.place.segment.0).u64(self.place.offset).u64(self.sequence);
+        writer.u64(self.tokens).u64(self.raw_bytes).u64(self.place.generation);
+        writer.bytes(&self.checksum.0).bytes(&self.scope.0).bytes(&self.namespace.0).bytes(&self.digest.0);
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != ENTRY_BYTES {
+            return None;
+        }
+        let mut reader = Reader::new(bytes);
+        let (_, header_bytes, record_pages, _) = (reader.u32(), reader.u32(), reader.u32(), reader.u32());
+        let (segment, offset, sequence) = (SegmentId(reader.u64()), reader.u64(), reader.u64());
+        let (tokens, raw_bytes, generation) = (reader.u64(), reader.u64(), reader.u64());
+        let entry = Self {
+            place: Place { segment, generation, offset },
+            header_bytes,
+            record_pages,
+            sequence,
+            tokens,
+            raw_bytes,
+            checksum: HeaderChecksum(reader.bytes()),
+            scope: ScopeTag(reader.bytes()),
+            namespace: NamespaceId(reader.bytes()),
+            digest: ContentDigest(reader.bytes()),
+        };
+        // What a read is sized by is checked before it is believed.
+        let sound = offset.is_multiple_of(PAGE as u64)
+            && header_bytes as usize <= entry.record_bytes()
+            && header_bytes as usize <= crate::record::MAX_HEADER_BYTES
+            && entry.record_bytes() <= crate::settings::MAX_SEGMENT_BYTES as usize;
+        sound.then_some(entry)
+    }
+}
+
+/// How far the index knows a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SegmentState {
+    pub(crate) phase: Phase,
+    pub(crate) generation: u64,
+    pub(crate) watermark: u64,
+    pub(crate) sequence: u64,
+}
+
+/// Where a segment is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Phase {
+    Open = 1,
+    Sealed = 2,
+    /// A write or flush failed: what lies behind the watermark may be in memory only, whatever a read says.
+    Suspect = 3,
+}
+
+impl SegmentState {
+    pub(crate) fn encode(&self) -> [u8; STATE_BYTES] {
+        let mut bytes = [0; STATE_BYTES];
+        Writer::new(&mut bytes)
+            .u8(self.phase as u8)
+            .u8(0)
+            .u64(self.generation)
+            .u64(self.watermark)
+            .u64(self.sequence);
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() != STATE_BYTES {
+            return None;
+        }
+        let mut reader = Reader::new(bytes);
+        let phase = reader.u8();
+        let phase = [Phase::Open, Phase::Sealed, Phase::Suspect].into_iter().find(|p| *p as u8 == phase)?;
+        reader.u8();
+        Some(Self { phase, generation: reader.u64(), watermark: reader.u64(), sequence: reader.u64() })
+    }
+}

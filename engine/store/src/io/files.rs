@@ -1,0 +1,95 @@
+//! The folder behind a real disk: making, opening, listing and removing files.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::FileId;
+
+/// Open files of one folder.
+#[derive(Debug)]
+pub(super) struct Files {
+    dir: PathBuf,
+    direct: bool,
+    open: RwLock<HashMap<FileId, (String, Arc<File>)>>,
+    next: AtomicU32,
+}
+
+impl Files {
+    pub(super) fn new(dir: &Path, direct: bool) -> Self {
+        Self { dir: dir.to_owned(), direct, open: RwLock::default(), next: AtomicU32::new(0) }
+    }
+
+    pub(super) fn create(&self, name: &str, len_bytes: u64) -> io::Result<FileId> {
+        let path = self.dir.join(name);
+        let file = self.options().create_new(true).open(&path)?;
+        let made = reserve(&file, len_bytes).and_then(|()| file.sync_all()).and_then(|()| self.sync_dir());
+        if let Err(error) = made {
+            let _ = fs::remove_file(&path);
+            return Err(error);
+        }
+        Ok(self.add(name, file))
+    }
+
+    pub(super) fn open(&self, name: &str) -> io::Result<(FileId, u64)> {
+        let file = self.options().open(self.dir.join(name))?;
+        let len_bytes = file.metadata()?.len();
+        Ok((self.add(name, file), len_bytes))
+    }
+
+    pub(super) fn list(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            // A name that is not UTF-8 is none of ours.
+            names.extend(entry?.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    pub(super) fn remove(&self, name: &str) -> io::Result<()> {
+        self.open.write().unwrap_or_else(PoisonError::into_inner).retain(|_, (open, _)| open != name);
+        fs::remove_file(self.dir.join(name))?;
+        self.sync_dir()
+    }
+
+    pub(super) fn get(&self, id: FileId) -> io::Result<Arc<File>> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.get(&id).map(|(_, file)| Arc::clone(file)).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn add(&self, name: &str, file: File) -> FileId {
+        let id = FileId(self.next.fetch_add(1, Ordering::Relaxed));
+        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(id, (name.to_owned(), Arc::new(file)));
+        id
+    }
+
+    fn options(&self) -> OpenOptions {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600);
+        if self.direct {
+            options.custom_flags(libc::O_DIRECT);
+        }
+        options
+    }
+
+    fn sync_dir(&self) -> io::Result<()> {
+        File::open(&self.dir)?.sync_all()
+    }
+}
+
+/// Reserves the blocks of the whole file, so that a write into it never runs out of space.
+fn reserve(file: &File, len_bytes: u64) -> io::Result<()> {
+    let len = libc::off_t::try_from(len_bytes).map_err(io::Error::other)?;
+    loop {
+        match super::sys::fallocate(file, len) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // A file system without preallocation: the length alone, and a full disk shows on the write.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return file.set_len(len_bytes),
+            other => return other,
+        }
+    }
+}

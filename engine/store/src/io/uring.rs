@@ -1,0 +1,287 @@
+//! Disk on io_uring with O_DIRECT: the submitting thread enters the kernel itself, one reaper thread collects.
+//!
+//! Invariants:
+//! - An op sits in its slot, buffer and file included, from before its entry is pushed until its completion is seen.
+//! - `user_data` is slot and generation; a completion that matches no occupied slot is counted and dropped.
+//! - The submission queue is touched only under the `slots` mutex, the completion queue only by the reaper.
+//! - Ops in flight never exceed the submission queue, which is half the completion queue, so neither overflows.
+//! - A short transfer is continued; only end of file, or no progress, ends it short.
+//!
+//! SQPOLL and IOPOLL stay off: the first burns a core that verification needs, the second works on few disks.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::files::Files;
+use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE};
+
+/// Ops in flight; submitters of more wait.
+const DEPTH: u16 = 128;
+/// Times that one op is continued after an interruption that moved nothing.
+const MAX_RETRIES: u8 = 16;
+/// Times that the kernel may say "busy" to one submission before it counts as broken; 1 ms apart.
+const MAX_BUSY: u32 = 2_000;
+/// `user_data` of the entry that tells the reaper to end. Generations start at 1, so no op has it.
+const WAKE: u64 = 0;
+/// `IORING_ENTER_GETEVENTS` of the kernel's interface.
+const ENTER_GETEVENTS: u32 = 1;
+
+/// See the module.
+pub(super) struct UringDisk {
+    files: Files,
+    ring: Arc<Ring>,
+    reaper: Option<JoinHandle<()>>,
+}
+
+struct Ring {
+    uring: IoUring,
+    slots: Mutex<Slots>,
+    slot_freed: Condvar,
+    unknown: AtomicU64,
+}
+
+struct Slots {
+    ops: Vec<Option<InFlight>>,
+    free: Vec<u16>,
+    generation: u64,
+}
+
+struct InFlight {
+    op: Op,
+    file: Arc<File>,
+    generation: u64,
+    done: usize,
+    retries: u8,
+}
+
+impl UringDisk {
+    pub(super) fn open(dir: &Path) -> io::Result<Self> {
+        let slots = Slots {
+            ops: (0..DEPTH).map(|_| None).collect(),
+            free: (0..DEPTH).rev().collect(),
+            generation: 0,
+        };
+        let ring = Arc::new(Ring {
+            // One entry more than ops, for the wake-up.
+            uring: IoUring::new(u32::from(DEPTH) * 2)?,
+            slots: Mutex::new(slots),
+            slot_freed: Condvar::new(),
+            unknown: AtomicU64::new(0),
+        });
+        let reaper = std::thread::Builder::new().name("esker-io-uring".into()).spawn({
+            let ring = Arc::clone(&ring);
+            move || ring.reap()
+        })?;
+        Ok(Self { files: Files::new(dir, true), ring, reaper: Some(reaper) })
+    }
+}
+
+impl Disk for UringDisk {
+    fn create(&self, name: &str, len_bytes: u64) -> io::Result<FileId> {
+        self.files.create(name, len_bytes)
+    }
+
+    fn open(&self, name: &str) -> io::Result<(FileId, u64)> {
+        self.files.open(name)
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        self.files.list()
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.files.remove(name)
+    }
+
+    fn submit(&self, op: Op) {
+        match self.files.get(op.file) {
+            Ok(file) => self.ring.submit(op, file),
+            Err(error) => op.complete(Err(error)),
+        }
+    }
+
+    fn engine(&self) -> IoEngine {
+        IoEngine::UringDirect
+    }
+
+    fn unknown_completions(&self) -> u64 {
+        self.ring.unknown.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for UringDisk {
+    fn drop(&mut self) {
+        let mut slots = self.ring.lock();
+        while slots.free.len() < usize::from(DEPTH) {
+            slots = self.ring.slot_freed.wait(slots).unwrap_or_else(PoisonError::into_inner);
+        }
+        let woken = self.ring.push(&slots, &opcode::Nop::new().build().user_data(WAKE));
+        drop(slots);
+        match (woken, self.reaper.take()) {
+            (Ok(()), Some(reaper)) => drop(reaper.join()),
+            (woken, _) => tracing::error!(?woken, "the io_uring reaper could not be woken and is left behind"),
+        }
+    }
+}
+
+impl Ring {
+    fn lock(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn submit(&self, op: Op, file: Arc<File>) {
+        let mut slots = self.lock();
+        let slot = loop {
+            match slots.free.pop() {
+                Some(slot) => break slot,
+                None => slots = self.slot_freed.wait(slots).unwrap_or_else(PoisonError::into_inner),
+            }
+        };
+        // The generation fills the upper 48 bits; at a million ops a second it returns after nine years.
+        slots.generation += 1;
+        let generation = slots.generation;
+        slots.ops[usize::from(slot)] = Some(InFlight { op, file, generation, done: 0, retries: 0 });
+        self.start(&mut slots, slot);
+    }
+
+    /// Pushes the entry for what is left of a slot's op.
+    fn start(&self, slots: &mut MutexGuard<'_, Slots>, slot: u16) {
+        let Some(in_flight) = slots.ops[usize::from(slot)].as_mut() else { return };
+        let entry = in_flight.entry().user_data(in_flight.generation << 16 | u64::from(slot));
+        if let Err(error) = self.push(slots, &entry) {
+            // The kernel may or may not have taken the entry: the buffer can never be used again.
+            if let Some(mut in_flight) = self.vacate(slots, slot) {
+                tracing::error!(%error, "io_uring refused a submission; its buffer is leaked");
+                std::mem::forget(in_flight.op.buf.take());
+                in_flight.op.complete(Err(error));
+            }
+        }
+    }
+
+    fn vacate(&self, slots: &mut MutexGuard<'_, Slots>, slot: u16) -> Option<InFlight> {
+        let in_flight = slots.ops[usize::from(slot)].take()?;
+        slots.free.push(slot);
+        self.slot_freed.notify_all();
+        Some(in_flight)
+    }
+
+    /// Hands one entry to the kernel. The guard proves that the caller holds the mutex.
+    fn push(&self, _slots: &MutexGuard<'_, Slots>, entry: &squeue::Entry) -> io::Result<()> {
+        // SAFETY: the mutex makes this the only submission queue alive.
+        let mut queue = unsafe { self.uring.submission_shared() };
+        // SAFETY: buffer and file of the entry live in their slot until the completion is seen, or are leaked.
+        unsafe { queue.push(entry) }.map_err(|_| io::Error::other("submission queue is full"))?;
+        drop(queue);
+        for _ in 0..MAX_BUSY {
+            match self.uring.submitter().submit() {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::ErrorKind::ResourceBusy.into())
+    }
+
+    /// The reaper: waits for completions until told to end.
+    fn reap(&self) {
+        let mut seen: Vec<(u64, i32)> = Vec::new();
+        loop {
+            // SAFETY: the arguments submit nothing and pass no memory.
+            let waited = unsafe { self.uring.submitter().enter::<()>(0, 1, ENTER_GETEVENTS, None) };
+            if let Err(error) = waited
+                && !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
+            {
+                tracing::error!(%error, "waiting for io_uring completions failed");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            // SAFETY: only this thread ever makes a completion queue.
+            seen.extend(unsafe { self.uring.completion_shared() }.map(|entry| (entry.user_data(), entry.result())));
+            for (user_data, result) in seen.drain(..) {
+                if user_data == WAKE {
+                    return;
+                }
+                self.settle(user_data, result);
+            }
+        }
+    }
+
+    /// Continues or ends the op of one completion.
+    fn settle(&self, user_data: u64, result: i32) {
+        let slot = (user_data & 0xffff) as u16;
+        let mut slots = self.lock();
+        let Some(in_flight) = slots
+            .ops
+            .get_mut(usize::from(slot))
+            .and_then(Option::as_mut)
+            .filter(|in_flight| in_flight.generation == user_data >> 16)
+        else {
+            self.unknown.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(user_data, result, "dropped an io_uring completion that belongs to no op");
+            return;
+        };
+        match in_flight.advance(result) {
+            Step::Again => self.start(&mut slots, slot),
+            Step::End(result) => {
+                let ended = self.vacate(&mut slots, slot);
+                drop(slots);
+                if let Some(ended) = ended {
+                    ended.op.complete(result);
+                }
+            }
+        }
+    }
+}
+
+enum Step {
+    Again,
+    End(io::Result<usize>),
+}
+
+impl InFlight {
+    fn entry(&mut self) -> squeue::Entry {
+        let fd = types::Fd(self.file.as_raw_fd());
+        let done = self.done;
+        let offset = self.op.offset + done as u64;
+        let Some(buf) = self.op.buf.as_mut() else {
+            return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
+        };
+        // One entry moves at most 1 GiB; the loop moves the rest.
+        let len = (buf.len() - done).min(1 << 30) as u32;
+        let start = buf[done..].as_mut_ptr();
+        match self.op.kind {
+            OpKind::Read => opcode::Read::new(fd, start, len).offset(offset).build(),
+            _ => opcode::Write::new(fd, start, len).offset(offset).build(),
+        }
+    }
+
+    fn advance(&mut self, result: i32) -> Step {
+        let Ok(moved) = usize::try_from(result) else {
+            let error = io::Error::from_raw_os_error(-result);
+            let again = matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN));
+            if again && self.retries < MAX_RETRIES {
+                self.retries += 1;
+                return Step::Again;
+            }
+            return Step::End(Err(error));
+        };
+        self.done += moved;
+        // After an odd count nothing more can be moved with O_DIRECT; at the end of a file nothing is left.
+        if moved == 0 || self.done >= self.op.len_bytes() || !self.done.is_multiple_of(PAGE) {
+            return Step::End(Ok(self.done));
+        }
+        Step::Again
+    }
+}

@@ -1,0 +1,92 @@
+//! What is put: an object with its planes.
+
+use bytes::Bytes;
+use esker_prefix::{
+    BlockHash, BlockObject, KvLayout, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, StateObject,
+};
+
+/// An object to store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PutObject {
+    /// Its name.
+    pub id: ObjectId,
+    /// What must be stored before it; `None` for a root.
+    pub parent: Option<ObjectId>,
+    /// Namespace it belongs to.
+    pub namespace: NamespaceId,
+    /// Scope it belongs to.
+    pub scope: ScopeTag,
+    /// Length in tokens of the prefix that it completes.
+    pub tokens: u64,
+    /// Its planes, in restore order.
+    pub planes: Vec<PutPlane>,
+}
+
+/// A plane to store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PutPlane {
+    /// Which part of the object it is, and how long.
+    pub spec: PlaneSpec,
+    /// Its bytes.
+    pub bytes: Bytes,
+}
+
+/// How a put ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutOutcome {
+    /// Now stored, durably.
+    Stored,
+    /// These very bytes were stored before, durably.
+    Present,
+}
+
+impl PutObject {
+    /// A block. Its parent is the block before it; the first block of a prefix is a root.
+    pub fn block(layout: &KvLayout, object: BlockObject) -> Self {
+        let root = object.tokens() == u64::from(layout.block_tokens());
+        let parent = (!root).then(|| ObjectId { kind: ObjectKind::Block, hash: object.parent() });
+        Self {
+            id: object.id(),
+            parent,
+            namespace: object.namespace(),
+            scope: object.scope(),
+            tokens: object.tokens(),
+            planes: pair(layout.planes(ObjectKind::Block), object.into_planes()),
+        }
+    }
+
+    /// A state. Its parent is the block that ends at the same boundary, without which nobody could resume there.
+    pub fn state(layout: &KvLayout, object: StateObject) -> Self {
+        Self {
+            id: object.id(),
+            parent: Some(ObjectId { kind: ObjectKind::Block, hash: object.id().hash }),
+            namespace: object.namespace(),
+            scope: object.scope(),
+            tokens: object.tokens(),
+            planes: pair(layout.planes(ObjectKind::State), object.into_planes()),
+        }
+    }
+
+    /// The layout of a namespace, so that the segments can be read without any other file.
+    pub fn layout(namespace: NamespaceId, layout: &KvLayout) -> Self {
+        let bytes = Bytes::from(layout.to_json());
+        let spec = PlaneSpec { group: 0, first_layer: 0, layers: 0, len_bytes: bytes.len() as u64 };
+        Self {
+            id: ObjectId { kind: ObjectKind::Layout, hash: BlockHash(*namespace.as_bytes()) },
+            parent: None,
+            namespace,
+            scope: ScopeTag([0; 16]),
+            tokens: 0,
+            planes: vec![PutPlane { spec, bytes }],
+        }
+    }
+
+    /// Raw bytes of all planes.
+    pub fn len_bytes(&self) -> u64 {
+        self.planes.iter().map(|plane| plane.bytes.len() as u64).sum()
+    }
+}
+
+fn pair(specs: &[PlaneSpec], planes: Vec<Bytes>) -> Vec<PutPlane> {
+    specs.iter().zip(planes).map(|(&spec, bytes)| PutPlane { spec, bytes }).collect()
+}

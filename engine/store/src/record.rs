@@ -1,0 +1,294 @@
+//! Records: one object on disk.
+//!
+//! A record starts on a page boundary of its segment and fills whole pages: header, plane table, planes. All
+//! numbers are little-endian; offsets count from the start of the record.
+//!
+//! ```text
+//!   0   8  magic "EskrRec\0"            first, so that a scan can pass over other pages at once
+//!   8   2  version, 1
+//!  10   1  kind of the object
+//!  11   1  kind of the parent, 0 for a root
+//!  12   1  TTL class, 0
+//!  13   1  zero
+//!  14   2  number of planes, n
+//!  16   4  header length in bytes, 256 + 64 n
+//!  20   4  record length in pages
+//!  24   8  sequence: position in the order of all commits of the store; of two records with one id the higher holds
+//!  32   8  segment id                   these three bind the record to its place, so that neither a misdirected
+//!  40   8  segment generation           write nor bytes made to look like a record pass for one
+//!  48   8  offset in the segment, in bytes
+//!  56   8  tokens
+//!  64   8  raw bytes of all planes
+//!  72   8  zero
+//!  80  32  hash of the object
+//! 112  32  hash of the parent, zero for a root
+//! 144  32  namespace
+//! 176  16  scope tag
+//! 192  32  content digest: BLAKE3 of the plane digests in order
+//! 224  16  zero
+//! 240  16  header checksum: first 16 bytes of BLAKE3 over 0..240 and the plane table
+//! 256      plane table, 64 bytes a plane:
+//!   0   2  group
+//!   2   2  first layer
+//!   4   2  layers
+//!   6   1  codec: 0 raw, 1 zstd
+//!   7   1  zero
+//!   8   4  offset
+//!  12   4  stored length in bytes
+//!  16   4  raw length in bytes
+//!  20   4  zero
+//!  24   8  XXH3-64 of the stored bytes; zero if raw, where the digest covers the very same bytes
+//!  32  32  BLAKE3 of the raw bytes
+//! ```
+//!
+//! Planes follow in table order. One of 64 KiB or more starts on a page, so that it can be read and handed on alone
+//! at a cost of at most 6 % of its length in padding; smaller ones follow at the next multiple of 64 bytes, as a page
+//! each would waste more than reading a neighbour's rest does. Padding is zero and covered by nothing.
+
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
+
+use crate::io::{PAGE, page_ceil};
+use crate::fields::{Reader, Writer};
+use crate::segment::{Place, SegmentId};
+
+pub(crate) const MAGIC: &[u8; 8] = b"EskrRec\0";
+const VERSION: u16 = 1;
+const FIXED_BYTES: usize = 256;
+const CHECKSUM_AT: usize = 240;
+const PLANE_BYTES: usize = 64;
+/// Planes from this stored length on start on a page.
+const ALIGNED_PLANE_BYTES: usize = 64 << 10;
+const PACKED_ALIGNMENT: usize = 64;
+/// Caps the header at 256 KiB, before any length in it is trusted.
+pub(crate) const MAX_PLANES: usize = 4092;
+pub(crate) const MAX_HEADER_BYTES: usize = FIXED_BYTES + MAX_PLANES * PLANE_BYTES;
+
+/// First half of a BLAKE3 digest over a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HeaderChecksum(pub(crate) [u8; 16]);
+
+/// BLAKE3 over the digests of an object's planes: equal for equal content, whatever the codec.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ContentDigest(pub(crate) [u8; 32]);
+
+/// How a plane's bytes are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Codec {
+    Raw = 0,
+    Zstd = 1,
+}
+
+/// What a record says about itself, apart from its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RecordHeader {
+    pub(crate) id: ObjectId,
+    pub(crate) parent: Option<ObjectId>,
+    pub(crate) namespace: NamespaceId,
+    pub(crate) scope: ScopeTag,
+    pub(crate) tokens: u64,
+    pub(crate) planes: Vec<Plane>,
+}
+
+/// One row of the plane table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plane {
+    pub(crate) group: u16,
+    pub(crate) first_layer: u16,
+    pub(crate) layers: u16,
+    pub(crate) codec: Codec,
+    pub(crate) offset: u32,
+    pub(crate) stored_bytes: u32,
+    pub(crate) raw_bytes: u32,
+    pub(crate) stored_checksum: u64,
+    pub(crate) digest: [u8; 32],
+}
+
+/// A header as found on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PlacedHeader {
+    pub(crate) header: RecordHeader,
+    pub(crate) place: Place,
+    pub(crate) sequence: u64,
+    pub(crate) record_bytes: usize,
+    pub(crate) checksum: HeaderChecksum,
+}
+
+/// Why bytes are not a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotAHeader {
+    /// They do not start like one.
+    Magic,
+    /// They start like one of this many bytes, more than were given.
+    NeedsBytes(usize),
+    /// They start like one and are damaged.
+    Damaged,
+}
+
+impl RecordHeader {
+    pub(crate) fn header_bytes(&self) -> usize {
+        header_bytes(self.planes.len())
+    }
+
+    pub(crate) fn raw_bytes(&self) -> u64 {
+        self.planes.iter().map(|plane| u64::from(plane.raw_bytes)).sum()
+    }
+
+    pub(crate) fn content_digest(&self) -> ContentDigest {
+        content_digest(self.planes.iter().map(|plane| &plane.digest))
+    }
+
+    /// Bytes of the whole record.
+    pub(crate) fn record_bytes(&self) -> usize {
+        page_ceil(self.planes.last().map_or(self.header_bytes(), |plane| plane.range().end))
+    }
+
+    /// Writes the header to the start of `record`.
+    pub(crate) fn encode(&self, place: Place, sequence: u64, record: &mut [u8]) -> HeaderChecksum {
+        let out = &mut record[..self.header_bytes()];
+        let record_pages = (self.record_bytes() / PAGE) as u32;
+        let mut writer = Writer::new(out);
+        writer.bytes(MAGIC).u16(VERSION).u8(self.id.kind as u8);
+        writer.u8(self.parent.map_or(0, |parent| parent.kind as u8)).u8(0).u8(0);
+        writer.u16(self.planes.len() as u16).u32(header_bytes(self.planes.len()) as u32).u32(record_pages);
+        writer.u64(sequence).u64(place.segment.0).u64(place.generation).u64(place.offset);
+        writer.u64(self.tokens).u64(self.raw_bytes()).u64(0);
+        writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
+        writer.bytes(&self.namespace.0).bytes(&self.scope.0).bytes(&self.content_digest().0);
+        writer.bytes(&[0; 16]).bytes(&[0; 16]);
+        for plane in &self.planes {
+            writer.u16(plane.group).u16(plane.first_layer).u16(plane.layers).u8(plane.codec as u8).u8(0);
+            writer.u32(plane.offset).u32(plane.stored_bytes).u32(plane.raw_bytes).u32(0);
+            writer.u64(plane.stored_checksum).bytes(&plane.digest);
+        }
+        let checksum = checksum(out);
+        out[CHECKSUM_AT..FIXED_BYTES].copy_from_slice(&checksum.0);
+        checksum
+    }
+}
+
+impl PlacedHeader {
+    /// Reads the header at the start of `bytes`. Everything in it is authenticated and within bounds afterwards.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, NotAHeader> {
+        if !bytes.starts_with(MAGIC) {
+            return Err(NotAHeader::Magic);
+        }
+        if bytes.len() < FIXED_BYTES {
+            return Err(NotAHeader::NeedsBytes(FIXED_BYTES));
+        }
+        let mut reader = Reader::new(bytes);
+        reader.bytes::<8>();
+        let version = reader.u16();
+        let [kind, parent_kind, _ttl_class, _] = reader.bytes();
+        let planes = usize::from(reader.u16());
+        let (header_len, record_pages) = (reader.u32() as usize, reader.u32());
+        if version != VERSION || planes > MAX_PLANES || header_len != header_bytes(planes) {
+            return Err(NotAHeader::Damaged);
+        }
+        if bytes.len() < header_len {
+            return Err(NotAHeader::NeedsBytes(header_len));
+        }
+        let bytes = &bytes[..header_len];
+        let found = checksum(bytes);
+        if bytes[CHECKSUM_AT..FIXED_BYTES] != found.0 {
+            return Err(NotAHeader::Damaged);
+        }
+        let sequence = reader.u64();
+        let place = Place { segment: SegmentId(reader.u64()), generation: reader.u64(), offset: reader.u64() };
+        let (tokens, raw_bytes, _) = (reader.u64(), reader.u64(), reader.u64());
+        let (hash, parent_hash) = (BlockHash(reader.bytes()), BlockHash(reader.bytes()));
+        let (namespace, scope) = (NamespaceId(reader.bytes()), ScopeTag(reader.bytes()));
+        let digest = ContentDigest(reader.bytes());
+        reader.bytes::<32>();
+        let record_bytes = record_pages as usize * PAGE;
+        let planes = (0..planes)
+            .map(|_| decode_plane(&mut reader))
+            .collect::<Option<Vec<Plane>>>()
+            .ok_or(NotAHeader::Damaged)?;
+        let mut end = header_len;
+        for plane in &planes {
+            let range = plane.range();
+            let raw = plane.codec == Codec::Raw && plane.stored_bytes != plane.raw_bytes;
+            if range.start < end || range.end > record_bytes || raw {
+                return Err(NotAHeader::Damaged);
+            }
+            end = range.end;
+        }
+        let kind = ObjectKind::from_u8(kind).ok_or(NotAHeader::Damaged)?;
+        let parent = match parent_kind {
+            0 => None,
+            byte => {
+                let kind = ObjectKind::from_u8(byte).ok_or(NotAHeader::Damaged)?;
+                Some(ObjectId { kind, hash: parent_hash })
+            }
+        };
+        let header = RecordHeader { id: ObjectId { kind, hash }, parent, namespace, scope, tokens, planes };
+        if header.raw_bytes() != raw_bytes || header.content_digest() != digest || header.record_bytes() != record_bytes
+        {
+            return Err(NotAHeader::Damaged);
+        }
+        Ok(Self { header, place, sequence, record_bytes, checksum: found })
+    }
+}
+
+impl Plane {
+    /// Where its stored bytes lie in the record.
+    pub(crate) fn range(&self) -> std::ops::Range<usize> {
+        let start = self.offset as usize;
+        start..start + self.stored_bytes as usize
+    }
+
+    /// What it holds.
+    pub(crate) fn spec(&self) -> PlaneSpec {
+        PlaneSpec {
+            group: self.group,
+            first_layer: self.first_layer,
+            layers: self.layers,
+            len_bytes: u64::from(self.raw_bytes),
+        }
+    }
+}
+
+/// Length of a header with this many planes.
+pub(crate) fn header_bytes(planes: usize) -> usize {
+    FIXED_BYTES + planes * PLANE_BYTES
+}
+
+/// Where a plane of `stored_bytes` goes when the record is filled up to `end`.
+pub(crate) fn plane_offset(end: usize, stored_bytes: usize) -> usize {
+    let alignment = if stored_bytes >= ALIGNED_PLANE_BYTES { PAGE } else { PACKED_ALIGNMENT };
+    end.next_multiple_of(alignment)
+}
+
+pub(crate) fn content_digest<'a>(planes: impl Iterator<Item = &'a [u8; 32]>) -> ContentDigest {
+    let mut hasher = blake3::Hasher::new();
+    for digest in planes {
+        hasher.update(digest);
+    }
+    ContentDigest(*hasher.finalize().as_bytes())
+}
+
+fn checksum(header: &[u8]) -> HeaderChecksum {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&header[..CHECKSUM_AT]).update(&header[FIXED_BYTES..]);
+    let mut checksum = [0; 16];
+    checksum.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    HeaderChecksum(checksum)
+}
+
+fn decode_plane(reader: &mut Reader<'_>) -> Option<Plane> {
+    let (group, first_layer, layers) = (reader.u16(), reader.u16(), reader.u16());
+    let codec = match reader.u8() {
+        0 => Codec::Raw,
+        1 => Codec::Zstd,
+        _ => return None,
+    };
+    reader.u8();
+    let (offset, stored_bytes, raw_bytes) = (reader.u32(), reader.u32(), reader.u32());
+    reader.u32();
+    let (stored_checksum, digest) = (reader.u64(), reader.bytes());
+    Some(Plane { group, first_layer, layers, codec, offset, stored_bytes, raw_bytes, stored_checksum, digest })
+}
+
+#[cfg(test)]
+mod tests;

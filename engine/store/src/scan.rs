@@ -1,0 +1,140 @@
+//! Scanning a segment for records, without an index and past any damage.
+
+use esker_prefix::ObjectId;
+
+use crate::index::Entry;
+use crate::io::{AlignedBuf, PAGE, page_ceil, read_exact};
+use crate::record::{MAGIC, MAX_HEADER_BYTES, NotAHeader, PlacedHeader};
+use crate::segment::{OpenSegment, RECORDS_AT, SegmentId};
+use crate::shared::{Shared, miss_of};
+use crate::stats::MissCounts;
+use crate::{MissKind, verify};
+
+/// Read at once where payload is verified, in bytes.
+const PAYLOAD_READ_BYTES: usize = 1 << 20;
+/// Read at once where only headers are, in bytes: small records come many at a time, large ones are leapt over.
+const HEADER_READ_BYTES: usize = 64 << 10;
+
+/// A scan to be run.
+pub(crate) struct Scan<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) segment: OpenSegment,
+    pub(crate) id: SegmentId,
+    /// If not known, the record right behind the header page is trusted with it.
+    pub(crate) generation: Option<u64>,
+    pub(crate) verify_payload: bool,
+}
+
+/// What a scan found.
+#[derive(Default)]
+pub(crate) struct Scanned {
+    pub(crate) records: Vec<(ObjectId, Entry)>,
+    /// End of the last sound record; where the scan started if there was none.
+    pub(crate) end: u64,
+    /// Whether everything behind `end` is zero.
+    pub(crate) clean: bool,
+    pub(crate) dropped: MissCounts,
+    pub(crate) generation: Option<u64>,
+}
+
+impl Scan<'_> {
+    /// Scans `[from, to)`, both multiples of the page size except for the end of a cut file.
+    pub(crate) fn run(&self, from: u64, to: u64) -> Scanned {
+        let mut window = Window { scan: self, start: 0, buf: None };
+        let mut scanned = Scanned { end: from, clean: true, generation: self.generation, ..Scanned::default() };
+        let mut at = from;
+        while at + PAGE as u64 <= to {
+            let page = match window.bytes(at, PAGE, to) {
+                Ok(page) => page,
+                Err(kind) => {
+                    scanned.dropped.add(kind);
+                    scanned.clean = false;
+                    at += PAGE as u64;
+                    continue;
+                }
+            };
+            if !page.starts_with(MAGIC) {
+                scanned.clean &= page.iter().all(|&byte| byte == 0);
+                at += PAGE as u64;
+                continue;
+            }
+            match self.record(&mut window, at, to, scanned.generation) {
+                Ok(found) => {
+                    at += found.record_bytes as u64;
+                    scanned.end = at;
+                    scanned.clean = true;
+                    scanned.generation = Some(found.place.generation);
+                    scanned.records.push((found.header.id, Entry::of(&found)));
+                }
+                Err(kind) => {
+                    scanned.dropped.add(kind);
+                    scanned.clean = false;
+                    at += PAGE as u64;
+                }
+            }
+        }
+        scanned
+    }
+
+    /// The record at `at`, if it is sound, whole and belongs there.
+    fn record(&self, window: &mut Window<'_>, at: u64, to: u64, generation: Option<u64>) -> Result<PlacedHeader, MissKind> {
+        let found = match PlacedHeader::decode(window.bytes(at, PAGE, to)?) {
+            Err(NotAHeader::NeedsBytes(needed)) => {
+                PlacedHeader::decode(window.bytes(at, page_ceil(needed.min(MAX_HEADER_BYTES)), to)?)
+            }
+            decoded => decoded,
+        };
+        let found = found.map_err(|_| MissKind::HeaderChecksum)?;
+        let belongs = match generation {
+            Some(generation) => found.place.generation == generation,
+            None => at == RECORDS_AT,
+        };
+        if found.place.segment != self.id || found.place.offset != at || !belongs {
+            return Err(MissKind::WrongRecord);
+        }
+        if at + found.record_bytes as u64 > to {
+            return Err(MissKind::Truncated);
+        }
+        if self.verify_payload {
+            let record = window.bytes(at, found.record_bytes, to)?;
+            for plane in &found.header.planes {
+                verify::plane(plane, &record[plane.range()], &self.shared.pool)?;
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The part of the segment that is in memory.
+struct Window<'a> {
+    scan: &'a Scan<'a>,
+    start: u64,
+    buf: Option<AlignedBuf>,
+}
+
+impl Window<'_> {
+    /// `len` bytes at `at`, both whole pages, none of them behind `to`.
+    fn bytes(&mut self, at: u64, len: usize, to: u64) -> Result<&[u8], MissKind> {
+        if at + len as u64 > to {
+            return Err(MissKind::Truncated);
+        }
+        let held = self.buf.as_ref().map_or(0, |buf| buf.len() as u64);
+        if at < self.start || at + len as u64 > self.start + held {
+            self.buf = None;
+            let ahead = if self.scan.verify_payload { PAYLOAD_READ_BYTES } else { HEADER_READ_BYTES };
+            let rest = usize::try_from((to - at) / PAGE as u64 * PAGE as u64).unwrap_or(usize::MAX);
+            // A bad sector in the bytes ahead must not hide the sound ones before it.
+            let read = self.read(at, len.max(ahead.min(rest))).or_else(|_| self.read(at, len))?;
+            self.start = at;
+            self.buf = Some(read);
+        }
+        let skip = usize::try_from(at - self.start).unwrap_or(usize::MAX);
+        self.buf.as_ref().and_then(|buf| buf.get(skip..skip + len)).ok_or(MissKind::ReadError)
+    }
+
+    fn read(&self, at: u64, len: usize) -> Result<AlignedBuf, MissKind> {
+        let Shared { disk, pool, counters, .. } = self.scan.shared;
+        let read = read_exact(disk.as_ref(), pool, self.scan.segment.file, at, len);
+        read.inspect(|buf| counters.read_bytes.add(buf.len() as u64)).map_err(|error| miss_of(&error))
+    }
+}

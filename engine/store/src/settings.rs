@@ -1,0 +1,107 @@
+//! Settings: plain data.
+
+use std::time::Duration;
+
+use crate::io::{IoEngine, PAGE};
+use crate::{Result, StoreError};
+
+/// Largest segment: what the 32-bit offsets of a plane table reach, with room.
+pub(crate) const MAX_SEGMENT_BYTES: u64 = 2 << 30;
+/// Smallest segment: header, seal and one page of records.
+const MIN_SEGMENT_BYTES: u64 = 3 * PAGE as u64;
+
+/// How a store works. All of it may differ from one opening to the next.
+#[derive(Clone, Debug)]
+pub struct StoreSettings {
+    /// Length of new segments, in bytes; whole pages. Bounds the size of one object.
+    pub segment_bytes: u64,
+    /// Bytes that all segments together may take; puts beyond are refused as full.
+    pub capacity_bytes: u64,
+    /// zstd level for planes that shrink by at least 3 %; `None` stores every plane raw.
+    pub zstd_level: Option<i32>,
+    /// Bytes being read ahead by all fetches together. A fetch that gets no share still has one read in flight.
+    pub read_bytes_in_flight: usize,
+    /// Bytes being read ahead by one fetch.
+    pub fetch_window_bytes: usize,
+    /// Neighbouring planes and records are joined into reads up to this many bytes.
+    pub read_merge_bytes: usize,
+    /// Bytes of encoded records waiting for their commit; putters of more wait.
+    pub put_bytes_in_flight: usize,
+    /// Bytes of one group commit.
+    pub commit_bytes: usize,
+    /// Bytes of free buffers kept for reuse.
+    pub pool_bytes: usize,
+    /// After this many segments given up because of failed writes or flushes, writes are refused.
+    pub max_write_failures: u64,
+    /// I/O engines to try, in this order; the first that passes the probe is used.
+    pub io_engines: Vec<IoEngine>,
+    /// How long `open` waits for the folder's lock. A process that was killed may take a moment to be gone.
+    pub lock_wait: Duration,
+    /// Ways to break the store, so that tests can show that they would notice.
+    #[cfg(any(test, feature = "testing"))]
+    pub sabotage: Sabotage,
+}
+
+/// Negative controls: each disables one guard.
+#[cfg(any(test, feature = "testing"))]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sabotage {
+    /// Serve bytes without looking at checksums and digests.
+    pub skip_verification: bool,
+    /// Acknowledge puts without a flush.
+    pub skip_flush: bool,
+}
+
+impl Default for StoreSettings {
+    fn default() -> Self {
+        Self {
+            segment_bytes: 256 << 20,
+            capacity_bytes: u64::MAX,
+            zstd_level: Some(1),
+            read_bytes_in_flight: 64 << 20,
+            fetch_window_bytes: 16 << 20,
+            read_merge_bytes: 1 << 20,
+            put_bytes_in_flight: 64 << 20,
+            commit_bytes: 32 << 20,
+            pool_bytes: 64 << 20,
+            max_write_failures: 3,
+            io_engines: vec![
+                IoEngine::UringDirect,
+                IoEngine::PositionalDirect,
+                IoEngine::PositionalBuffered,
+            ],
+            lock_wait: Duration::ZERO,
+            #[cfg(any(test, feature = "testing"))]
+            sabotage: Sabotage::default(),
+        }
+    }
+}
+
+impl StoreSettings {
+    pub(crate) fn check(&self) -> Result<()> {
+        let bad = |reason| {
+            Err(StoreError::BadSetting { name: "segment_bytes", value: self.segment_bytes, reason })
+        };
+        if !(MIN_SEGMENT_BYTES..=MAX_SEGMENT_BYTES).contains(&self.segment_bytes) {
+            return bad("segments have 12 KiB to 2 GiB");
+        }
+        if !self.segment_bytes.is_multiple_of(PAGE as u64) {
+            return bad("segments are whole pages of 4096 bytes");
+        }
+        Ok(())
+    }
+
+    pub(crate) fn skips_verification(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.skip_verification;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+
+    pub(crate) fn skips_flush(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.skip_flush;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+}

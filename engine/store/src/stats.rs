@@ -1,0 +1,197 @@
+//! What is counted.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::io::IoEngine;
+
+/// Why an object that was asked for is not returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum MissKind {
+    /// It is not in the index, or its segment is gone.
+    Absent = 0,
+    /// The device failed to read it.
+    ReadError = 1,
+    /// Its segment ends before the record does.
+    Truncated = 2,
+    /// Its header does not match the header's checksum.
+    HeaderChecksum = 3,
+    /// Its header is sound but is another record's, or an older one's, than the index says.
+    WrongRecord = 4,
+    /// Stored bytes of a plane do not match their checksum.
+    PlaneChecksum = 5,
+    /// A plane does not decompress to its length.
+    Decode = 6,
+    /// The content of a plane does not match its digest.
+    Digest = 7,
+    /// The deadline came first.
+    Deadline = 8,
+}
+
+impl MissKind {
+    /// All kinds.
+    pub const ALL: [Self; 9] = [
+        Self::Absent,
+        Self::ReadError,
+        Self::Truncated,
+        Self::HeaderChecksum,
+        Self::WrongRecord,
+        Self::PlaneChecksum,
+        Self::Decode,
+        Self::Digest,
+        Self::Deadline,
+    ];
+
+    /// Whether the record itself is at fault, so that it is worth a second read and then quarantine.
+    pub fn is_damage(self) -> bool {
+        !matches!(self, Self::Absent | Self::Deadline)
+    }
+
+    /// Name for logs and metric labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Absent => "absent",
+            Self::ReadError => "read_error",
+            Self::Truncated => "truncated",
+            Self::HeaderChecksum => "header_checksum",
+            Self::WrongRecord => "wrong_record",
+            Self::PlaneChecksum => "plane_checksum",
+            Self::Decode => "decode",
+            Self::Digest => "digest",
+            Self::Deadline => "deadline",
+        }
+    }
+}
+
+impl fmt::Display for MissKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A count by [`MissKind`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MissCounts([u64; MissKind::ALL.len()]);
+
+impl MissCounts {
+    /// How many of this kind.
+    pub fn get(&self, kind: MissKind) -> u64 {
+        self.0[kind as usize]
+    }
+
+    /// How many of all kinds.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// The kinds that were counted at all.
+    pub fn iter(&self) -> impl Iterator<Item = (MissKind, u64)> {
+        MissKind::ALL.into_iter().map(|kind| (kind, self.get(kind))).filter(|&(_, count)| count > 0)
+    }
+
+    pub(crate) fn add(&mut self, kind: MissKind) {
+        self.0[kind as usize] += 1;
+    }
+
+    pub(crate) fn merge(&mut self, other: &Self) {
+        self.0.iter_mut().zip(other.0).for_each(|(count, more)| *count += more);
+    }
+}
+
+/// What a store has done since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreStats {
+    /// Objects stored.
+    pub stored: u64,
+    /// Puts of bytes that were stored before.
+    pub present: u64,
+    /// Puts of other bytes under a known id.
+    pub content_mismatch: u64,
+    /// Puts refused or failed for any other reason.
+    pub put_errors: u64,
+    /// Objects fetched with all the planes asked for.
+    pub fetched: u64,
+    /// Objects asked for and not returned.
+    pub misses: MissCounts,
+    /// Index entries removed because their record is bad.
+    pub quarantined: u64,
+    /// Bytes read from the device.
+    pub read_bytes: u64,
+    /// Bytes written to the device.
+    pub written_bytes: u64,
+    /// Group commits.
+    pub commits: u64,
+    /// Index reads that failed; answered as misses.
+    pub index_errors: u64,
+    /// Segments now.
+    pub segments: u64,
+    /// Bytes of all segments on disk.
+    pub segment_bytes: u64,
+    /// Segments given up since a write or flush into them failed.
+    pub suspect_segments: u64,
+    /// I/O completions that belonged to no operation.
+    pub unknown_completions: u64,
+}
+
+/// What `open` found and did.
+#[derive(Debug, Clone)]
+pub struct OpenReport {
+    /// The I/O engine in use.
+    pub engine: IoEngine,
+    /// Engines that did not pass the probe, and why.
+    pub refused_engines: Vec<(IoEngine, String)>,
+    /// Whether the index was missing, damaged or outdated, and was built anew.
+    pub rebuilt: bool,
+    /// Segments found.
+    pub segments: u64,
+    /// Records added to the index.
+    pub records_indexed: u64,
+    /// Records found bad while scanning, by kind.
+    pub records_dropped: MissCounts,
+    /// Index entries removed because their segment is gone or too short.
+    pub entries_dropped: u64,
+    /// Segment files whose content could not be told; left alone.
+    pub unreadable_segments: Vec<String>,
+}
+
+/// The running counts behind [`StoreStats`].
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) stored: Counter,
+    pub(crate) present: Counter,
+    pub(crate) content_mismatch: Counter,
+    pub(crate) put_errors: Counter,
+    pub(crate) fetched: Counter,
+    pub(crate) misses: [Counter; MissKind::ALL.len()],
+    pub(crate) quarantined: Counter,
+    pub(crate) read_bytes: Counter,
+    pub(crate) written_bytes: Counter,
+    pub(crate) commits: Counter,
+    pub(crate) index_errors: Counter,
+    pub(crate) suspect_segments: Counter,
+}
+
+impl Counters {
+    pub(crate) fn miss(&self, kind: MissKind) {
+        self.misses[kind as usize].add(1);
+    }
+
+    pub(crate) fn miss_counts(&self) -> MissCounts {
+        MissCounts(std::array::from_fn(|kind| self.misses[kind].get()))
+    }
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
