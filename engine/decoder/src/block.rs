@@ -2,14 +2,13 @@
 //!
 //! A plane holds, for a run of a group's layers, layer after layer, the rows of the block; a row is its fields, packed,
 //! little-endian (see `esker_prefix::KvLayout`). Group `latent` has rows `[latent | rope key]`, group `indexer_key`
-//! rows `[key]`: the order in which a [`Sequence`] keeps them, so both directions are copies. Nothing is rounded
+//! rows `[key]`. Nothing is rounded
 //! here: a row was rounded to its stored format before it was first used.
 
 use bytes::Bytes;
 use esker_prefix::{BlockHash, BlockObject, NamespaceId, ObjectKind, PlaneSpec, PrefixError, ScopeTag};
 use half::bf16;
 
-use crate::sequence::LayerCache;
 use crate::{DecoderError, KvFormat, Model, Result, Sequence};
 
 const INDEXER_GROUP: &str = "indexer_key";
@@ -39,9 +38,14 @@ impl Sequence {
         let plane = |spec: &PlaneSpec| {
             let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
             for (layer, indexer) in layers_of(model, spec) {
-                let rows = self.layers[layer].group(indexer);
-                let width = rows.len() / self.tokens;
-                encode(&rows[(end - block_tokens) * width..end * width], model.kv_format(), &mut bytes);
+                let cache = &self.layers[layer];
+                let rows = end - block_tokens..end;
+                if indexer {
+                    encode(&cache.keys.rows(rows), model.kv_format(), &mut bytes);
+                } else {
+                    let width = model.config().row_width();
+                    encode(&cache.rows[rows.start * width..rows.end * width], model.kv_format(), &mut bytes);
+                }
             }
             Bytes::from(bytes)
         };
@@ -61,7 +65,14 @@ impl Sequence {
             let layers = layers_of(model, spec);
             let layer_bytes = plane.len() / layers.len();
             for ((layer, indexer), bytes) in layers.zip(plane.chunks_exact(layer_bytes)) {
-                decode(bytes, model.kv_format(), self.layers[layer].group_mut(indexer));
+                let cache = &mut self.layers[layer];
+                if indexer {
+                    let mut keys = Vec::new();
+                    decode(bytes, model.kv_format(), &mut keys);
+                    cache.keys.extend(&keys);
+                } else {
+                    decode(bytes, model.kv_format(), &mut cache.rows);
+                }
             }
         }
         self.tokens += model.layout().block_tokens() as usize;
@@ -107,16 +118,6 @@ impl Sequence {
             }
         }
         Ok(())
-    }
-}
-
-impl LayerCache {
-    fn group(&self, indexer: bool) -> &[f32] {
-        if indexer { &self.keys } else { &self.rows }
-    }
-
-    fn group_mut(&mut self, indexer: bool) -> &mut Vec<f32> {
-        if indexer { &mut self.keys } else { &mut self.rows }
     }
 }
 

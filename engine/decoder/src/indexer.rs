@@ -1,23 +1,22 @@
 //! The indexer of DeepSeek Sparse Attention (arXiv 2512.02556): which rows a query attends to.
 //!
 //! `score(t, s) = sum_h w_h(t) relu(q_h(t) . k(s)) / sqrt(width)` for `s <= t`; the `index_topk` best are selected.
-//! Products are formed for a tile of queries and a block of keys at a time; each is one chain over the width, and
-//! heads are added in ascending order, so a score depends on its query and key alone.
+//! A product is one chain over the width, and heads are added in ascending order, so a score depends on its query and
+//! key alone.
 
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::kernel::gemm::{View, gemm};
-use crate::kernel::vector::weighted_relu;
+use crate::kernel::sparse::{LANES, index_scores};
 use crate::linear::Linear;
 use crate::norm::LayerNorm;
+use crate::panels::KeyPanels;
 use crate::rope::Angles;
 use crate::topk::TopK;
 use crate::{ModelConfig, Result};
 
-/// Rows (queries times heads) of one product, and its columns (keys): 512 KiB, half of a core's cache.
-const TILE_ROWS: usize = 256;
-const TILE_KEYS: usize = 512;
+/// Queries that one task scores: each pass over the keys serves all of them.
+const TILE_QUERIES: usize = 16;
 
 /// Indexer of one layer.
 pub(crate) struct Indexer {
@@ -70,7 +69,7 @@ impl Indexer {
         latents: &[f32],
         angles: &Angles,
         first: usize,
-        keys: &[f32],
+        keys: &KeyPanels,
         selection: &mut [Vec<u32>],
     ) {
         let row = self.heads * self.width;
@@ -82,14 +81,13 @@ impl Indexer {
         let scale = 1.0 / ((self.heads * self.width) as f32).sqrt();
         weights.iter_mut().for_each(|weight| *weight *= scale);
 
-        let tile = (TILE_ROWS / self.heads).clamp(1, 64);
         selection
-            .par_chunks_mut(tile)
-            .zip(queries.par_chunks(tile * row))
-            .zip(weights.par_chunks(tile * self.heads))
+            .par_chunks_mut(TILE_QUERIES)
+            .zip(queries.par_chunks(TILE_QUERIES * row))
+            .zip(weights.par_chunks(TILE_QUERIES * self.heads))
             .enumerate()
             .for_each_init(Scratch::default, |scratch, (index, ((selection, queries), weights))| {
-                self.select_tile(queries, weights, first + index * tile, keys, selection, scratch);
+                self.select_tile(queries, weights, first + index * TILE_QUERIES, keys, selection, scratch);
             });
     }
 
@@ -98,28 +96,19 @@ impl Indexer {
         queries: &[f32],
         weights: &[f32],
         first: usize,
-        keys: &[f32],
+        keys: &KeyPanels,
         selection: &mut [Vec<u32>],
         scratch: &mut Scratch,
     ) {
         let visible = first + selection.len();
-        let Scratch { products, scores, topk } = scratch;
-        scores.resize(selection.len() * visible, 0.0);
+        let stride = visible.next_multiple_of(LANES);
+        let Scratch { scores, topk } = scratch;
+        scores.resize(selection.len() * stride, 0.0);
         // While all visible rows fit the selection there is nothing to score.
         if visible > self.topk {
-            let queries = View::new(queries, selection.len() * self.heads, self.width, self.width);
-            for block in (0..visible).step_by(TILE_KEYS) {
-                let count = TILE_KEYS.min(visible - block);
-                let keys = View::new(&keys[block * self.width..], count, self.width, self.width);
-                products.resize(selection.len() * self.heads * count, 0.0);
-                gemm(queries, keys.transposed(), products, count);
-                let heads = products.chunks_exact(self.heads * count).zip(weights.chunks_exact(self.heads));
-                for ((products, weights), scores) in heads.zip(scores.chunks_exact_mut(visible)) {
-                    weighted_relu(products, weights, &mut scores[block..block + count]);
-                }
-            }
+            index_scores(queries, weights, self.heads, keys.panels(visible), scores);
         }
-        for (index, (selection, scores)) in selection.iter_mut().zip(scores.chunks_exact(visible)).enumerate()
+        for (index, (selection, scores)) in selection.iter_mut().zip(scores.chunks_exact(stride)).enumerate()
         {
             topk.select(&scores[..=first + index], self.topk, selection);
         }
@@ -128,7 +117,6 @@ impl Indexer {
 
 #[derive(Default)]
 struct Scratch {
-    products: Vec<f32>,
     scores: Vec<f32>,
     topk: TopK,
 }

@@ -21,6 +21,7 @@ mod mla;
 mod model;
 mod moe;
 mod norm;
+mod panels;
 mod rope;
 mod sampler;
 mod sequence;

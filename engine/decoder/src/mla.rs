@@ -1,16 +1,15 @@
 //! Multi-head latent attention over the selected rows, in absorbed form.
 //!
 //! A cached row is `[latent | rope key]`, shared by all heads. Per head, `W_UK` maps the query into latent space, so
-//! scores are products of `[heads, row]` with the selected rows, and `W_UV` maps the weighted sum of latents to
-//! values. Both products run once per query over its rows in ascending order: the same whether the query came in a
-//! chunk or alone, and whether its rows lie together or had to be gathered.
+//! scores are products with the selected rows as they lie in the cache, and `W_UV` maps the weighted sum of latents
+//! to values. Sums over rows run per query in ascending order: the same whether the query came in a chunk or alone.
 
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::indexer::Indexer;
 use crate::kernel::gemm::{View, gemm};
-use crate::kernel::vector::softmax;
+use crate::kernel::sparse::{Scratch, attend};
 use crate::linear::{Linear, transpose};
 use crate::norm::{LATENT_EPS, RmsNorm};
 use crate::rope::{Angles, Rope};
@@ -125,7 +124,7 @@ impl Mla {
         if let Some(indexer) = &self.indexer {
             let mut keys = indexer.keys(x, angles);
             format.round(&mut keys);
-            cache.keys.extend_from_slice(&keys);
+            cache.keys.extend(&keys);
             indexer.select(x, &latents, angles, first, &cache.keys, selection);
         }
         self.o_proj.apply(&self.attend(&queries, &cache.rows, selection))
@@ -138,7 +137,7 @@ impl Mla {
         out.par_chunks_mut(TILE_QUERIES * value)
             .zip(queries.par_chunks(TILE_QUERIES * query))
             .zip(selection.par_chunks(TILE_QUERIES))
-            .for_each_init(Scratch::default, |scratch, ((out, queries), selection)| {
+            .for_each_init(Tile::default, |scratch, ((out, queries), selection)| {
                 self.attend_tile(queries, rows, selection, out, scratch);
             });
         out
@@ -150,11 +149,11 @@ impl Mla {
         rows: &[f32],
         selection: &[Vec<u32>],
         out: &mut [f32],
-        scratch: &mut Scratch,
+        scratch: &mut Tile,
     ) {
         let Self { heads, nope, rope, latent, value, .. } = *self;
         let (tokens, query, width) = (selection.len(), nope + rope, latent + rope);
-        let Scratch { absorbed, gathered, scores, summed } = scratch;
+        let Tile { absorbed, summed, scratch } = scratch;
 
         // Queries into latent space: [tokens, heads, latent | rope].
         absorbed.resize(tokens * heads * width, 0.0);
@@ -169,14 +168,7 @@ impl Mla {
         summed.resize(tokens * heads * latent, 0.0);
         let tokens_of = absorbed.chunks_exact(heads * width).zip(summed.chunks_exact_mut(heads * latent));
         for ((query, summed), selected) in tokens_of.zip(selection) {
-            let count = selected.len();
-            let rows = gather(rows, width, selected, gathered);
-            scores.resize(heads * count, 0.0);
-            let query = View::new(query, heads, width, width);
-            gemm(query, View::new(rows, count, width, width).transposed(), scores, count);
-            scores.chunks_exact_mut(count).for_each(|scores| softmax(scores, self.scale));
-            let latents = View::new(rows, count, latent, width);
-            gemm(View::new(scores, heads, count, count), latents, summed, latent);
+            attend(query, rows, selected, latent, self.scale, scratch, summed);
         }
 
         // Weighted latents to values: [tokens, heads, v].
@@ -187,24 +179,10 @@ impl Mla {
     }
 }
 
-/// The selected rows, one after another. `selected` is ascending and without repeats, so a selection as long as its
-/// last index says is every row up to there, which already lie together.
-fn gather<'a>(rows: &'a [f32], width: usize, selected: &[u32], buffer: &'a mut Vec<f32>) -> &'a [f32] {
-    let count = selected.len();
-    if selected.last().is_some_and(|&last| last as usize + 1 == count) {
-        return &rows[..count * width];
-    }
-    buffer.resize(count * width, 0.0);
-    for (to, &row) in buffer.chunks_exact_mut(width).zip(selected) {
-        to.copy_from_slice(&rows[row as usize * width..][..width]);
-    }
-    buffer
-}
-
+/// Buffers that one thread reuses from tile to tile.
 #[derive(Default)]
-struct Scratch {
+struct Tile {
     absorbed: Vec<f32>,
-    gathered: Vec<f32>,
-    scores: Vec<f32>,
     summed: Vec<f32>,
+    scratch: Scratch,
 }

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use esker_prefix::{BlockHash, TokenId};
 
 use crate::kernel::vector::add_scaled;
+use crate::panels::KeyPanels;
 use crate::rope::Angles;
 use crate::{DecoderError, KvFormat, Model, Result};
 
@@ -28,12 +29,11 @@ pub struct Sequence {
 }
 
 /// Rows of one layer.
-#[derive(Default)]
 pub(crate) struct LayerCache {
     /// `[tokens, kv_lora_rank + qk_rope_head_dim]`.
     pub(crate) rows: Vec<f32>,
-    /// `[tokens, index_head_dim]`; empty where the layer shares a selection.
-    pub(crate) keys: Vec<f32>,
+    /// Empty where the layer shares a selection.
+    pub(crate) keys: KeyPanels,
 }
 
 /// Which positions to give logits for.
@@ -89,7 +89,9 @@ pub enum StateField {
 impl Sequence {
     /// An empty sequence of this model.
     pub fn new(model: &Model) -> Self {
-        let layers = model.layers.iter().map(|_| LayerCache::default()).collect();
+        let width = model.config.index_head_dim;
+        let layer = |_: &_| LayerCache { rows: Vec::new(), keys: KeyPanels::new(width) };
+        let layers = model.layers.iter().map(layer).collect();
         Self { layers, tokens: 0, model: model.fingerprint(), restored: None, recorded: None }
     }
 
@@ -155,9 +157,8 @@ impl Sequence {
             return;
         }
         for layer in &mut self.layers {
-            for rows in [&mut layer.rows, &mut layer.keys] {
-                rows.truncate(rows.len() / self.tokens * tokens);
-            }
+            layer.rows.truncate(layer.rows.len() / self.tokens * tokens);
+            layer.keys.truncate(tokens);
         }
         for layer in self.recorded.iter_mut().flatten() {
             layer.truncate(tokens);
@@ -185,7 +186,7 @@ impl Sequence {
         match field {
             StateField::Latent => rows.flat_map(|row| &row[..latent]).copied().collect(),
             StateField::RopeKey => rows.flat_map(|row| &row[latent..]).copied().collect(),
-            StateField::IndexKey => cache.keys.clone(),
+            StateField::IndexKey => cache.keys.rows(0..cache.keys.len() / model.config.index_head_dim),
         }
     }
 
@@ -196,7 +197,9 @@ impl Sequence {
     pub(crate) fn reserve(&mut self, model: &Model, tokens: usize) {
         for (cache, indexed) in self.layers.iter_mut().zip(&model.config.has_indexer) {
             cache.rows.reserve(tokens * model.config.row_width());
-            cache.keys.reserve(if *indexed { tokens * model.config.index_head_dim } else { 0 });
+            if *indexed {
+                cache.keys.reserve(tokens);
+            }
         }
     }
 

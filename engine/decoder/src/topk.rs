@@ -32,39 +32,32 @@ impl TopK {
         self.maxima.resize(scores.len().div_ceil(GROUP), 0);
         group_maxima(&self.keys, &mut self.maxima);
 
-        let threshold = self.threshold(k);
-        let above = self.candidates.iter().filter(|&&key| key > threshold).count();
-        let mut level = k - above;
-        for (group, keys) in self.keys.chunks(GROUP).enumerate() {
-            if self.maxima[group] < threshold {
-                continue;
-            }
-            for (offset, &key) in keys.iter().enumerate() {
-                let take = key > threshold || key == threshold && level > 0;
-                level -= usize::from(take && key == threshold);
-                if take {
-                    out.push(index(group * GROUP + offset));
-                }
+        self.collect(k);
+        let threshold = kth_largest(&mut self.maxima, k);
+        let mut level = k - self.maxima.iter().filter(|&&key| key > threshold).count();
+        for &candidate in &self.candidates {
+            let key = self.keys[candidate as usize];
+            let take = key > threshold || key == threshold && level > 0;
+            level -= usize::from(take && key == threshold);
+            if take {
+                out.push(candidate);
             }
         }
     }
 
-    /// The k-th largest key; leaves every key that is at least as large in `candidates`.
-    fn threshold(&mut self, k: usize) -> u32 {
-        self.candidates.clear();
-        if self.maxima.len() <= k {
-            self.candidates.extend_from_slice(&self.keys);
-        } else {
-            self.candidates.extend_from_slice(&self.maxima);
-            let bound = kth_largest(&mut self.candidates, k);
-            self.candidates.clear();
-            for (keys, max) in self.keys.chunks(GROUP).zip(&self.maxima) {
-                if *max >= bound {
-                    self.candidates.extend(keys.iter().filter(|&&key| key >= bound));
-                }
-            }
+    /// Leaves in `candidates`, ascending, the indices of at least the `k` best, and in `maxima` their keys.
+    fn collect(&mut self, k: usize) {
+        let bound = if self.maxima.len() > k { kth_largest(&mut self.maxima, k) } else { 0 };
+        // Written without a branch on the comparison, which no predictor could foresee.
+        self.candidates.resize(self.keys.len(), 0);
+        let mut count = 0;
+        for (position, &key) in (0..).zip(&self.keys) {
+            self.candidates[count] = position;
+            count += usize::from(key >= bound);
         }
-        kth_largest(&mut self.candidates, k)
+        self.candidates.truncate(count);
+        self.maxima.clear();
+        self.maxima.extend(self.candidates.iter().map(|&candidate| self.keys[candidate as usize]));
     }
 }
 

@@ -4,7 +4,7 @@
 //! repeats that crate's order of operations: fused multiply-adds over k in ascending order, restarted every
 //! [`BLOCK`] steps, parts added in order. The tests of `gemm.rs` compare the two to the bit.
 
-use super::{Width, wide, width};
+use super::{Width, fma, wide, width};
 
 /// `matrixmultiply`'s blocking of k for F32.
 const BLOCK: usize = 256;
@@ -27,7 +27,7 @@ wide! {
                 for (k, x) in x.iter().enumerate() {
                     let row = &b[(block * BLOCK + k) * stride + index * LANES..][..LANES];
                     for (sum, b) in sums.iter_mut().zip(row) {
-                        *sum = x.mul_add(*b, *sum);
+                        *sum = fma::<FUSED>(*x, *b, *sum);
                     }
                 }
                 for (total, sum) in total.iter_mut().zip(sums) {
@@ -42,7 +42,7 @@ wide! {
             for (block, x) in x.chunks(BLOCK).enumerate() {
                 let mut sum = 0.0_f32;
                 for (k, x) in x.iter().enumerate() {
-                    sum = x.mul_add(b[(block * BLOCK + k) * stride + first + j], sum);
+                    sum = fma::<FUSED>(*x, b[(block * BLOCK + k) * stride + first + j], sum);
                 }
                 total = if block == 0 { sum } else { total + sum };
             }

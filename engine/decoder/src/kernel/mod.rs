@@ -6,24 +6,25 @@
 
 pub(crate) mod gemm;
 mod gemv;
+pub(crate) mod sparse;
 pub(crate) mod vector;
 
 /// Defines functions compiled three times: for AVX-512, for AVX2, and for what the build targets; the widest
-/// that the machine has is called.
+/// that the machine has is called. In their bodies `FUSED` says whether products are fused into sums.
 macro_rules! wide {
     ($($(#[$meta:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$meta])*
         $visibility fn $name($($arg: $type),*) $(-> $ret)? {
             #[inline(always)]
-            fn body($($arg: $type),*) $(-> $ret)? $body
+            fn body<const FUSED: bool>($($arg: $type),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-                fn avx512($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
+                fn avx512($($arg: $type),*) $(-> $ret)? { body::<true>($($arg),*) }
 
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2($($arg: $type),*) $(-> $ret)? { body($($arg),*) }
+                fn avx2($($arg: $type),*) $(-> $ret)? { body::<true>($($arg),*) }
 
                 match crate::kernel::width() {
                     // SAFETY: `width` found every feature that `avx512` is compiled for on this machine.
@@ -35,11 +36,20 @@ macro_rules! wide {
                     crate::kernel::Width::Baseline => {}
                 }
             }
-            body($($arg),*)
+            body::<{ crate::kernel::BASELINE_FUSED }>($($arg),*)
         }
     )*};
 }
 use wide;
+
+/// Whether the build target itself has fused multiply-adds.
+const BASELINE_FUSED: bool = cfg!(target_arch = "aarch64");
+
+/// `a * b + c`, rounded once if `FUSED`, which is fast only where the machine has an instruction for it.
+#[inline(always)]
+fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}
 
 /// Instruction sets that a `wide` function is compiled for.
 #[derive(Clone, Copy, PartialEq, Eq)]

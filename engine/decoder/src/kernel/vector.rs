@@ -16,25 +16,6 @@ wide! {
         sum_by(x, |value| value)
     }
 
-    /// `x = softmax(x * scale)`.
-    pub(crate) fn softmax(x: &mut [f32], scale: f32) {
-        let mut max = [f32::NEG_INFINITY; LANES];
-        let (chunks, rest) = x.as_chunks::<LANES>();
-        for chunk in chunks {
-            for (max, value) in max.iter_mut().zip(chunk) {
-                *max = if *value > *max { *value } else { *max };
-            }
-        }
-        let max = max.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
-        for value in x.iter_mut() {
-            *value = exp((*value - max) * scale);
-        }
-        let inverse = 1.0 / sum_by(x, |value| value);
-        for value in x.iter_mut() {
-            *value *= inverse;
-        }
-    }
-
     /// `out = silu(gate) * up`.
     pub(crate) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
@@ -53,17 +34,6 @@ wide! {
     pub(crate) fn add_scaled(out: &mut [f32], x: &[f32], factor: f32) {
         for (out, x) in out.iter_mut().zip(x) {
             *out += x * factor;
-        }
-    }
-
-    /// `out[s] = sum_h weights[h] * relu(products[h, s])`, heads in ascending order; `products` is
-    /// `[weights.len(), out.len()]`.
-    pub(crate) fn weighted_relu(products: &[f32], weights: &[f32], out: &mut [f32]) {
-        out.fill(0.0);
-        for (row, weight) in products.chunks_exact(out.len()).zip(weights) {
-            for (out, product) in out.iter_mut().zip(row) {
-                *out += weight * if *product > 0.0 { *product } else { 0.0 };
-            }
         }
     }
 
@@ -113,7 +83,7 @@ fn sum_by(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 /// does not vectorise and whose bits differ between versions. Polynomial: Cephes, `expf`.
 #[inline(always)]
 #[allow(clippy::excessive_precision)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     let clamped = x.clamp(-87.3, 88.3);
     let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
@@ -143,15 +113,6 @@ mod tests {
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(1000.0).is_finite());
-    }
-
-    #[test]
-    fn softmax_sums_to_one_at_any_length() {
-        for len in [1, 15, 16, 17, 100] {
-            let mut x: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin() * 20.0).collect();
-            softmax(&mut x, 0.5);
-            assert!((sum(&x) - 1.0).abs() < 1e-6);
-        }
     }
 
     #[test]
