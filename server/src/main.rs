@@ -1,2 +1,39 @@
 //! The `esker` command.
-fn main() {}
+
+use clap::{Parser, Subcommand};
+use esker_server::command;
+
+/// Esker keeps the KV cache of prompts on SSD and gives it back for a few percent of the cost of computing it again.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 100, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve the prefix cache and the bundled decoder over gRPC
+    Serve(command::serve::Args),
+    /// Continue a text on a running node
+    Generate(command::generate::Args),
+    /// Show how much of a text a running node has stored
+    Lookup(command::lookup::Args),
+    /// Show it all: a long document cold, SIGKILL, restart, the same document warm, and that nothing changed
+    Demo(command::demo::Args),
+    /// Check the decoder against a folder of golden vectors
+    Golden(command::golden::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    // Messages for people go to standard error; standard output carries results only.
+    let filter = tracing_subscriber::EnvFilter::try_from_env("ESKER_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match Cli::parse().command {
+        Command::Serve(args) => command::serve::run(args),
+        Command::Generate(args) => command::generate::run(args),
+        Command::Lookup(args) => command::lookup::run(args),
+        Command::Demo(args) => command::demo::run(args),
+        Command::Golden(args) => command::golden::run(&args),
+    }
+}

@@ -1,0 +1,133 @@
+//! `esker serve`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use esker_decoder::KvFormat;
+use esker_store::StoreSettings;
+use esker_store::io::IoEngine;
+
+use crate::model_folder::load_model;
+use crate::node::{Node, NodeSettings};
+use crate::{bundled, serve};
+
+/// A process that was killed may hold its lock for a moment longer.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+
+/// Arguments of `esker serve`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Data folder; made if absent. One process at a time
+    #[arg(long, short, value_name = "DIR", default_value = "esker-data")]
+    data: PathBuf,
+    /// Address to listen on; port 0 takes a free one
+    #[arg(long, short, value_name = "IP:PORT", default_value = "127.0.0.1:7410")]
+    listen: SocketAddr,
+    /// Listen beyond loopback although nobody is asked who they are
+    #[arg(long)]
+    insecure: bool,
+    /// Decode with the model of this folder (config.json, *.safetensors, tokenizer.json) instead of the bundled one
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Serve the prefix cache only
+    #[arg(long, conflicts_with = "model")]
+    no_model: bool,
+    /// Number format of the decoder's KV cache
+    #[arg(long, value_enum, default_value_t = Kv::Bf16)]
+    kv: Kv,
+    /// Tokens per block of the decoder's KV cache; a power of two
+    #[arg(long, default_value_t = 128, value_parser = block_tokens)]
+    block_tokens: u32,
+    /// How planes are written
+    #[arg(long, value_enum, default_value_t = PlaneCodec::Zstd)]
+    codec: PlaneCodec,
+    /// Size of a segment file in MiB
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(4..=4096), value_name = "MIB")]
+    segment_mib: u64,
+    /// How the disk is reached; auto probes for io_uring
+    #[arg(long, value_enum, default_value_t = Io::Auto)]
+    io: Io,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Kv {
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum PlaneCodec {
+    Raw,
+    Zstd,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Io {
+    Auto,
+    Uring,
+    Positional,
+}
+
+fn block_tokens(text: &str) -> Result<u32, String> {
+    match text.parse::<u32>() {
+        Ok(count) if count.is_power_of_two() && (16..=1024).contains(&count) => Ok(count),
+        _ => Err("must be a power of two between 16 and 1024".into()),
+    }
+}
+
+/// Serves until SIGINT or SIGTERM.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let format = match args.kv {
+        Kv::F32 => KvFormat::F32,
+        Kv::Bf16 => KvFormat::Bf16,
+    };
+    let model = match &args.model {
+        _ if args.no_model => None,
+        Some(dir) => Some(load_model(dir, format, args.block_tokens)?),
+        None => Some(bundled::load(format, args.block_tokens)?),
+    };
+    let defaults = StoreSettings::default();
+    let store = StoreSettings {
+        segment_bytes: args.segment_mib << 20,
+        zstd_level: match args.codec {
+            PlaneCodec::Raw => None,
+            PlaneCodec::Zstd => defaults.zstd_level,
+        },
+        io_engines: match args.io {
+            Io::Auto => defaults.io_engines.clone(),
+            Io::Uring => vec![IoEngine::UringDirect],
+            Io::Positional => vec![IoEngine::PositionalDirect, IoEngine::PositionalBuffered],
+        },
+        lock_wait: LOCK_WAIT,
+        ..defaults
+    };
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    let node = Arc::new(Node::open(&NodeSettings { data: args.data.clone(), store }, model)?);
+    let report = node.store.open_report();
+    tracing::info!(data = %args.data.display(), ?report, "the store is open");
+    runtime.block_on(async {
+        let running = serve::start(node.clone(), args.listen, args.insecure, stop_signal()?).await?;
+        // The one line on standard output: scripts wait for it and read the port from it.
+        println!("listening on {}", running.address);
+        running.wait().await
+    })?;
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Resolves on the first SIGINT or SIGTERM.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}

@@ -1,0 +1,199 @@
+//! `Decoder`: describe, tokenize, generate.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use esker_decoder::Sampler;
+use esker_proto::v1::{self, generate_reply, generate_request};
+use esker_proto::{MAX_TEXT_BYTES, WireError, check_tokens};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::status::{from_generate, from_wire};
+use crate::generate::{Account, Event, GenerateError, Job, generate};
+use crate::node::{Engine, Node};
+
+/// Generations that compute at a time: each uses every core by itself.
+const RUNNING: usize = 2;
+/// Generations that wait for one of them; more are refused.
+const MAX_WAITING: usize = 32;
+const DEFAULT_NEW_TOKENS: u32 = 64;
+/// Events buffered for a client.
+const EVENT_BUFFER: usize = 64;
+/// A client that takes nothing for this long is let go.
+const IDLE_PROGRESS: Duration = Duration::from_secs(30);
+
+/// The service.
+pub(crate) struct DecoderService {
+    node: Arc<Node>,
+    running: Arc<Semaphore>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl DecoderService {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node, running: Arc::new(Semaphore::new(RUNNING)), waiting: Arc::default() }
+    }
+
+    fn engine(&self) -> Result<&Engine, Status> {
+        engine(&self.node)
+    }
+
+    fn job(&self, request: v1::GenerateRequest) -> Result<Job, Status> {
+        let engine = self.engine()?;
+        let prompt = match request.prompt.ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
+            generate_request::Prompt::Tokens(tokens) => check_tokens(tokens.ids).map_err(from_wire)?,
+            generate_request::Prompt::Text(text) => tokenize(engine, &text)?,
+        };
+        let context = engine.loaded.model.config().max_position_embeddings;
+        if prompt.len() >= context {
+            return Err(Status::invalid_argument(format!(
+                "the prompt has {} tokens and the model's context {context}: at least one must be left to write",
+                prompt.len()
+            )));
+        }
+        let wanted = if request.max_new_tokens == 0 { DEFAULT_NEW_TOKENS } else { request.max_new_tokens };
+        let max_new_tokens = (wanted as usize).min(context - prompt.len());
+        let top_p = if request.top_p == 0.0 { 1.0 } else { request.top_p };
+        let sampler = Sampler::seeded(request.temperature, top_p, request.seed)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        Ok(Job { prompt, max_new_tokens, sampler, logits_digest: request.logits_digest })
+    }
+}
+
+fn engine(node: &Node) -> Result<&Engine, Status> {
+    node.engine.as_ref().ok_or_else(|| Status::unimplemented("this node was started without a model"))
+}
+
+fn tokenize(engine: &Engine, text: &str) -> Result<Vec<esker_prefix::TokenId>, Status> {
+    if text.len() > MAX_TEXT_BYTES {
+        let (limit, got) = (MAX_TEXT_BYTES, text.len());
+        return Err(from_wire(WireError::TooLarge { field: "text", unit: "bytes", limit, got }));
+    }
+    let tokens =
+        engine.loaded.tokenizer.encode(text).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    if tokens.is_empty() {
+        return Err(from_wire(WireError::Empty("text")));
+    }
+    Ok(tokens)
+}
+
+#[tonic::async_trait]
+impl v1::decoder_server::Decoder for DecoderService {
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeReply>, Status> {
+        let engine = self.engine()?;
+        let model = &engine.loaded.model;
+        let stats = self.node.store.stats();
+        Ok(Response::new(v1::DescribeReply {
+            store_bytes: stats.segment_bytes,
+            model: engine.loaded.name.clone(),
+            namespace: Bytes::copy_from_slice(engine.namespace.as_bytes()),
+            layout_json: model.layout().to_json(),
+            parameters: model.parameters() as u64,
+            max_tokens: model.config().max_position_embeddings as u64,
+        }))
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<v1::TokenizeRequest>,
+    ) -> Result<Response<v1::TokenizeReply>, Status> {
+        let tokens = tokenize(self.engine()?, &request.get_ref().text)?;
+        Ok(Response::new(v1::TokenizeReply { tokens: tokens.into_iter().map(|token| token.0).collect() }))
+    }
+
+    type GenerateStream = ReceiverStream<Result<v1::GenerateReply, Status>>;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let job = self.job(request.into_inner())?;
+        if self.waiting.fetch_add(1, Ordering::AcqRel) >= MAX_WAITING {
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(Status::resource_exhausted(format!(
+                "{MAX_WAITING} generations are waiting, the limit"
+            )));
+        }
+        let (node, running, waiting) = (self.node.clone(), self.running.clone(), self.waiting.clone());
+        let (sender, receiver) = mpsc::channel(EVENT_BUFFER);
+        tokio::spawn(async move {
+            let permit = running.acquire_owned().await;
+            waiting.fetch_sub(1, Ordering::AcqRel);
+            if permit.is_ok() && !sender.is_closed() {
+                let work = tokio::task::spawn_blocking(move || run(&node, job, &sender));
+                // A panic in the task has been reported by the panic hook; the client sees its stream end.
+                let _ = work.await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// Runs a job on a blocking thread, sending its events to the client.
+fn run(node: &Node, job: Job, replies: &mpsc::Sender<Result<v1::GenerateReply, Status>>) {
+    let runtime = tokio::runtime::Handle::current();
+    let mut emit = |event| {
+        // Progress is worth nothing late: a full buffer drops it.
+        let reply = Ok(v1::GenerateReply { event: Some(wire(event)) });
+        if let Ok(v1::GenerateReply { event: Some(generate_reply::Event::Progress(_)) }) = &reply {
+            return match replies.try_send(reply) {
+                Err(mpsc::error::TrySendError::Closed(_)) => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            };
+        }
+        match runtime.block_on(replies.send_timeout(reply, IDLE_PROGRESS)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    };
+    let result = engine(node)
+        .and_then(|engine| generate(node, engine, job, &mut emit).map_err(|error| report(&error)));
+    if let Err(status) = result {
+        // The client may be gone, which is the commonest reason to be here.
+        let _ = replies.try_send(Err(status));
+    }
+}
+
+fn report(error: &GenerateError) -> Status {
+    if !matches!(error, GenerateError::Cancelled) {
+        tracing::warn!(%error, "a generation failed");
+    }
+    from_generate(error)
+}
+
+fn wire(event: Event) -> generate_reply::Event {
+    let progress = |phase: v1::Phase, done: usize, total: usize| {
+        let (done_tokens, total_tokens) = (done as u64, total as u64);
+        generate_reply::Event::Progress(v1::Progress { phase: phase.into(), done_tokens, total_tokens })
+    };
+    match event {
+        Event::Restoring { done, total } => progress(v1::Phase::Restore, done, total),
+        Event::Prefilling { done, total } => progress(v1::Phase::Prefill, done, total),
+        Event::Token { id, text, logits_digest } => generate_reply::Event::Token(v1::Token {
+            id: id.0,
+            text,
+            logits_digest: logits_digest.map(|digest| Bytes::copy_from_slice(&digest)).unwrap_or_default(),
+        }),
+        Event::Done(account) => generate_reply::Event::Usage(usage(&account)),
+    }
+}
+
+fn usage(account: &Account) -> v1::Usage {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    v1::Usage {
+        prompt_tokens: account.prompt_tokens as u64,
+        prompt_cache_hit_tokens: account.hit_tokens as u64,
+        prompt_cache_miss_tokens: (account.prompt_tokens - account.hit_tokens) as u64,
+        completion_tokens: account.completion_tokens as u64,
+        bytes_read: account.bytes_read,
+        restore_us: micros(account.restore),
+        prefill_us: micros(account.prefill),
+        rest_of_text: account.rest_of_text.clone(),
+        finish_reason: if account.stopped { v1::FinishReason::Stop } else { v1::FinishReason::Length }.into(),
+    }
+}

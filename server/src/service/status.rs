@@ -1,0 +1,55 @@
+//! Errors as gRPC status: the one place that decides which code a caller sees.
+
+use esker_decoder::DecoderError;
+use esker_proto::WireError;
+use esker_store::StoreError;
+use tonic::Status;
+
+use crate::generate::GenerateError;
+use crate::namespaces::RegisterError;
+
+pub(super) fn from_wire(error: WireError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+pub(super) fn from_store(error: &StoreError) -> Status {
+    let text = error.to_string();
+    match error.kind() {
+        esker_store::ErrorKind::Full => Status::resource_exhausted(text),
+        esker_store::ErrorKind::Invalid => Status::invalid_argument(text),
+        esker_store::ErrorKind::MissingParent => Status::failed_precondition(text),
+        esker_store::ErrorKind::ContentMismatch => Status::aborted(text),
+        esker_store::ErrorKind::Unavailable => Status::unavailable(text),
+        _ => Status::internal(text),
+    }
+}
+
+pub(super) fn from_register(error: &RegisterError) -> Status {
+    match error {
+        RegisterError::ObjectTooLarge { .. } => Status::invalid_argument(error.to_string()),
+        RegisterError::TooMany => Status::resource_exhausted(error.to_string()),
+        RegisterError::Store(store) => from_store(store),
+    }
+}
+
+pub(super) fn from_generate(error: &GenerateError) -> Status {
+    match error {
+        GenerateError::Decoder(decoder) => from_decoder(decoder),
+        GenerateError::Store(store) => from_store(store),
+        GenerateError::Cancelled => Status::cancelled(error.to_string()),
+    }
+}
+
+fn from_decoder(error: &DecoderError) -> Status {
+    match error.kind() {
+        esker_decoder::ErrorKind::Request => Status::invalid_argument(error.to_string()),
+        esker_decoder::ErrorKind::Cancelled => Status::cancelled(error.to_string()),
+        _ => Status::internal(error.to_string()),
+    }
+}
+
+/// A task of ours ended without an answer: it panicked, or the runtime is going down.
+pub(super) fn from_join(error: &tokio::task::JoinError) -> Status {
+    tracing::error!(%error, "a request's task did not finish");
+    Status::internal("the request failed inside the node; its log says why")
+}
