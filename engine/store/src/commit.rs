@@ -10,8 +10,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender, sync_channel};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use esker_prefix::ObjectId;
@@ -158,7 +158,8 @@ impl Writer {
                 None => {
                     let parent = encoded.header.parent;
                     let orphan = parent.filter(|parent| {
-                        !accepted.contains_key(parent) && !matches!(known_parents.get(parent), Some(Ok(Some(_))))
+                        !accepted.contains_key(parent)
+                            && !matches!(known_parents.get(parent), Some(Ok(Some(_))))
                     });
                     if let Some(parent) = orphan {
                         self.answer((position, reply), Err(StoreError::MissingParent { id, parent }));
@@ -325,7 +326,10 @@ impl Writer {
         }
         changes.put_segment(tail.id, &tail.state(Phase::Open, self.position.next_sequence - 1));
         let _writing = self.shared.index.lock();
-        self.shared.index.write(changes).inspect_err(|error| tracing::error!(%error, "the index refused a batch"))
+        self.shared
+            .index
+            .write(changes)
+            .inspect_err(|error| tracing::error!(%error, "the index refused a batch"))
     }
 
     /// Abandons a segment into which a write or flush failed. What was acknowledged before stays readable.
@@ -369,7 +373,13 @@ impl Pending {
         self.header.record_bytes() as u64
     }
 
-    fn entry(&self, place: Place, sequence: u64, checksum: HeaderChecksum, record_bytes: usize) -> (ObjectId, Entry) {
+    fn entry(
+        &self,
+        place: Place,
+        sequence: u64,
+        checksum: HeaderChecksum,
+        record_bytes: usize,
+    ) -> (ObjectId, Entry) {
         let header = self.header.clone();
         let id = header.id;
         (id, Entry::of(&PlacedHeader { header, place, sequence, record_bytes, checksum }))
@@ -388,5 +398,8 @@ impl Tail {
 }
 
 fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
 }

@@ -65,7 +65,9 @@ pub enum StoreError {
         got: u64,
     },
     /// An object that no record can hold.
-    #[error("{id:?}: needs {needed_bytes} bytes and {planes} planes; a record has at most {max_bytes} and {max_planes}")]
+    #[error(
+        "{id:?}: needs {needed_bytes} bytes and {planes} planes; a record has at most {max_bytes} and {max_planes}"
+    )]
     TooLarge {
         /// The object.
         id: ObjectId,

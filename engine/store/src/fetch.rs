@@ -19,7 +19,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use esker_prefix::PlaneSpec;
 
-use crate::io::{Completion, Op, PAGE, Permit, page_ceil};
+use crate::io::{Completion, Op, Permit};
 use crate::record::{Plane, RecordHeader};
 use crate::segment::SegmentId;
 use crate::shared::{Shared, miss_of};
@@ -439,7 +439,12 @@ impl Target {
 
 impl Read {
     fn open(&self, bytes: Result<Bytes, MissKind>, permit: Option<Permit>) -> OpenRead {
-        OpenRead { bytes, start: self.range.start, items: self.items.iter().copied().collect(), _permit: permit }
+        OpenRead {
+            bytes,
+            start: self.range.start,
+            items: self.items.iter().copied().collect(),
+            _permit: permit,
+        }
     }
 }
 

@@ -19,7 +19,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use esker_prefix::{BlockHash, ObjectId, ObjectKind};
-use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, WriteBatch, WriteOptions};
+use rocksdb::{
+    BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, WriteBatch, WriteOptions,
+};
 
 pub(crate) use entry::{Entry, Phase, SegmentState};
 
@@ -97,15 +99,17 @@ impl Index {
     pub(crate) fn of_kind(&self, kind: ObjectKind) -> impl Iterator<Item = Result<(ObjectId, Entry)>> {
         let start = [kind as u8];
         let mode = IteratorMode::From(&start, rocksdb::Direction::Forward);
-        self.db.iterator(mode).map_while(move |item| match item {
-            Err(error) => Some(Err(error.into())),
-            Ok((key, value)) => {
-                let id = id_of(&key).filter(|id| id.kind == kind)?;
-                // An entry that does not decode is passed over; looked up by name it is a miss.
-                Some(Ok(Entry::decode(&value).map(|entry| (id, entry))))
-            }
-        })
-        .filter_map(Result::transpose)
+        self.db
+            .iterator(mode)
+            .map_while(move |item| match item {
+                Err(error) => Some(Err(error.into())),
+                Ok((key, value)) => {
+                    let id = id_of(&key).filter(|id| id.kind == kind)?;
+                    // An entry that does not decode is passed over; looked up by name it is a miss.
+                    Some(Ok(Entry::decode(&value).map(|entry| (id, entry))))
+                }
+            })
+            .filter_map(Result::transpose)
     }
 
     /// What is known of each segment.

@@ -20,8 +20,8 @@ use std::fmt;
 use std::io;
 use std::sync::mpsc::{self, Sender};
 
-pub use buffer::{AlignedBuf, BufferPool, PAGE};
 pub(crate) use buffer::page_ceil;
+pub use buffer::{AlignedBuf, BufferPool, PAGE};
 pub use gate::{ByteGate, Permit};
 pub(crate) use probe::choose;
 
@@ -180,7 +180,10 @@ pub(crate) fn short(moved: usize, wanted: usize) -> io::Error {
 }
 
 /// Runs one op and waits for its end.
-pub(crate) fn wait(disk: &dyn Disk, op: impl FnOnce(&Sender<Completion>) -> Op) -> io::Result<Option<AlignedBuf>> {
+pub(crate) fn wait(
+    disk: &dyn Disk,
+    op: impl FnOnce(&Sender<Completion>) -> Op,
+) -> io::Result<Option<AlignedBuf>> {
     let (reply, completions) = mpsc::channel();
     disk.submit(op(&reply));
     drop(reply);

@@ -47,8 +47,8 @@
 
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
 
-use crate::io::{PAGE, page_ceil};
 use crate::fields::{Reader, Writer};
+use crate::io::{PAGE, page_ceil};
 use crate::segment::{Place, SegmentId};
 
 pub(crate) const MAGIC: &[u8; 8] = b"EskrRec\0";
@@ -194,7 +194,8 @@ impl PlacedHeader {
             return Err(NotAHeader::Damaged);
         }
         let sequence = reader.u64();
-        let place = Place { segment: SegmentId(reader.u64()), generation: reader.u64(), offset: reader.u64() };
+        let place =
+            Place { segment: SegmentId(reader.u64()), generation: reader.u64(), offset: reader.u64() };
         let (tokens, raw_bytes, _) = (reader.u64(), reader.u64(), reader.u64());
         let (hash, parent_hash) = (BlockHash(reader.bytes()), BlockHash(reader.bytes()));
         let (namespace, scope) = (NamespaceId(reader.bytes()), ScopeTag(reader.bytes()));
@@ -223,7 +224,9 @@ impl PlacedHeader {
             }
         };
         let header = RecordHeader { id: ObjectId { kind, hash }, parent, namespace, scope, tokens, planes };
-        if header.raw_bytes() != raw_bytes || header.content_digest() != digest || header.record_bytes() != record_bytes
+        if header.raw_bytes() != raw_bytes
+            || header.content_digest() != digest
+            || header.record_bytes() != record_bytes
         {
             return Err(NotAHeader::Damaged);
         }
@@ -287,7 +290,17 @@ fn decode_plane(reader: &mut Reader<'_>) -> Option<Plane> {
     let (offset, stored_bytes, raw_bytes) = (reader.u32(), reader.u32(), reader.u32());
     reader.u32();
     let (stored_checksum, digest) = (reader.u64(), reader.bytes());
-    Some(Plane { group, first_layer, layers, codec, offset, stored_bytes, raw_bytes, stored_checksum, digest })
+    Some(Plane {
+        group,
+        first_layer,
+        layers,
+        codec,
+        offset,
+        stored_bytes,
+        raw_bytes,
+        stored_checksum,
+        digest,
+    })
 }
 
 #[cfg(test)]

@@ -65,8 +65,7 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
         work.drop_unreachable(known.into_keys())?;
     }
     let last = ids.last().map_or(0, |id| id.0);
-    let position =
-        Position { tail, next_segment: SegmentId(last + 1), next_sequence: work.sequence + 1 };
+    let position = Position { tail, next_segment: SegmentId(last + 1), next_sequence: work.sequence + 1 };
     Ok((position, work.report))
 }
 

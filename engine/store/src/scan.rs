@@ -41,7 +41,8 @@ impl Scan<'_> {
     /// Scans `[from, to)`, both multiples of the page size except for the end of a cut file.
     pub(crate) fn run(&self, from: u64, to: u64) -> Scanned {
         let mut window = Window { scan: self, start: 0, buf: None };
-        let mut scanned = Scanned { end: from, clean: true, generation: self.generation, ..Scanned::default() };
+        let mut scanned =
+            Scanned { end: from, clean: true, generation: self.generation, ..Scanned::default() };
         let mut at = from;
         while at + PAGE as u64 <= to {
             let page = match window.bytes(at, PAGE, to) {
@@ -77,7 +78,13 @@ impl Scan<'_> {
     }
 
     /// The record at `at`, if it is sound, whole and belongs there.
-    fn record(&self, window: &mut Window<'_>, at: u64, to: u64, generation: Option<u64>) -> Result<PlacedHeader, MissKind> {
+    fn record(
+        &self,
+        window: &mut Window<'_>,
+        at: u64,
+        to: u64,
+        generation: Option<u64>,
+    ) -> Result<PlacedHeader, MissKind> {
         let found = match PlacedHeader::decode(window.bytes(at, PAGE, to)?) {
             Err(NotAHeader::NeedsBytes(needed)) => {
                 PlacedHeader::decode(window.bytes(at, page_ceil(needed.min(MAX_HEADER_BYTES)), to)?)

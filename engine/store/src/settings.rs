@@ -65,11 +65,7 @@ impl Default for StoreSettings {
             commit_bytes: 32 << 20,
             pool_bytes: 64 << 20,
             max_write_failures: 3,
-            io_engines: vec![
-                IoEngine::UringDirect,
-                IoEngine::PositionalDirect,
-                IoEngine::PositionalBuffered,
-            ],
+            io_engines: vec![IoEngine::UringDirect, IoEngine::PositionalDirect, IoEngine::PositionalBuffered],
             lock_wait: Duration::ZERO,
             #[cfg(any(test, feature = "testing"))]
             sabotage: Sabotage::default(),
@@ -79,9 +75,8 @@ impl Default for StoreSettings {
 
 impl StoreSettings {
     pub(crate) fn check(&self) -> Result<()> {
-        let bad = |reason| {
-            Err(StoreError::BadSetting { name: "segment_bytes", value: self.segment_bytes, reason })
-        };
+        let bad =
+            |reason| Err(StoreError::BadSetting { name: "segment_bytes", value: self.segment_bytes, reason });
         if !(MIN_SEGMENT_BYTES..=MAX_SEGMENT_BYTES).contains(&self.segment_bytes) {
             return bad("segments have 12 KiB to 2 GiB");
         }

@@ -29,7 +29,12 @@ pub(crate) struct Shared {
 impl Shared {
     /// Reads part of a record: `len` bytes from `start`, both in bytes of the record, rounded outward to pages by
     /// the caller.
-    pub(crate) fn read(&self, entry: &Entry, start: usize, len: usize) -> std::result::Result<AlignedBuf, MissKind> {
+    pub(crate) fn read(
+        &self,
+        entry: &Entry,
+        start: usize,
+        len: usize,
+    ) -> std::result::Result<AlignedBuf, MissKind> {
         let segment = self.segments.get(entry.place.segment).ok_or(MissKind::Absent)?;
         let offset = entry.place.offset + start as u64;
         let read = read_exact(self.disk.as_ref(), &self.pool, segment.file, offset, len);

@@ -56,8 +56,8 @@ impl Store {
     pub fn open(dir: &Path, settings: StoreSettings) -> Result<Self> {
         let engines = settings.io_engines.clone();
         Self::open_with(dir, settings, |segments| {
-            let (disk, refused) = io::choose(segments, &engines)
-                .map_err(StoreError::io("no I/O engine works in", segments))?;
+            let (disk, refused) =
+                io::choose(segments, &engines).map_err(StoreError::io("no I/O engine works in", segments))?;
             Ok((disk, refused.into_iter().map(|(engine, error)| (engine, error.to_string())).collect()))
         })
     }
@@ -176,8 +176,12 @@ impl Store {
         });
         let objects: Vec<Found> = found.collect();
         let namespaces: Vec<NamespaceId> = objects.iter().map(|found| found.namespace).collect();
-        let request =
-            FetchRequest { objects, planes: PlaneSelection::All, order: FetchOrder::ByObject, deadline: None };
+        let request = FetchRequest {
+            objects,
+            planes: PlaneSelection::All,
+            order: FetchOrder::ByObject,
+            deadline: None,
+        };
         let planes = self.fetch(request).filter_map(|event| match event {
             FetchEvent::Plane { object, bytes, .. } => Some((namespaces[object], bytes)),
             FetchEvent::Miss { .. } => None,

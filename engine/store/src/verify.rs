@@ -25,7 +25,11 @@ pub(crate) fn header(bytes: &[u8], id: ObjectId, entry: &Entry) -> Result<Record
 }
 
 /// The content of a plane from its stored bytes: `None` if the stored bytes are the content.
-pub(crate) fn plane(plane: &Plane, stored: &[u8], pool: &Arc<BufferPool>) -> Result<Option<AlignedBuf>, MissKind> {
+pub(crate) fn plane(
+    plane: &Plane,
+    stored: &[u8],
+    pool: &Arc<BufferPool>,
+) -> Result<Option<AlignedBuf>, MissKind> {
     let decoded = match plane.codec {
         Codec::Raw => None,
         Codec::Zstd => {

@@ -63,7 +63,10 @@ impl Files {
 
     fn add(&self, name: &str, file: File) -> FileId {
         let id = FileId(self.next.fetch_add(1, Ordering::Relaxed));
-        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(id, (name.to_owned(), Arc::new(file)));
+        self.open
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id, (name.to_owned(), Arc::new(file)));
         id
     }
 

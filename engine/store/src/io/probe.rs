@@ -3,8 +3,8 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::mpsc;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use super::positional::PositionalDisk;

@@ -129,7 +129,9 @@ impl Drop for UringDisk {
         drop(slots);
         match (woken, self.reaper.take()) {
             (Ok(()), Some(reaper)) => drop(reaper.join()),
-            (woken, _) => tracing::error!(?woken, "the io_uring reaper could not be woken and is left behind"),
+            (woken, _) => {
+                tracing::error!(?woken, "the io_uring reaper could not be woken and is left behind")
+            }
         }
     }
 }
@@ -208,7 +210,9 @@ impl Ring {
                 std::thread::sleep(Duration::from_millis(10));
             }
             // SAFETY: only this thread ever makes a completion queue.
-            seen.extend(unsafe { self.uring.completion_shared() }.map(|entry| (entry.user_data(), entry.result())));
+            seen.extend(
+                unsafe { self.uring.completion_shared() }.map(|entry| (entry.user_data(), entry.result())),
+            );
             for (user_data, result) in seen.drain(..) {
                 if user_data == WAKE {
                     return;

@@ -1,0 +1,178 @@
+//! What was put is found and comes back, across segments, orders, selections and openings.
+
+mod common;
+
+use common::{all, chain, fetch, id, object, planes, settings};
+use esker_prefix::{Dtype, Family, Field, Group, KvLayout, NamespaceId, PlaneSpec};
+use esker_store::{
+    ErrorKind, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, PutObject, PutOutcome, Store, StoreError,
+};
+
+const LENS: [usize; 5] = [3000, 5000, 70_000, 100_000, 10];
+
+#[test]
+fn a_chain_comes_back_in_both_orders_and_after_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = chain(0, 40, &LENS);
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    let mut store = Store::open(dir.path(), settings()).unwrap();
+    for outcome in store.put(objects.clone()) {
+        assert_eq!(outcome.unwrap(), PutOutcome::Stored);
+    }
+    assert!(store.stats().segments > 3, "{:?}", store.stats());
+    for reopened in [false, true] {
+        if reopened {
+            store.close().unwrap();
+            store = Store::open(dir.path(), settings()).unwrap();
+            assert!(!store.open_report().rebuilt);
+            assert_eq!(store.open_report().records_indexed, 0);
+        }
+        let found = store.lookup(&ids).unwrap();
+        assert_eq!(found.len(), 40);
+        assert_eq!(found[3].tokens, 512);
+        assert_eq!(found[3].raw_bytes, LENS.iter().sum::<usize>() as u64);
+        for (got, put) in fetch(&store, all(found.clone())).into_iter().zip(&objects) {
+            assert_eq!(got.unwrap(), planes(put));
+        }
+        let request = FetchRequest { order: FetchOrder::ByPlane, ..all(found.clone()) };
+        let order: Vec<_> = store
+            .fetch(request)
+            .map(|event| match event {
+                FetchEvent::Plane { object, plane, bytes, spec } => {
+                    assert_eq!(bytes, objects[object].planes[plane].bytes);
+                    assert_eq!(spec, objects[object].planes[plane].spec);
+                    (plane, object)
+                }
+                FetchEvent::Miss { .. } => panic!("{event:?}"),
+            })
+            .collect();
+        assert_eq!(order.len(), 200);
+        assert!(order.is_sorted());
+        let request =
+            FetchRequest { planes: PlaneSelection::Layers(vec![(1, 1..2), (4, 0..9)]), ..all(found) };
+        let got: Vec<_> = store
+            .fetch(request)
+            .map(|event| match event {
+                FetchEvent::Plane { object, plane, .. } => (object, plane),
+                FetchEvent::Miss { .. } => panic!("{event:?}"),
+            })
+            .collect();
+        assert_eq!(got, (0..40).flat_map(|object| [(object, 1), (object, 4)]).collect::<Vec<_>>());
+        assert_eq!(store.stats().misses.total(), 0);
+    }
+}
+
+#[test]
+fn lookup_stops_at_the_first_hole_and_get_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    store.put(chain(0, 5, &[100])).into_iter().for_each(|outcome| assert!(outcome.is_ok()));
+    store.put(chain(6, 5, &[100])).into_iter().for_each(|outcome| assert!(outcome.is_ok()));
+    let ids: Vec<_> = (0..11).map(id).collect();
+    assert_eq!(store.lookup(&ids).unwrap().len(), 5);
+    assert!(store.lookup(&[id(77)]).unwrap().is_empty());
+    let got = store.get(&ids).unwrap();
+    assert_eq!(got.iter().filter(|found| found.is_some()).count(), 10);
+    assert!(got[5].is_none());
+}
+
+#[test]
+fn a_second_put_is_present_and_other_bytes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    let first = object(1, 1, &LENS);
+    let outcomes = store.put(vec![first.clone(), first.clone(), object(1, 2, &LENS)]);
+    assert_eq!(*outcomes[0].as_ref().unwrap(), PutOutcome::Stored);
+    assert_eq!(*outcomes[1].as_ref().unwrap(), PutOutcome::Present);
+    assert_eq!(outcomes[2].as_ref().unwrap_err().kind(), ErrorKind::ContentMismatch);
+    let outcomes = store.put(vec![first.clone(), object(1, 3, &LENS)]);
+    assert_eq!(*outcomes[0].as_ref().unwrap(), PutOutcome::Present);
+    assert!(matches!(outcomes[1], Err(StoreError::ContentMismatch { .. })));
+    let stats = store.stats();
+    assert_eq!((stats.stored, stats.present, stats.content_mismatch), (1, 2, 2));
+    let found = store.lookup(&[id(1)]).unwrap();
+    assert_eq!(fetch(&store, all(found))[0].as_ref().unwrap(), &planes(&first));
+}
+
+#[test]
+fn a_chain_with_a_hole_is_refused_behind_the_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    let mut objects = chain(0, 4, &[64]);
+    objects.remove(1);
+    let outcomes = store.put(objects);
+    assert!(outcomes[0].is_ok());
+    match outcomes[1].as_ref().unwrap_err() {
+        StoreError::MissingParent { id: child, parent } => assert_eq!((*child, *parent), (id(2), id(1))),
+        other => panic!("{other}"),
+    }
+    assert_eq!(outcomes[2].as_ref().unwrap_err().kind(), ErrorKind::MissingParent);
+    // With the hole filled the rest goes in.
+    assert!(store.put(chain(0, 4, &[64])).iter().all(Result::is_ok));
+}
+
+#[test]
+fn planes_of_another_length_than_their_spec_and_objects_larger_than_a_segment_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    let mut short = object(1, 1, &[100, 100]);
+    short.planes[1].bytes = short.planes[1].bytes.slice(..99);
+    let large = object(2, 2, &[1 << 20]);
+    let many = object(3, 3, &[0; 5000]);
+    let outcomes = store.put(vec![short, large, many]);
+    let messages: Vec<String> =
+        outcomes.iter().map(|outcome| outcome.as_ref().unwrap_err().to_string()).collect();
+    assert_eq!(messages[0], format!("{:?}: plane 1 has 99 bytes, its spec says 100", id(1)));
+    assert!(messages[1].contains("a record has at most 1040384"), "{}", messages[1]);
+    assert!(messages[2].contains("5000 planes"), "{}", messages[2]);
+    assert!(outcomes.iter().all(|outcome| outcome.as_ref().unwrap_err().kind() == ErrorKind::Invalid));
+    assert!(store.lookup(&[id(1)]).unwrap().is_empty());
+    assert_eq!(store.stats().segments, 0);
+    // The largest that fits.
+    assert!(store.put(vec![object(4, 4, &[(1 << 20) - 3 * 4096])])[0].is_ok());
+}
+
+#[test]
+fn objects_without_planes_or_with_empty_ones_are_objects() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert!(store.put(vec![object(1, 1, &[]), object(2, 2, &[0, 5, 0])]).iter().all(Result::is_ok));
+    let found = store.lookup(&[id(1), id(2)]).unwrap();
+    let got = fetch(&store, all(found));
+    assert_eq!(got[0], Ok(Vec::new()));
+    assert_eq!(got[1].as_ref().unwrap().iter().map(|plane| plane.len()).collect::<Vec<_>>(), [0, 5, 0]);
+}
+
+#[test]
+fn layouts_are_stored_beside_the_blocks() {
+    let group = Group {
+        name: "kv".into(),
+        family: Family::History,
+        layers: vec![0, 1],
+        rows: 4,
+        fields: vec![Field { name: "k".into(), dtype: Dtype::Bf16, count: 8 }],
+        restore_order: 0,
+        plane_layers: 1,
+    };
+    let layout = KvLayout::new("test", 4, vec![group]).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert!(store.layouts().is_empty());
+    let namespaces = [NamespaceId([1; 32]), NamespaceId([2; 32])];
+    let objects = namespaces.map(|namespace| PutObject::layout(namespace, &layout)).to_vec();
+    assert!(store.put(objects).iter().all(Result::is_ok));
+    assert_eq!(store.layouts(), namespaces.map(|namespace| (namespace, layout.clone())));
+    let spec = PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes: 64 };
+    assert_eq!(layout.planes(esker_prefix::ObjectKind::Block)[0], spec);
+}
+
+#[test]
+fn a_folder_in_use_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    let error = Store::open(dir.path(), settings()).err().unwrap();
+    assert!(matches!(error, StoreError::Locked { .. }));
+    assert!(error.to_string().contains(&dir.path().display().to_string()), "{error}");
+    store.close().unwrap();
+    Store::open(dir.path(), settings()).unwrap();
+}
