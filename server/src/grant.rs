@@ -1,6 +1,6 @@
 //! Grants: what one lookup found, pinned until it expires.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,8 @@ use esker_store::Found;
 
 /// How long a grant holds what it lists.
 pub(crate) const GRANT_TTL: Duration = Duration::from_secs(30);
-/// Most grants at a time. A lookup beyond that answers without a grant, so the caller must look up again.
-const MAX_GRANTS: usize = 65_536;
+/// Most objects that all grants together list, about 250 bytes of memory each. A lookup beyond that is refused.
+const MAX_GRANTED_OBJECTS: usize = 1 << 20;
 
 /// Name of a grant; random to everyone but this process.
 pub(crate) type GrantId = [u8; 16];
@@ -36,7 +36,10 @@ pub(crate) struct Grants {
 #[derive(Default)]
 struct Table {
     issued: u64,
-    live: HashMap<GrantId, (Instant, Arc<Granted>)>,
+    objects: usize,
+    live: HashMap<GrantId, Arc<Granted>>,
+    /// In the order of issue, which is that of expiry since all grants live equally long.
+    expiry: VecDeque<(Instant, GrantId)>,
 }
 
 impl Grants {
@@ -48,29 +51,41 @@ impl Grants {
     /// Pins `granted`; `None` when the table is full.
     pub(crate) fn issue(&self, granted: Granted, now: Instant) -> Option<GrantId> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        if table.live.len() >= MAX_GRANTS {
-            table.live.retain(|_, (expires, _)| *expires > now);
-        }
-        if table.live.len() >= MAX_GRANTS {
+        table.drop_expired(now);
+        if table.objects + granted.objects() > MAX_GRANTED_OBJECTS {
             return None;
         }
         table.issued += 1;
         let digest = blake3::keyed_hash(&self.key, &table.issued.to_le_bytes());
         let mut id = GrantId::default();
         id.copy_from_slice(&digest.as_bytes()[..16]);
-        table.live.insert(id, (now + GRANT_TTL, Arc::new(granted)));
+        table.objects += granted.objects();
+        table.live.insert(id, Arc::new(granted));
+        table.expiry.push_back((now + GRANT_TTL, id));
         Some(id)
     }
 
     /// What a live grant pins.
     pub(crate) fn get(&self, id: &GrantId, now: Instant) -> Option<Arc<Granted>> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let (expires, granted) = table.live.get(id)?;
-        if *expires > now {
-            return Some(granted.clone());
+        table.drop_expired(now);
+        table.live.get(id).cloned()
+    }
+}
+
+impl Table {
+    fn drop_expired(&mut self, now: Instant) {
+        while let Some((_, id)) = self.expiry.pop_front_if(|(expires, _)| *expires <= now) {
+            if let Some(granted) = self.live.remove(&id) {
+                self.objects -= granted.objects();
+            }
         }
-        table.live.remove(id);
-        None
+    }
+}
+
+impl Granted {
+    fn objects(&self) -> usize {
+        self.blocks.len() + self.states.len()
     }
 }
 

@@ -1,13 +1,13 @@
 //! New blocks on their way to the store, behind a bounded queue that never makes decoding wait.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use esker_store::{PutObject, PutOutcome, Store};
 
-/// Most raw bytes waiting, 256 MiB. What does not fit is dropped and counted: it costs a later recompute, never a
+/// Most raw bytes waiting, 256 MiB. What does not fit is dropped and logged: it costs a later recompute, never a
 /// delay now.
 const MAX_WAITING_BYTES: usize = 256 << 20;
 /// Most raw bytes handed to the store at once, 16 MiB: one group commit.
@@ -16,47 +16,37 @@ const BATCH_BYTES: usize = 16 << 20;
 /// The queue and its thread. Dropping it stores what is still waiting.
 pub(crate) struct WriteBehind {
     queue: Option<Sender<(PutObject, usize)>>,
-    counters: Arc<Counters>,
+    waiting_bytes: Arc<AtomicUsize>,
     worker: Option<JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct Counters {
-    waiting_bytes: AtomicUsize,
-    dropped: AtomicU64,
-    refused: AtomicU64,
 }
 
 impl WriteBehind {
     /// Starts the thread.
     pub(crate) fn start(store: Arc<Store>) -> std::io::Result<Self> {
-        let counters = Arc::new(Counters::default());
+        let waiting_bytes = Arc::new(AtomicUsize::new(0));
         let (queue, waiting) = channel();
-        let shared = counters.clone();
+        let shared = waiting_bytes.clone();
         let worker = std::thread::Builder::new()
             .name("write-behind".into())
             .spawn(move || run(&store, &waiting, &shared))?;
-        Ok(Self { queue: Some(queue), counters, worker: Some(worker) })
+        Ok(Self { queue: Some(queue), waiting_bytes, worker: Some(worker) })
     }
 
     /// Takes an object, or drops it when the queue is full. Never blocks. Whether it was taken.
     pub(crate) fn offer(&self, object: PutObject) -> bool {
         let bytes: usize = object.planes.iter().map(|plane| plane.bytes.len()).sum();
-        let waiting = &self.counters.waiting_bytes;
-        let room = waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
+        let room = self.waiting_bytes.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
             Some(waiting + bytes).filter(|&sum| sum <= MAX_WAITING_BYTES)
         });
         let sent =
             room.is_ok() && self.queue.as_ref().is_some_and(|queue| queue.send((object, bytes)).is_ok());
         if !sent {
-            self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(
+                bytes,
+                "a new block was dropped: the store takes blocks more slowly than they are made"
+            );
         }
         sent
-    }
-
-    /// Objects dropped because the queue was full, and objects refused by the store.
-    pub(crate) fn lost(&self) -> (u64, u64) {
-        (self.counters.dropped.load(Ordering::Relaxed), self.counters.refused.load(Ordering::Relaxed))
     }
 }
 
@@ -70,7 +60,7 @@ impl Drop for WriteBehind {
     }
 }
 
-fn run(store: &Store, queue: &Receiver<(PutObject, usize)>, counters: &Counters) {
+fn run(store: &Store, queue: &Receiver<(PutObject, usize)>, waiting_bytes: &AtomicUsize) {
     while let Ok((first, mut bytes)) = queue.recv() {
         let mut batch = vec![first];
         while bytes < BATCH_BYTES {
@@ -82,11 +72,10 @@ fn run(store: &Store, queue: &Receiver<(PutObject, usize)>, counters: &Counters)
             match result {
                 Ok(PutOutcome::Stored | PutOutcome::Present) => {}
                 Err(error) => {
-                    counters.refused.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(%error, "a new block was not stored");
                 }
             }
         }
-        counters.waiting_bytes.fetch_sub(bytes, Ordering::AcqRel);
+        waiting_bytes.fetch_sub(bytes, Ordering::AcqRel);
     }
 }

@@ -210,7 +210,7 @@ impl Node {
     ) -> anyhow::Result<Duration> {
         let namespace = check_namespace_id(&about.namespace)?;
         let block_tokens = u64::from(KvLayout::from_json(&about.layout_json)?.block_tokens());
-        let whole = prompt.len() as u64 / block_tokens * block_tokens;
+        let whole = (prompt.len() as u64 - 1) / block_tokens * block_tokens;
         let started = Instant::now();
         loop {
             let found = self.client.lookup(namespace, prompt).await?.history_tokens;

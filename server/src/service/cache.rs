@@ -146,20 +146,19 @@ fn lookup(
     let block_tokens = u64::from(layout.block_tokens());
     // The last token is always computed: its logits are what the caller came for.
     let usable = (tokens.len() as u64 - 1) / block_tokens * block_tokens;
-    let (_, hashes) = Chain::hashes(&node.scope, namespace, layout.block_tokens(), tokens);
+    let usable_tokens = usize::try_from(usable).unwrap_or(tokens.len());
+    let (_, hashes) = Chain::hashes(&node.scope, namespace, layout.block_tokens(), &tokens[..usable_tokens]);
     let ids = |kind| hashes.iter().map(move |&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
     let blocks = node.store.lookup(&ids(ObjectKind::Block)).map_err(|error| from_store(&error))?;
     let history_tokens = blocks.len() as u64 * block_tokens;
 
     let needs_state = !layout.planes(ObjectKind::State).is_empty();
-    let reachable = history_tokens.min(usable);
     let mut states = Vec::new();
     let resume_points: Vec<u64> = if needs_state {
         let ids = ids(ObjectKind::State);
-        let boundaries = usize::try_from(reachable / block_tokens).unwrap_or(usize::MAX).min(ids.len());
         states = node
             .store
-            .get(&ids[..boundaries])
+            .get(&ids[..blocks.len()])
             .map_err(|error| from_store(&error))?
             .into_iter()
             .flatten()
@@ -170,14 +169,14 @@ fn lookup(
         states.iter().map(|state| state.tokens).collect()
     } else {
         // Without state every block boundary can be resumed; only the greatest is worth listing.
-        (reachable > 0).then_some(reachable).into_iter().collect()
+        (history_tokens > 0).then_some(history_tokens).into_iter().collect()
     };
 
     let best = resume_points.first().copied().unwrap_or(0);
     let reply = v1::LookupReply {
         history_tokens,
         resume_points: resume_points.iter().map(|&tokens| resume_point(&layout, tokens)).collect(),
-        best: Some(v1::Best { tokens: best, replay_tokens: reachable - best }),
+        best: Some(v1::Best { tokens: best, replay_tokens: history_tokens - best }),
         ..Default::default()
     };
     if best == 0 {
