@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::kernel::sparse::{LANES, index_scores};
+use crate::kernel::sparse::{PANEL, index_scores};
 use crate::linear::Linear;
 use crate::norm::LayerNorm;
 use crate::panels::KeyPanels;
@@ -101,7 +101,7 @@ impl Indexer {
         scratch: &mut Scratch,
     ) {
         let visible = first + selection.len();
-        let stride = visible.next_multiple_of(LANES);
+        let stride = visible.next_multiple_of(PANEL);
         let Scratch { scores, topk } = scratch;
         scores.resize(selection.len() * stride, 0.0);
         // While all visible rows fit the selection there is nothing to score.

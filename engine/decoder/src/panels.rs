@@ -1,9 +1,9 @@
-//! Indexer keys of one layer, sixteen to a panel, so that a query is scored against sixteen keys at a time without
-//! packing: `[panel][index_head_dim][16 keys]`. Lanes beyond the last key hold anything.
+//! Indexer keys of one layer, a panel at a time, so that a query is scored against all keys of a panel side by side
+//! without packing: `[panel][index_head_dim][PANEL]`. Lanes beyond the last key hold anything.
 
 use std::ops::Range;
 
-use crate::kernel::sparse::LANES;
+use crate::kernel::sparse::PANEL;
 
 /// Keys in the order of their tokens.
 pub(crate) struct KeyPanels {
@@ -23,15 +23,15 @@ impl KeyPanels {
     }
 
     pub(crate) fn reserve(&mut self, keys: usize) {
-        self.data.reserve((keys + LANES) * self.width);
+        self.data.reserve((keys + PANEL) * self.width);
     }
 
     /// Appends `rows`, `[keys, width]`.
     pub(crate) fn extend(&mut self, rows: &[f32]) {
         for row in rows.chunks_exact(self.width) {
-            let (panel, lane) = (self.keys / LANES, self.keys % LANES);
-            self.data.resize((panel + 1) * self.width * LANES, 0.0);
-            let panel = self.data[panel * self.width * LANES..].as_chunks_mut::<LANES>().0;
+            let (panel, lane) = (self.keys / PANEL, self.keys % PANEL);
+            self.data.resize((panel + 1) * self.width * PANEL, 0.0);
+            let panel = self.data[panel * self.width * PANEL..].as_chunks_mut::<PANEL>().0;
             panel.iter_mut().zip(row).for_each(|(lanes, value)| lanes[lane] = *value);
             self.keys += 1;
         }
@@ -41,20 +41,20 @@ impl KeyPanels {
     pub(crate) fn rows(&self, keys: Range<usize>) -> Vec<f32> {
         let mut rows = Vec::with_capacity(keys.len() * self.width);
         for key in keys {
-            let panel = self.data[key / LANES * self.width * LANES..].as_chunks::<LANES>().0;
-            rows.extend(panel[..self.width].iter().map(|lanes| lanes[key % LANES]));
+            let panel = self.data[key / PANEL * self.width * PANEL..].as_chunks::<PANEL>().0;
+            rows.extend(panel[..self.width].iter().map(|lanes| lanes[key % PANEL]));
         }
         rows
     }
 
     /// The panels that hold the first `keys` keys.
     pub(crate) fn panels(&self, keys: usize) -> &[f32] {
-        &self.data[..keys.div_ceil(LANES) * self.width * LANES]
+        &self.data[..keys.div_ceil(PANEL) * self.width * PANEL]
     }
 
     /// Forgets all but the first `keys` keys.
     pub(crate) fn truncate(&mut self, keys: usize) {
         self.keys = self.keys.min(keys);
-        self.data.truncate(self.keys.div_ceil(LANES) * self.width * LANES);
+        self.data.truncate(self.keys.div_ceil(PANEL) * self.width * PANEL);
     }
 }
