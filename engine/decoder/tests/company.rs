@@ -1,0 +1,70 @@
+//! The contract: a token's numbers do not depend on its company. Whatever the lengths of the calls and the number of
+//! threads, logits and state have the same bits.
+
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod support;
+
+use esker_decoder::{KvFormat, Model, Sequence, StateField};
+use esker_prefix::TokenId;
+use rayon::ThreadPoolBuilder;
+use serde_json::json;
+use support::{Checkpoint, Random, logit_bits, row_bits, v32, with};
+
+/// Everything that a run computes, as bits.
+fn run(model: &Model, tokens: &[TokenId], lengths: &[usize], threads: usize) -> Vec<Vec<u32>> {
+    let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let mut sequence = Sequence::new(model);
+        let mut bits = logit_bits(model, &mut sequence, tokens, lengths);
+        for layer in 0..model.config().num_hidden_layers {
+            for field in [StateField::Latent, StateField::RopeKey, StateField::IndexKey] {
+                bits.push(row_bits(&sequence.state_rows(model, layer, field)));
+            }
+        }
+        bits
+    })
+}
+
+fn compare(model: &Model, tokens: &[TokenId], seed: u64) {
+    let whole = run(model, tokens, &[tokens.len()], 1);
+    assert!(whole[0].iter().any(|&bits| f32::from_bits(bits).abs() > 0.1), "the model computes something");
+    let mut random = Random(seed);
+    for (round, threads) in [1, 2, 3, 2].into_iter().enumerate() {
+        let longest = [1, 8, 70, tokens.len()][round];
+        let lengths: Vec<usize> = (0..tokens.len()).map(|_| 1 + random.below(longest)).collect();
+        assert!(run(model, tokens, &lengths, threads) == whole, "calls of {lengths:?} on {threads} threads");
+    }
+}
+
+#[test]
+fn small_models_of_both_families() {
+    let shared = json!({
+        "model_type": "glm_moe_dsa", "num_hidden_layers": 5, "index_topk_freq": 2, "n_group": 3, "topk_group": 2,
+        "attention_bias": true,
+    });
+    for (config, format) in [(v32(), KvFormat::F32), (with(v32(), shared), KvFormat::Bf16)] {
+        let model = Checkpoint::random(config, 5).load(format, 16);
+        compare(&model, &Random(6).tokens(150, 61), 7);
+    }
+}
+
+/// Widths beyond a panel, a tile and the blocking of the products, more heads than lanes, a selection beyond both
+/// its own panels and one chunk.
+#[test]
+fn a_model_wider_than_every_tile() {
+    let wide = json!({
+        "hidden_size": 300, "intermediate_size": 270, "q_lora_rank": 260, "kv_lora_rank": 90, "num_attention_heads": 19,
+        "index_n_heads": 9, "index_topk": 280, "num_hidden_layers": 2, "moe_intermediate_size": 33, "vocab_size": 131,
+    });
+    let model = Checkpoint::random(with(v32(), wide), 8).load(KvFormat::F32, 16);
+    compare(&model, &Random(9).tokens(400, 131), 10);
+}
+
+#[test]
+fn a_bf16_cache_holds_only_bf16_numbers() {
+    let model = Checkpoint::random(v32(), 11).load(KvFormat::Bf16, 16);
+    for rows in &run(&model, &Random(12).tokens(40, 61), &[40], 1)[40..] {
+        assert!(rows.iter().all(|bits| bits & 0xFFFF == 0));
+    }
+}
