@@ -41,19 +41,23 @@ impl Tokenizer {
 
     /// Text that arrives token by token.
     pub fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, tokens: Vec::new(), shown: String::new() }
+        TextStream { tokenizer: self, tokens: Vec::new(), context: 0, shown: 0 }
     }
 }
+
+/// Tokens that may wait for the rest of a character, which has at most four bytes, before they are shown as they are.
+const MAX_PENDING: usize = 8;
 
 /// Decodes tokens one at a time and yields text once it is complete: a character whose bytes are spread over several
 /// tokens comes out with the last of them.
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
-    /// Tokens since the last point where text was complete, preceded by those of the piece before it, because how
-    /// a token reads may depend on its neighbour.
+    /// The tokens of the piece yielded last, because how a token reads may depend on its neighbour, then those not
+    /// yet yielded.
     tokens: Vec<TokenId>,
-    /// Text of `tokens` that has been yielded.
-    shown: String,
+    /// How many of `tokens` have been yielded, and the bytes of text that they read as.
+    context: usize,
+    shown: usize,
 }
 
 impl TextStream<'_> {
@@ -61,31 +65,93 @@ impl TextStream<'_> {
     pub fn push(&mut self, token: TokenId) -> Result<String> {
         self.tokens.push(token);
         let text = self.tokenizer.decode(&self.tokens)?;
-        if text.ends_with(char::REPLACEMENT_CHARACTER) {
+        let waiting = self.tokens.len() - self.context <= MAX_PENDING;
+        if text.len() <= self.shown || text.ends_with(char::REPLACEMENT_CHARACTER) && waiting {
             return Ok(String::new());
         }
-        let piece = text.strip_prefix(&self.shown).unwrap_or_default().to_owned();
-        if piece.is_empty() {
-            return Ok(piece);
-        }
-        // Keep the newest complete token as context and forget what came before.
-        self.tokens.drain(..self.tokens.len() - 1);
-        self.shown = self.tokenizer.decode(&self.tokens)?;
-        if self.shown.ends_with(char::REPLACEMENT_CHARACTER) {
-            // The token ends a character that began before it: alone it is no text. Start afresh.
-            self.tokens.clear();
-            self.shown.clear();
-        }
+        let piece = text.get(self.shown..).unwrap_or_default().to_owned();
+        self.tokens.drain(..self.context);
+        self.context = self.tokens.len();
+        self.shown = self.tokenizer.decode(&self.tokens)?.len();
         Ok(piece)
     }
 
-    /// What is left at the end, incomplete characters as replacement characters.
+    /// What is left at the end; an incomplete character reads as a replacement character.
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.tokens)?;
-        Ok(text.strip_prefix(&self.shown).unwrap_or_default().to_owned())
+        Ok(text.get(self.shown..).unwrap_or_default().to_owned())
     }
 }
 
 fn error(error: tokenizers::Error) -> DecoderError {
     DecoderError::Tokenizer(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A byte-level tokenizer without merges, one token per byte, and one special token.
+    fn byte_level() -> Tokenizer {
+        // Bytes that do not print are spelled as characters from 256 on, as in GPT-2.
+        let mut vocab = serde_json::Map::new();
+        let mut unprintable = 256..;
+        for byte in 0..=255_u32 {
+            let prints = matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
+            let spelled = if prints { byte } else { unprintable.next().unwrap() };
+            vocab.insert(char::from_u32(spelled).unwrap().into(), byte.into());
+        }
+        let special = json!({
+            "id": 256, "content": "<|end|>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        });
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let file = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special], "normalizer": null,
+            "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        });
+        Tokenizer::from_bytes(file.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn text_makes_the_round_trip_and_special_tokens_stand_apart() {
+        let tokenizer = byte_level();
+        let tokens = tokenizer.encode("Grüße<|end|>").unwrap();
+        assert_eq!(tokens.len(), 8);
+        assert_eq!(tokens.last(), tokenizer.token_id("<|end|>").as_ref());
+        assert_eq!(tokenizer.decode(&tokens).unwrap(), "Grüße");
+        assert_ne!(tokenizer.digest(), [0; 32]);
+    }
+
+    #[test]
+    fn a_stream_yields_whole_characters() {
+        let tokenizer = byte_level();
+        let text = "a – Grüße, 日本 🦀!";
+        let mut stream = tokenizer.stream();
+        let pieces: Vec<String> =
+            tokenizer.encode(text).unwrap().into_iter().map(|token| stream.push(token).unwrap()).collect();
+        assert_eq!(pieces.concat(), text);
+        assert!(pieces.iter().all(|piece| piece.chars().count() <= 1));
+        assert_eq!(stream.finish().unwrap(), "");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_shown_in_the_end() {
+        let tokenizer = byte_level();
+        let mut stream = tokenizer.stream();
+        assert_eq!(stream.push(TokenId(0xE6)).unwrap(), "");
+        assert_eq!(stream.finish().unwrap(), "\u{FFFD}");
+        let mut stream = tokenizer.stream();
+        let shown: String = (0..20).map(|_| stream.push(TokenId(0x80)).unwrap()).collect();
+        assert!(!shown.is_empty());
+    }
+
+    #[test]
+    fn a_file_that_is_no_tokenizer_is_refused() {
+        assert!(matches!(Tokenizer::from_bytes(b"{}").map(drop), Err(DecoderError::Tokenizer(_))));
+    }
 }

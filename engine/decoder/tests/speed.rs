@@ -19,10 +19,10 @@ const BLOCK: u32 = 128;
 #[ignore = "a measurement"]
 fn cold_prefill_restore_and_decode() {
     let bundled = json!({
-        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 112,
-        "num_hidden_layers": 6, "num_attention_heads": 8, "q_lora_rank": 128, "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "index_n_heads": 4, "index_head_dim": 32,
-        "index_topk": 256, "n_routed_experts": 8, "max_position_embeddings": 16384,
+        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "moe_intermediate_size": 80,
+        "num_hidden_layers": 6, "num_attention_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64, "index_n_heads": 4, "index_head_dim": 32,
+        "index_topk": 256, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "max_position_embeddings": 16384,
     });
     let model = Checkpoint::random(with(v32(), bundled), 1).load(KvFormat::Bf16, BLOCK);
     let tokens = Random(2).tokens(PREFIX + REST + 64, 4096);

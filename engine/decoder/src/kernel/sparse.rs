@@ -51,14 +51,16 @@ wide! {
             }
             let factors = softmax(weights, scale);
 
-            let mut column = 0;
-            while column < latent {
-                let step = match latent - column {
-                    64.. => sum_rows::<64, FUSED>(rows, width, selected, weights, &factors, column, out, latent),
-                    16.. => sum_rows::<16, FUSED>(rows, width, selected, weights, &factors, column, out, latent),
-                    _ => sum_rows::<1, FUSED>(rows, width, selected, weights, &factors, column, out, latent),
-                };
-                column += step;
+            for (index, out) in out.chunks_mut(4 * latent).enumerate() {
+                let (head, mut column) = (index * 4, 0);
+                while column < latent {
+                    let (rows, to, factors) = (&rows[column..], &mut out[column..], &factors[head..]);
+                    column += match latent - column {
+                        64.. => put(sum_rows::<64, FUSED>(rows, width, selected, weights, head), factors, to, latent),
+                        16.. => put(sum_rows::<16, FUSED>(rows, width, selected, weights, head), factors, to, latent),
+                        _ => put(sum_rows::<1, FUSED>(rows, width, selected, weights, head), factors, to, latent),
+                    };
+                }
             }
         }
     }
@@ -138,33 +140,33 @@ fn softmax(weights: &mut [[f32; LANES]], scale: f32) -> [f32; LANES] {
     sums.map(|sum| 1.0 / sum)
 }
 
-/// `out[h][column..][..W] = factors[h] * sum_s weights[s][h] * rows[s][column..][..W]`, four heads at a time.
-/// Gives `W`.
+/// `sum_s weights[s][h] * rows[s][..W]` of the four heads from `first` on.
 #[inline(always)]
 fn sum_rows<const W: usize, const FUSED: bool>(
     rows: &[f32],
     width: usize,
     selected: &[u32],
     weights: &[[f32; LANES]],
-    factors: &[f32; LANES],
-    column: usize,
-    out: &mut [f32],
-    latent: usize,
-) -> usize {
-    for (four, out) in out.chunks_mut(4 * latent).enumerate() {
-        let mut sums = [[0.0_f32; W]; 4];
-        for (s, weights) in selected.iter().zip(weights) {
-            let row = &rows[*s as usize * width + column..][..W];
-            for (head, sums) in sums.iter_mut().enumerate() {
-                let weight = weights[(four * 4 + head) % LANES];
-                for (sum, value) in sums.iter_mut().zip(row) {
-                    *sum = fma::<FUSED>(weight, *value, *sum);
-                }
+    first: usize,
+) -> [[f32; W]; 4] {
+    let mut sums = [[0.0; W]; 4];
+    for (s, weights) in selected.iter().zip(weights) {
+        let row = &rows[*s as usize * width..][..W];
+        for (head, sums) in sums.iter_mut().enumerate() {
+            let weight = weights[(first + head) % LANES];
+            for (sum, value) in sums.iter_mut().zip(row) {
+                *sum = fma::<FUSED>(weight, *value, *sum);
             }
         }
-        for ((out, sums), factor) in out.chunks_exact_mut(latent).zip(&sums).zip(&factors[four * 4..]) {
-            out[column..column + W].copy_from_slice(&sums.map(|sum| sum * factor));
-        }
+    }
+    sums
+}
+
+/// Stores the sums of up to four heads, `out` starting at the first one's, times their factors. Gives `W`.
+#[inline(always)]
+fn put<const W: usize>(sums: [[f32; W]; 4], factors: &[f32], out: &mut [f32], latent: usize) -> usize {
+    for ((out, sums), factor) in out.chunks_mut(latent).zip(sums).zip(factors) {
+        out[..W].copy_from_slice(&sums.map(|sum| sum * factor));
     }
     W
 }
