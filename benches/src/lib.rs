@@ -1,1 +1,58 @@
-//! Benchmarks of Esker.
+//! Benchmarks of Esker: one criterion bench per hot path, run as commands.
+//!
+//! ```text
+//! cargo bench -p esker-server -p esker-benches --bench chain_hash
+//! cargo bench -p esker-server -p esker-benches --bench store
+//! ```
+//!
+//! Selecting `esker-server` too keeps cargo's feature set, and with it the RocksDB that is already built.
+
+use bytes::Bytes;
+use esker_prefix::{BlockObject, Chain, KvLayout, Namespace, NamespaceId, ObjectKind, RootSecret, RowFormat};
+use esker_prefix::{ScopeKey, ScopeKind, TokenId};
+use esker_store::PutObject;
+
+/// The schedule of V4-Flash: the layout whose blocks have 449,824 bytes.
+pub fn v4_flash() -> KvLayout {
+    let mut ratios = vec![0, 0];
+    ratios.extend([4, 128].repeat(20));
+    ratios.push(4);
+    let config = format!(
+        r#"{{"model_type":"deepseek_v4","num_hidden_layers":43,"head_dim":512,"qk_rope_head_dim":64,
+        "index_head_dim":128,"sliding_window":128,"compress_ratios":{ratios:?}}}"#
+    );
+    KvLayout::from_config(&config, RowFormat::Deployed, 128).expect("the published schedule is a layout")
+}
+
+/// A scope and a namespace of `layout`.
+pub fn identity(layout: &KvLayout) -> (ScopeKey, NamespaceId) {
+    let scope = ScopeKey::derive(&RootSecret::new([1; 32]), ScopeKind::Private, "bench", 0);
+    let namespace =
+        Namespace { weights: [2; 32], tokenizer: [3; 32], layout: layout.id(), adapter: String::new() };
+    (scope, namespace.id())
+}
+
+/// `blocks` blocks of one prefix with incompressible bytes, all different, made from `seed`.
+pub fn prefix(layout: &KvLayout, seed: u32, blocks: u32) -> Vec<PutObject> {
+    let (scope, namespace) = identity(layout);
+    let tokens: Vec<TokenId> =
+        (0..blocks * layout.block_tokens()).map(|i| TokenId(i ^ (seed << 20))).collect();
+    let (genesis, hashes) = Chain::hashes(&scope, namespace, layout.block_tokens(), &tokens);
+    let mut parent = genesis;
+    let mut objects = Vec::new();
+    for (hash, end) in hashes.into_iter().zip(1_u64..) {
+        let planes = layout.planes(ObjectKind::Block).iter().zip(0_u64..).map(|(plane, index)| {
+            let len = usize::try_from(plane.len_bytes).expect("planes fit in memory");
+            let mut bytes = vec![0; len];
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(hash.as_bytes()).update(&index.to_le_bytes());
+            hasher.finalize_xof().fill(&mut bytes);
+            Bytes::from(bytes)
+        });
+        let tokens = end * u64::from(layout.block_tokens());
+        let block = BlockObject::new(layout, namespace, scope.tag(), parent, hash, tokens, planes.collect());
+        objects.push(PutObject::block(layout, block.expect("made from the layout's own table")));
+        parent = hash;
+    }
+    objects
+}
