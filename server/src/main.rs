@@ -1,11 +1,13 @@
 //! The `esker` command.
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 use esker_server::command;
 
 /// Esker keeps the KV cache of prompts on SSD and gives it back for a few percent of the cost of computing it again.
 #[derive(Parser)]
-#[command(version, about, max_term_width = 100, propagate_version = true)]
+#[command(version, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -25,15 +27,35 @@ enum Command {
     Golden(command::golden::Args),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     // Messages for people go to standard error; standard output carries results only.
     let filter = tracing_subscriber::EnvFilter::try_from_env("ESKER_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match Cli::parse().command {
+    let result = match Cli::parse().command {
         Command::Serve(args) => command::serve::run(args),
         Command::Generate(args) => command::generate::run(args),
         Command::Lookup(args) => command::lookup::run(args),
         Command::Demo(args) => command::demo::run(args),
         Command::Golden(args) => command::golden::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("esker: {}", causes(&error));
+            ExitCode::FAILURE
+        }
     }
+}
+
+/// What failed and why, outermost first. A cause that the text before it already quotes says nothing new.
+fn causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }

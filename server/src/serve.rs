@@ -38,20 +38,25 @@ impl Running {
     }
 }
 
-/// Starts to serve `node` on `listen` until `stop` resolves. Beyond loopback only with `insecure`, since nobody
-/// is asked who they are.
-pub async fn start(
-    node: Arc<Node>,
-    listen: SocketAddr,
-    insecure: bool,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> anyhow::Result<Running> {
+/// Beyond loopback only with `insecure`, since nobody is asked who they are.
+pub(crate) fn check_listen(listen: SocketAddr, insecure: bool) -> anyhow::Result<()> {
     if !listen.ip().is_loopback() && !insecure {
         bail!(
             "refusing to listen on {listen}: anyone who reaches it could read and write this cache. \
              Listen on 127.0.0.1, or give --insecure if the network itself keeps others out"
         );
     }
+    Ok(())
+}
+
+/// Starts to serve `node` on `listen` until `stop` resolves.
+pub async fn start(
+    node: Arc<Node>,
+    listen: SocketAddr,
+    insecure: bool,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<Running> {
+    check_listen(listen, insecure)?;
     let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
     let address = listener.local_addr().context("cannot tell the listening address")?;
 

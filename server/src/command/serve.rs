@@ -1,14 +1,14 @@
 //! `esker serve`.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use esker_decoder::KvFormat;
-use esker_store::StoreSettings;
 use esker_store::io::IoEngine;
+use esker_store::{OpenReport, StoreSettings};
 
 use crate::model_folder::load_model;
 use crate::node::{Node, NodeSettings};
@@ -29,7 +29,7 @@ pub struct Args {
     /// Listen beyond loopback although nobody is asked who they are
     #[arg(long)]
     insecure: bool,
-    /// Decode with the model of this folder (config.json, *.safetensors, tokenizer.json) instead of the bundled one
+    /// Decode with the model of this folder (config.json, *.safetensors, tokenizer.json), not the bundled one
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Serve the prefix cache only
@@ -80,6 +80,7 @@ fn block_tokens(text: &str) -> Result<u32, String> {
 
 /// Serves until SIGINT or SIGTERM.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    serve::check_listen(args.listen, args.insecure)?;
     let format = match args.kv {
         Kv::F32 => KvFormat::F32,
         Kv::Bf16 => KvFormat::Bf16,
@@ -106,8 +107,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     let node = Arc::new(Node::open(&NodeSettings { data: args.data.clone(), store }, model)?);
-    let report = node.store.open_report();
-    tracing::info!(data = %args.data.display(), ?report, "the store is open");
+    tell(&args.data, node.store.open_report());
     runtime.block_on(async {
         let running = serve::start(node.clone(), args.listen, args.insecure, stop_signal()?).await?;
         // The one line on standard output: scripts wait for it and read the port from it.
@@ -117,6 +117,27 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     runtime.shutdown_timeout(Duration::from_secs(5));
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What opening found, at the level that it deserves.
+fn tell(data: &Path, report: &OpenReport) {
+    let (data, io, segments) = (data.display(), report.engine, report.segments);
+    for (engine, reason) in &report.refused_engines {
+        tracing::warn!(%engine, %reason, "an I/O engine does not work here");
+    }
+    for segment in &report.unreadable_segments {
+        tracing::error!(?segment, "a segment cannot be read; its blocks are misses");
+    }
+    let dropped = report.records_dropped.total();
+    if dropped > 0 || report.entries_dropped > 0 {
+        tracing::warn!(
+            records = dropped,
+            entries = report.entries_dropped,
+            "damage was found; what it hit are misses"
+        );
+    }
+    let (rebuilt, indexed) = (report.rebuilt, report.records_indexed);
+    tracing::info!(%data, %io, segments, rebuilt, indexed, "the store is open");
 }
 
 /// Resolves on the first SIGINT or SIGTERM.
