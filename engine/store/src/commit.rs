@@ -106,9 +106,18 @@ struct Pending {
     digest: ContentDigest,
     /// Empty while the disk has the buffer.
     record: Option<AlignedBuf>,
-    putter: (usize, Sender<Outcome>),
-    repeats: Vec<(usize, Sender<Outcome>)>,
+    putter: Putter,
+    repeats: Vec<Repeat>,
     _permit: Permit,
+}
+
+/// Who waits for an outcome: position in its list, and where to send it.
+type Putter = (usize, Sender<Outcome>);
+
+/// A put of an object that comes earlier in the same batch. Its answer waits for that one's.
+struct Repeat {
+    putter: Putter,
+    same_content: bool,
 }
 
 impl Writer {
@@ -146,15 +155,13 @@ impl Writer {
                     continue;
                 }
             };
-            let in_batch = accepted.get(&id).copied();
-            match stored.or(in_batch.map(|at| pending[at].digest)) {
-                Some(digest) if digest != encoded.digest => {
-                    self.answer((position, reply), Err(StoreError::ContentMismatch { id }));
-                }
-                Some(_) => match in_batch {
-                    Some(at) => pending[at].repeats.push((position, reply)),
-                    None => self.answer((position, reply), Ok(PutOutcome::Present)),
-                },
+            if let Some(&at) = accepted.get(&id) {
+                let same_content = pending[at].digest == encoded.digest;
+                pending[at].repeats.push(Repeat { putter: (position, reply), same_content });
+                continue;
+            }
+            match stored {
+                Some(digest) => self.answer((position, reply), compare(id, digest == encoded.digest)),
                 None => {
                     let parent = encoded.header.parent;
                     let orphan = parent.filter(|parent| {
@@ -348,7 +355,7 @@ impl Writer {
     fn acknowledge(&self, record: Pending) {
         self.answer(record.putter, Ok(PutOutcome::Stored));
         for repeat in record.repeats {
-            self.answer(repeat, Ok(PutOutcome::Present));
+            self.answer(repeat.putter, compare(record.header.id, repeat.same_content));
         }
     }
 
@@ -356,12 +363,12 @@ impl Writer {
         for record in pending {
             self.answer(record.putter, Err(error.clone()));
             for repeat in record.repeats {
-                self.answer(repeat, Err(error.clone()));
+                self.answer(repeat.putter, Err(error.clone()));
             }
         }
     }
 
-    fn answer(&self, (position, reply): (usize, Sender<Outcome>), outcome: Result<PutOutcome>) {
+    fn answer(&self, (position, reply): Putter, outcome: Result<PutOutcome>) {
         self.shared.count_put(&outcome);
         // A putter that went away does not need to know.
         let _ = reply.send((position, outcome));
@@ -395,6 +402,11 @@ impl Tail {
     pub(crate) fn state(&self, phase: Phase, sequence: u64) -> SegmentState {
         SegmentState { phase, generation: self.generation, watermark: self.append_at, sequence }
     }
+}
+
+/// The outcome of a put of an object that is stored already.
+fn compare(id: ObjectId, same_content: bool) -> Result<PutOutcome> {
+    if same_content { Ok(PutOutcome::Present) } else { Err(StoreError::ContentMismatch { id }) }
 }
 
 fn is_full(error: &io::Error) -> bool {

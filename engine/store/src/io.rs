@@ -23,7 +23,7 @@ use std::sync::mpsc::{self, Sender};
 pub(crate) use buffer::page_ceil;
 pub use buffer::{AlignedBuf, BufferPool, PAGE};
 pub use gate::{ByteGate, Permit};
-pub(crate) use probe::choose;
+pub use probe::choose;
 
 /// A file of a disk, valid until the disk is dropped or the file removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -28,6 +28,11 @@ mod stats;
 mod store;
 mod verify;
 
+#[cfg(test)]
+extern crate self as esker_store;
+#[cfg(test)]
+mod tests;
+
 pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
 pub use object::{PutObject, PutOutcome, PutPlane};

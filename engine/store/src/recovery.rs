@@ -88,9 +88,10 @@ impl Worker<'_> {
     fn segment(&mut self, found: &Found) -> Result<Option<Tail>> {
         let &Found { id, segment, state } = found;
         let header = self.page(found, 0, PageKind::Header)?;
-        let whole = header.is_none_or(|header| header.extent_bytes == segment.len_bytes);
+        // Only of a segment known to have its full length is it known where its seal is or goes.
+        let whole = header.is_some_and(|header| header.extent_bytes == segment.len_bytes);
         let last_page = segment.len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64;
-        let seal = if whole { self.page(found, last_page, PageKind::Seal)? } else { None };
+        let seal = self.page(found, last_page, PageKind::Seal)?;
         let generation = header.or(seal).map(|page| page.generation).or(state.map(|state| state.generation));
         let suspect = state.is_some_and(|state| state.phase == Phase::Suspect);
 
@@ -138,7 +139,7 @@ impl Worker<'_> {
         let Some(seal) = seal else {
             tail.append_at = tail.append_at.min(to.max(from));
             self.remember(&tail, Phase::Open)?;
-            let appendable = header.is_some() && whole && scanned.clean;
+            let appendable = whole && scanned.clean;
             if !appendable && whole {
                 self.seal(&tail);
             }

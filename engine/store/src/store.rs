@@ -27,7 +27,7 @@ const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// A content-addressed store in a folder. See the crate.
 pub struct Store {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     committer: Committer,
     report: OpenReport,
 }

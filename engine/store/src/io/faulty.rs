@@ -1,1 +1,180 @@
+//! A disk that fails on purpose, around one that works, and keeps a trace of what was asked and answered.
+//!
+//! For tests. Faults are named by the number of the op among its kind, counted from the last [`FaultyDisk::arm`].
 
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE};
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The op fails with this error number and moves nothing.
+    Errno(i32),
+    /// The op moves this many bytes and says so.
+    Short(usize),
+    /// One bit of the data differs: on its way to the disk, or from it.
+    FlipBit(usize),
+    /// The write is reported done and does not happen.
+    Lost,
+    /// The write lands this many bytes behind where it should.
+    Misdirected(u64),
+}
+
+/// Which ops meet a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Kind of the ops.
+    pub kind: OpKind,
+    /// Number of the first, from 0.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+    /// What happens to them.
+    pub fault: Fault,
+}
+
+/// What a disk saw, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trace {
+    /// An op ended; whether it moved everything.
+    Done(OpKind, FileId, u64, bool),
+    /// A put was acknowledged: written by the test.
+    Acknowledged(u64),
+}
+
+/// See the module.
+pub struct FaultyDisk {
+    inner: Arc<dyn Disk>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    plans: Vec<Plan>,
+    seen: [u64; 3],
+    create_error: Option<i32>,
+    trace: Vec<Trace>,
+}
+
+impl FaultyDisk {
+    /// A disk without faults, for now.
+    pub fn new(inner: Arc<dyn Disk>) -> Arc<Self> {
+        Arc::new(Self { inner, state: Mutex::default() })
+    }
+
+    /// Sets the faults and counts ops from here on.
+    pub fn arm(&self, plans: &[Plan]) {
+        let mut state = self.state();
+        state.plans = plans.to_vec();
+        state.seen = [0; 3];
+    }
+
+    /// Makes every creation of a file fail with this error number, or work again.
+    pub fn fail_create(&self, errno: Option<i32>) {
+        self.state().create_error = errno;
+    }
+
+    /// Adds to the trace.
+    pub fn note(&self, event: Trace) {
+        self.state().trace.push(event);
+    }
+
+    /// Takes the trace.
+    pub fn trace(&self) -> Vec<Trace> {
+        std::mem::take(&mut self.state().trace)
+    }
+
+    /// Ops of a kind since [`FaultyDisk::arm`].
+    pub fn seen(&self, kind: OpKind) -> u64 {
+        self.state().seen[kind as usize]
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fault_for(&self, kind: OpKind) -> Option<Fault> {
+        let mut state = self.state();
+        let number = state.seen[kind as usize];
+        state.seen[kind as usize] += 1;
+        let meets = |plan: &&Plan| {
+            plan.kind == kind && (plan.first..plan.first.saturating_add(plan.count)).contains(&number)
+        };
+        state.plans.iter().find(meets).map(|plan| plan.fault)
+    }
+
+    /// Runs an op on the real disk to its end.
+    fn run(&self, op: &mut Op, offset: u64) -> io::Result<usize> {
+        let (reply, completions) = mpsc::channel();
+        let (file, kind, buf) = (op.file, op.kind, op.buf.take());
+        self.inner.submit(Op { file, kind, offset, buf, tag: 0, permit: None, reply });
+        let completion = completions.recv().map_err(io::Error::other)?;
+        op.buf = completion.buf;
+        completion.result
+    }
+}
+
+impl Disk for FaultyDisk {
+    fn create(&self, name: &str, len_bytes: u64) -> io::Result<FileId> {
+        if let Some(errno) = self.state().create_error {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        self.inner.create(name, len_bytes)
+    }
+
+    fn open(&self, name: &str) -> io::Result<(FileId, u64)> {
+        self.inner.open(name)
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        self.inner.list()
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.inner.remove(name)
+    }
+
+    fn submit(&self, mut op: Op) {
+        let wanted = op.len_bytes();
+        let (kind, file, offset) = (op.kind, op.file, op.offset);
+        let flip = |op: &mut Op, bit: usize| {
+            if let Some(buf) = op.buf.as_deref_mut()
+                && !buf.is_empty()
+            {
+                let bit = bit % (buf.len() * 8);
+                buf[bit / 8] ^= 1 << (bit % 8);
+            }
+        };
+        let result = match self.fault_for(kind) {
+            None => self.run(&mut op, offset),
+            Some(Fault::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Fault::Short(moved)) => self.run(&mut op, offset).map(|done| done.min(moved)),
+            Some(Fault::Lost) => Ok(wanted),
+            Some(Fault::Misdirected(by)) => self.run(&mut op, offset + by / PAGE as u64 * PAGE as u64),
+            Some(Fault::FlipBit(bit)) if kind == OpKind::Write => {
+                flip(&mut op, bit);
+                let result = self.run(&mut op, offset);
+                flip(&mut op, bit);
+                result
+            }
+            Some(Fault::FlipBit(bit)) => {
+                let result = self.run(&mut op, offset);
+                flip(&mut op, bit);
+                result
+            }
+        };
+        let done = matches!(result, Ok(moved) if moved == wanted);
+        self.note(Trace::Done(kind, file, offset, done));
+        op.complete(result);
+    }
+
+    fn engine(&self) -> IoEngine {
+        self.inner.engine()
+    }
+
+    fn unknown_completions(&self) -> u64 {
+        self.inner.unknown_completions()
+    }
+}

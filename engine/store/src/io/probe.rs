@@ -15,10 +15,7 @@ use super::{AlignedBuf, BufferPool, Disk, IoEngine, Op, PAGE};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The first of `engines` that writes, flushes and reads back in `dir`, and why those before it did not.
-pub(crate) fn choose(
-    dir: &Path,
-    engines: &[IoEngine],
-) -> io::Result<(Arc<dyn Disk>, Vec<(IoEngine, io::Error)>)> {
+pub fn choose(dir: &Path, engines: &[IoEngine]) -> io::Result<(Arc<dyn Disk>, Vec<(IoEngine, io::Error)>)> {
     let mut refused = Vec::new();
     for &engine in engines {
         match open(dir, engine).and_then(|disk| probe(disk.as_ref()).map(|()| disk)) {

@@ -1,0 +1,57 @@
+//! Tests that break the store on purpose, and so need to reach inside. Behaviour seen from outside is in `tests/`.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+mod damage;
+mod faults;
+mod fetching;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::index::{Changes, Entry};
+use crate::{Store, StoreSettings};
+use esker_prefix::ObjectId;
+
+fn segment_path(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("segments/{number:08}.seg"))
+}
+
+fn segment(dir: &Path, number: u64) -> File {
+    File::options().read(true).write(true).open(segment_path(dir, number)).unwrap()
+}
+
+fn flip(file: &File, offset: u64, mask: u8) {
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ mask], offset).unwrap();
+}
+
+fn entry(store: &Store, id: ObjectId) -> Entry {
+    store.shared.index.get(id).unwrap().unwrap()
+}
+
+fn set_entry(store: &Store, id: ObjectId, entry: &Entry) {
+    let mut changes = Changes::default();
+    changes.put(id, entry);
+    store.shared.index.write(changes).unwrap();
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for item in fs::read_dir(from).unwrap() {
+        let item = item.unwrap();
+        let target = to.join(item.file_name());
+        if item.file_type().unwrap().is_dir() {
+            copy_dir(&item.path(), &target);
+        } else {
+            fs::copy(item.path(), target).unwrap();
+        }
+    }
+}
+
+/// Through the page cache: as fast as memory, for tests of many small reads.
+fn buffered() -> StoreSettings {
+    StoreSettings { io_engines: vec![crate::io::IoEngine::PositionalBuffered], ..common::settings() }
+}

@@ -1,0 +1,239 @@
+//! A disk that fails: no acknowledgement without a flush, no bytes but the right ones, and reads go on.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::common::{all, chain, fetch, id, object, planes, settings};
+use crate::io::faulty::{Fault, FaultyDisk, Plan, Trace};
+use crate::io::{FileId, IoEngine, OpKind};
+use crate::{ErrorKind, MissKind, PutOutcome, Sabotage, Store, StoreError, StoreSettings};
+
+const LENS: [usize; 2] = [700, 4500];
+
+fn open(dir: &Path, settings: StoreSettings) -> (Store, Arc<FaultyDisk>) {
+    let segments = dir.join("segments");
+    std::fs::create_dir_all(&segments).unwrap();
+    let (disk, _) = crate::io::choose(&segments, &[IoEngine::PositionalBuffered]).unwrap();
+    let disk = FaultyDisk::new(disk);
+    (Store::open_on(dir, settings, disk.clone()).unwrap(), disk)
+}
+
+fn once(kind: OpKind, first: u64, fault: Fault) -> [Plan; 1] {
+    [Plan { kind, first, count: 1, fault }]
+}
+
+fn always(kind: OpKind, fault: Fault) -> [Plan; 1] {
+    [Plan { kind, first: 0, count: u64::MAX, fault }]
+}
+
+/// Every acknowledgement comes after a successful flush of every write before it, abandoned files apart.
+fn every_ack_is_flushed(trace: &[Trace]) -> Result<(), String> {
+    let mut dirty: HashSet<FileId> = HashSet::new();
+    let mut failed: HashSet<FileId> = HashSet::new();
+    let mut flushed_since_ack = false;
+    for (position, event) in trace.iter().enumerate() {
+        match *event {
+            Trace::Done(OpKind::Write, file, _, true) if failed.contains(&file) => {
+                return Err(format!("{position}: a write into a file after it failed"));
+            }
+            Trace::Done(OpKind::Write, file, _, true) => drop(dirty.insert(file)),
+            Trace::Done(OpKind::Write | OpKind::Sync, file, _, false) => {
+                dirty.remove(&file);
+                failed.insert(file);
+            }
+            Trace::Done(OpKind::Sync, file, _, true) => flushed_since_ack |= dirty.remove(&file),
+            Trace::Done(OpKind::Read, ..) => {}
+            Trace::Acknowledged(number) => {
+                if !dirty.is_empty() || !flushed_since_ack {
+                    return Err(format!("put {number} was acknowledged without a flush"));
+                }
+                flushed_since_ack = false;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn put_and_trace(
+    store: &Store,
+    disk: &FaultyDisk,
+    numbers: std::ops::Range<u64>,
+) -> Vec<Result<PutOutcome, StoreError>> {
+    numbers
+        .map(|number| {
+            let outcome = store.put(vec![object(number, number, &LENS)]).remove(0);
+            if outcome.is_ok() {
+                disk.note(Trace::Acknowledged(number));
+            }
+            outcome
+        })
+        .collect()
+}
+
+#[test]
+fn no_put_is_acknowledged_before_its_flush() {
+    for skip_flush in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let sabotage = Sabotage { skip_flush, ..Sabotage::default() };
+        let (store, disk) =
+            open(dir.path(), StoreSettings { sabotage, segment_bytes: 64 << 10, ..settings() });
+        assert!(put_and_trace(&store, &disk, 0..20).iter().all(Result::is_ok));
+        let verdict = every_ack_is_flushed(&disk.trace());
+        // The control: without the flush the oracle must object.
+        assert_eq!(verdict.is_err(), skip_flush, "{verdict:?}");
+    }
+}
+
+fn every_acknowledged_is_served(store: &Store, outcomes: &[Result<PutOutcome, StoreError>]) {
+    for (number, _) in outcomes.iter().enumerate().filter(|(_, outcome)| outcome.is_ok()) {
+        let put = object(number as u64, number as u64, &LENS);
+        let found = store.lookup(&[put.id]).unwrap();
+        assert_eq!(fetch(store, all(found)), [Ok(planes(&put))]);
+    }
+}
+
+/// Fails the n-th write or flush, for every n until none is left to fail.
+#[test]
+fn any_one_failed_write_or_flush_loses_nothing_that_was_acknowledged() {
+    let faults = [
+        (OpKind::Sync, Fault::Errno(libc::EIO)),
+        (OpKind::Write, Fault::Errno(libc::EIO)),
+        (OpKind::Write, Fault::Short(512)),
+        (OpKind::Write, Fault::Short(0)),
+    ];
+    for (kind, fault) in faults {
+        for number in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let small = StoreSettings { segment_bytes: 64 << 10, ..settings() };
+            let (store, disk) = open(dir.path(), small.clone());
+            disk.arm(&once(kind, number, fault));
+            let outcomes = put_and_trace(&store, &disk, 0..12);
+            let met = disk.seen(kind) > number;
+            every_ack_is_flushed(&disk.trace()).unwrap();
+            let refused = outcomes.iter().filter(|outcome| outcome.is_err()).count();
+            // A batch is written again elsewhere; only a segment that could not be made refuses its put.
+            assert!(refused <= 1, "{kind:?} {number}: {outcomes:?}");
+            every_acknowledged_is_served(&store, &outcomes);
+            // As after a kill: the files as they are, without a clean close.
+            let copy = tempfile::tempdir().unwrap();
+            super::copy_dir(dir.path(), copy.path());
+            every_acknowledged_is_served(&Store::open(copy.path(), small).unwrap(), &outcomes);
+            if !met {
+                break;
+            }
+            assert!(number < 100, "no end");
+        }
+    }
+}
+
+#[test]
+fn a_segment_whose_flush_failed_is_abandoned_and_after_three_writes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, disk) = open(dir.path(), settings());
+    assert!(store.put(chain(0, 3, &LENS)).iter().all(Result::is_ok));
+    // One failure: the put goes elsewhere.
+    disk.arm(&once(OpKind::Sync, 0, Fault::Errno(libc::EIO)));
+    assert_eq!(*store.put(vec![object(10, 10, &LENS)])[0].as_ref().unwrap(), PutOutcome::Stored);
+    assert_eq!(super::entry(&store, id(10)).place.segment.0, 2);
+    assert_eq!(store.stats().suspect_segments, 1);
+    // Two more: the device is not trusted any longer, even though it would work again.
+    disk.arm(&always(OpKind::Sync, Fault::Errno(libc::EIO)));
+    let outcome = store.put(vec![object(11, 11, &LENS)]).remove(0);
+    assert!(matches!(outcome, Err(StoreError::WritesRefused { failures: 3 })), "{outcome:?}");
+    disk.arm(&[]);
+    let error = store.put(vec![object(12, 12, &LENS)]).remove(0).unwrap_err();
+    assert_eq!(error.to_string(), "writes are refused after 3 failed writes or flushes; reads go on");
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+    assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
+    assert!(store.lookup(&[id(11)]).unwrap().is_empty());
+    // After a restart writes are tried again; what lies unflushed in a suspect segment is not taken in.
+    drop((store, disk));
+    let (store, _disk) = open(dir.path(), settings());
+    assert!(store.lookup(&[id(11)]).unwrap().is_empty());
+    assert_eq!(store.lookup(&[id(0), id(1), id(2)]).unwrap().len(), 3);
+    assert!(store.put(vec![object(11, 11, &LENS)])[0].is_ok());
+}
+
+#[test]
+fn a_full_disk_refuses_puts_and_serves_reads_until_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, disk) = open(dir.path(), settings());
+    assert!(store.put(chain(0, 3, &LENS)).iter().all(Result::is_ok));
+    disk.fail_create(Some(libc::ENOSPC));
+    // What fits in the open segment still goes in.
+    let outcomes = store.put((10..20).map(|number| object(number, number, &[200_000])).collect());
+    let stored = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    assert!((1..10).contains(&stored), "{stored}");
+    for outcome in &outcomes[stored..] {
+        assert_eq!(outcome.as_ref().unwrap_err().kind(), ErrorKind::Full, "{outcome:?}");
+    }
+    let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+    assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
+    assert_eq!(store.stats().suspect_segments, 0);
+    disk.fail_create(None);
+    assert!(store.put(vec![object(19, 19, &[200_000])])[0].is_ok());
+    // A file system without preallocation runs full on the write.
+    disk.arm(&always(OpKind::Write, Fault::Errno(libc::ENOSPC)));
+    for _ in 0..5 {
+        let error = store.put(vec![object(30, 30, &LENS)]).remove(0).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Full, "{error}");
+    }
+    disk.arm(&[]);
+    assert!(store.put(vec![object(30, 30, &LENS)])[0].is_ok());
+}
+
+#[test]
+fn a_store_keeps_to_its_capacity() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), StoreSettings { capacity_bytes: 2 << 20, ..settings() }).unwrap();
+    let outcomes = store.put((0..12).map(|number| object(number, number, &[300_000])).collect());
+    let stored = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    assert_eq!(stored, 6);
+    let error = outcomes[6].as_ref().unwrap_err();
+    assert_eq!(error.to_string(), "store is full: 2097152 of 2097152 bytes are in segments");
+    assert_eq!(store.stats().segment_bytes, 2 << 20);
+}
+
+#[test]
+fn a_read_that_fails_once_is_repeated_and_one_that_keeps_failing_is_a_miss() {
+    let faults = [
+        (Fault::Errno(libc::EIO), MissKind::ReadError),
+        (Fault::Short(512), MissKind::Truncated),
+        (Fault::FlipBit(8 * 400), MissKind::Digest),
+        (Fault::FlipBit(8 * 100), MissKind::HeaderChecksum),
+    ];
+    for (fault, kind) in faults {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, disk) = open(dir.path(), settings());
+        let put = object(1, 1, &LENS);
+        assert!(store.put(vec![put.clone()])[0].is_ok());
+        let found = store.lookup(&[id(1)]).unwrap();
+        disk.arm(&once(OpKind::Read, 0, fault));
+        assert_eq!(fetch(&store, all(found.clone())), [Ok(planes(&put))], "{fault:?}");
+        assert_eq!(disk.seen(OpKind::Read), 2);
+        disk.arm(&always(OpKind::Read, fault));
+        assert_eq!(fetch(&store, all(found)), [Err(kind)]);
+        assert_eq!(disk.seen(OpKind::Read), 2, "no retry storm");
+        assert_eq!(store.stats().misses.get(kind), 1);
+        assert!(store.lookup(&[id(1)]).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn writes_that_the_disk_lost_or_put_elsewhere_are_misses() {
+    for fault in [Fault::Lost, Fault::Misdirected(8192), Fault::FlipBit(8 * 1000)] {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, disk) = open(dir.path(), settings());
+        assert!(store.put(vec![object(0, 0, &LENS)])[0].is_ok());
+        disk.arm(&once(OpKind::Write, 0, fault));
+        assert!(store.put(vec![object(1, 1, &LENS)])[0].is_ok(), "the disk said so");
+        assert!(store.put(vec![object(2, 2, &LENS)])[0].is_ok());
+        let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+        let got = fetch(&store, all(found));
+        assert_eq!(got[0], Ok(planes(&object(0, 0, &LENS))));
+        assert!(got[1].is_err(), "{fault:?}");
+        assert_eq!(got[2], Ok(planes(&object(2, 2, &LENS))), "{fault:?}");
+    }
+}

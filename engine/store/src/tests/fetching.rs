@@ -1,0 +1,93 @@
+//! Fetches that end early, wait, or are given up.
+
+use std::time::{Duration, Instant};
+
+use super::common::{all, chain, fetch, id, settings};
+use crate::{FetchEvent, FetchOrder, FetchRequest, MissKind, PlaneSelection, Store, StoreSettings};
+
+fn store(dir: &std::path::Path, settings: StoreSettings) -> (Store, Vec<crate::Found>) {
+    let store = Store::open(dir, settings).unwrap();
+    assert!(store.put(chain(0, 60, &[3000, 60_000, 80_000])).iter().all(Result::is_ok));
+    let found = store.lookup(&(0..60).map(id).collect::<Vec<_>>()).unwrap();
+    assert_eq!(found.len(), 60);
+    (store, found)
+}
+
+fn settles(what: impl Fn() -> usize) -> bool {
+    (0..1000).any(|_| {
+        std::thread::sleep(Duration::from_millis(1));
+        what() == 0
+    })
+}
+
+#[test]
+fn a_dropped_fetch_gives_everything_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = StoreSettings { read_bytes_in_flight: 2 << 20, fetch_window_bytes: 1 << 20, ..settings() };
+    let (store, found) = store(dir.path(), small);
+    for taken in [0, 1, 2, 50] {
+        for order in [FetchOrder::ByObject, FetchOrder::ByPlane] {
+            let mut fetch = store.fetch(FetchRequest { order, ..all(found.clone()) });
+            let events = fetch.by_ref().take(taken).count();
+            assert_eq!(events, taken);
+            assert!(taken == 0 || store.shared.reading.used_bytes() > 0);
+            assert!(store.shared.reading.used_bytes() <= 2 << 20);
+            drop(fetch);
+            assert!(settles(|| store.shared.reading.used_bytes()), "after {taken} events");
+        }
+    }
+    assert_eq!(store.stats().misses.total(), 0);
+}
+
+#[test]
+fn stalled_fetches_do_not_starve_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = StoreSettings { read_bytes_in_flight: 1 << 20, fetch_window_bytes: 1 << 20, ..settings() };
+    let (store, found) = store(dir.path(), small);
+    let mut stalled = store.fetch(all(found.clone()));
+    assert!(stalled.next().is_some());
+    assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
+    assert_eq!(stalled.count(), 60 * 3 - 1);
+    assert_eq!(store.shared.reading.used_bytes(), 0);
+}
+
+#[test]
+fn bytes_outlive_fetch_and_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, found) = store(dir.path(), settings());
+    let held: Vec<_> = store.fetch(all(found)).take(10).collect();
+    store.close().unwrap();
+    for event in held {
+        let FetchEvent::Plane { object, plane, bytes, .. } = event else { panic!("{event:?}") };
+        assert_eq!(bytes, chain(0, 60, &[3000, 60_000, 80_000])[object].planes[plane].bytes);
+    }
+}
+
+#[test]
+fn after_the_deadline_what_is_left_is_a_miss_and_stays_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, found) = store(dir.path(), settings());
+    let past = Some(Instant::now());
+    let got = fetch(&store, FetchRequest { deadline: past, ..all(found.clone()) });
+    assert!(got.iter().all(|object| *object == Err(MissKind::Deadline)));
+    assert_eq!(store.stats().misses.get(MissKind::Deadline), 60);
+    assert_eq!(store.stats().quarantined, 0);
+    let soon = Some(Instant::now() + Duration::from_secs(60));
+    assert!(fetch(&store, FetchRequest { deadline: soon, ..all(found) }).iter().all(Result::is_ok));
+}
+
+#[test]
+fn a_selection_reads_less_than_the_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, found) = store(dir.path(), settings());
+    let before = store.stats().read_bytes;
+    let planes = PlaneSelection::Layers(vec![(0, 0..1)]);
+    let request = FetchRequest { planes, order: FetchOrder::ByPlane, ..all(found.clone()) };
+    assert_eq!(store.fetch(request).count(), 60);
+    let partial = store.stats().read_bytes - before;
+    let whole: u64 = found.iter().map(|found| found.stored_bytes).sum();
+    assert!(partial * 4 < whole, "{partial} of {whole}");
+    // Nothing of an object is nothing to wait for.
+    let none = FetchRequest { planes: PlaneSelection::Layers(vec![(0, 5..9)]), ..all(found) };
+    assert_eq!(store.fetch(none).count(), 0);
+}
