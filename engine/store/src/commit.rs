@@ -146,38 +146,41 @@ impl Writer {
         let mut pending: VecDeque<Pending> = VecDeque::with_capacity(batch.len());
         let mut accepted: HashMap<ObjectId, usize> = HashMap::new();
         for (submission, known) in batch.into_iter().zip(known) {
-            let Submission { encoded, position, reply, permit } = submission;
-            let id = encoded.header.id;
-            let stored = match known {
-                Ok(entry) => entry.map(|entry| entry.digest),
-                Err(error) => {
-                    self.answer((position, reply), Err(error));
-                    continue;
-                }
-            };
+            let Submission { encoded: Encoded { header, digest, record }, position, reply, permit } =
+                submission;
+            let (id, putter) = (header.id, (position, reply));
             if let Some(&at) = accepted.get(&id) {
-                let same_content = pending[at].digest == encoded.digest;
-                pending[at].repeats.push(Repeat { putter: (position, reply), same_content });
+                let same_content = pending[at].digest == digest;
+                pending[at].repeats.push(Repeat { putter, same_content });
                 continue;
             }
-            match stored {
-                Some(digest) => self.answer((position, reply), compare(id, digest == encoded.digest)),
-                None => {
-                    let parent = encoded.header.parent;
-                    let orphan = parent.filter(|parent| {
-                        !accepted.contains_key(parent)
-                            && !matches!(known_parents.get(parent), Some(Ok(Some(_))))
-                    });
-                    if let Some(parent) = orphan {
-                        self.answer((position, reply), Err(StoreError::MissingParent { id, parent }));
-                        continue;
+            let has_parent = match header.parent {
+                None => Ok(()),
+                Some(parent) if accepted.contains_key(&parent) => Ok(()),
+                Some(parent) => match known_parents.get(&parent) {
+                    Some(Ok(Some(_))) => Ok(()),
+                    Some(Err(error)) => Err(error.clone()),
+                    _ => Err(StoreError::MissingParent { id, parent }),
+                },
+            };
+            match known {
+                Err(error) => self.answer(putter, Err(error)),
+                Ok(Some(entry)) => self.answer(putter, compare(id, entry.digest == digest)),
+                Ok(None) => match has_parent {
+                    Err(error) => self.answer(putter, Err(error)),
+                    Ok(()) => {
+                        accepted.insert(id, pending.len());
+                        let (record, repeats) = (Some(record), Vec::new());
+                        pending.push_back(Pending {
+                            header,
+                            digest,
+                            record,
+                            putter,
+                            repeats,
+                            _permit: permit,
+                        });
                     }
-                    accepted.insert(id, pending.len());
-                    let putter = (position, reply);
-                    let Encoded { header, digest, record } = encoded;
-                    let (record, repeats) = (Some(record), Vec::new());
-                    pending.push_back(Pending { header, digest, record, putter, repeats, _permit: permit });
-                }
+                },
             }
         }
         pending
@@ -305,7 +308,7 @@ impl Writer {
         let mut completed = 0;
         for mut completion in completions {
             completed += 1;
-            let position = completion.tag as usize;
+            let Ok(position) = usize::try_from(completion.tag) else { continue };
             if let Ok(moved) = completion.result {
                 self.shared.counters.written_bytes.add(moved as u64);
             }

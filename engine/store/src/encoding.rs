@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use esker_prefix::ObjectId;
 
+use crate::fields::narrow;
 use crate::io::{AlignedBuf, BufferPool};
 use crate::record::{self, Codec, ContentDigest, MAX_PLANES, Plane, RecordHeader};
 use crate::segment::RECORDS_AT;
@@ -47,7 +48,7 @@ impl Hashed {
 
     /// Bytes of the record if nothing is compressed.
     pub(crate) fn max_record_bytes(&self) -> usize {
-        max_record_bytes(&self.object) as usize
+        max_record_bytes(&self.object)
     }
 
     /// Lays the record out.
@@ -75,9 +76,9 @@ impl Hashed {
                     first_layer: plane.spec.first_layer,
                     layers: plane.spec.layers,
                     codec,
-                    offset: offset as u32,
-                    stored_bytes: stored.len() as u32,
-                    raw_bytes: raw.len() as u32,
+                    offset: narrow(offset),
+                    stored_bytes: narrow(stored.len()),
+                    raw_bytes: narrow(raw.len()),
                     stored_checksum,
                     digest,
                 });
@@ -98,7 +99,7 @@ fn check(object: &PutObject, segment_bytes: u64) -> Result<()> {
             return Err(StoreError::PlaneLength { id: object.id, plane, expected, got });
         }
     }
-    let (needed_bytes, max_bytes) = (max_record_bytes(object), max_record_in(segment_bytes));
+    let (needed_bytes, max_bytes) = (max_record_bytes(object) as u64, max_record_in(segment_bytes));
     if object.planes.len() > MAX_PLANES || needed_bytes > max_bytes {
         return Err(StoreError::TooLarge {
             id: object.id,
@@ -116,12 +117,12 @@ pub(crate) fn max_record_in(segment_bytes: u64) -> u64 {
     segment_bytes - 2 * RECORDS_AT
 }
 
-fn max_record_bytes(object: &PutObject) -> u64 {
+fn max_record_bytes(object: &PutObject) -> usize {
     let end = object.planes.iter().fold(record::header_bytes(object.planes.len()), |end, plane| {
         // A plane that compresses below the alignment limit is packed and so ends no later than this.
         record::plane_offset(end, plane.bytes.len()) + plane.bytes.len()
     });
-    crate::io::page_ceil(end) as u64
+    crate::io::page_ceil(end)
 }
 
 /// A compressor and its output, kept per thread: making one costs more than compressing a small plane.

@@ -1,5 +1,10 @@
 //! Fixed-size little-endian fields, written and read in order.
 
+/// A length within a record, which is below 4 GiB by the bound on segments.
+pub(crate) fn narrow(len: usize) -> u32 {
+    u32::try_from(len).expect("checked against the bound on segments")
+}
+
 /// Fills a slice from its start.
 pub(crate) struct Writer<'a> {
     rest: &'a mut [u8],

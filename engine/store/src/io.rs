@@ -14,6 +14,7 @@ mod sys;
 mod uring;
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 mod tests;
 
 use std::fmt;
@@ -23,7 +24,7 @@ use std::sync::mpsc::{self, Sender};
 pub(crate) use buffer::page_ceil;
 pub use buffer::{AlignedBuf, BufferPool, PAGE};
 pub use gate::{ByteGate, Permit};
-pub use probe::choose;
+pub use probe::{Chosen, choose};
 
 /// A file of a disk, valid until the disk is dropped or the file removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

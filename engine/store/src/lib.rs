@@ -31,6 +31,7 @@ mod verify;
 #[cfg(test)]
 extern crate self as esker_store;
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 mod tests;
 
 pub use error::{ErrorKind, Result, StoreError};

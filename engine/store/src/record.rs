@@ -47,7 +47,7 @@
 
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
 
-use crate::fields::{Reader, Writer};
+use crate::fields::{Reader, Writer, narrow};
 use crate::io::{PAGE, page_ceil};
 use crate::segment::{Place, SegmentId};
 
@@ -146,11 +146,12 @@ impl RecordHeader {
     /// Writes the header to the start of `record`.
     pub(crate) fn encode(&self, place: Place, sequence: u64, record: &mut [u8]) -> HeaderChecksum {
         let out = &mut record[..self.header_bytes()];
-        let record_pages = (self.record_bytes() / PAGE) as u32;
+        let record_pages = narrow(self.record_bytes() / PAGE);
+        let planes = u16::try_from(self.planes.len()).expect("checked against MAX_PLANES");
         let mut writer = Writer::new(out);
         writer.bytes(MAGIC).u16(VERSION).u8(self.id.kind as u8);
         writer.u8(self.parent.map_or(0, |parent| parent.kind as u8)).u8(0).u8(0);
-        writer.u16(self.planes.len() as u16).u32(header_bytes(self.planes.len()) as u32).u32(record_pages);
+        writer.u16(planes).u32(narrow(self.header_bytes())).u32(record_pages);
         writer.u64(sequence).u64(place.segment.0).u64(place.generation).u64(place.offset);
         writer.u64(self.tokens).u64(self.raw_bytes()).u64(0);
         writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
@@ -304,4 +305,5 @@ fn decode_plane(reader: &mut Reader<'_>) -> Option<Plane> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 mod tests;

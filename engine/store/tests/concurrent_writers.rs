@@ -1,5 +1,7 @@
 //! Many writers: one copy of each key, whoever comes first, and everybody hears the truth.
 
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 mod common;
 
 use std::collections::HashMap;
@@ -15,7 +17,8 @@ fn writers_of_one_key_agree_on_one_copy() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
     // Half of the writers bring bytes of their own.
-    let seed = |writer: u64, key: u64| if writer % 2 == 0 { key } else { 10_000 + writer * 100 + key };
+    let seed =
+        |writer: u64, key: u64| if writer.is_multiple_of(2) { key } else { 10_000 + writer * 100 + key };
     let lens = [400, 9000];
     let winners: Vec<(u64, u64)> = std::thread::scope(|scope| {
         let writers: Vec<_> = (0..WRITERS)

@@ -3,6 +3,8 @@
 //! A kill leaves the page cache alone, so this tests recovery and order, not durability: that is the business of
 //! the trace oracle in `src/tests/faults.rs`.
 
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 mod common;
 
 use std::io::{BufRead, BufReader, Write};

@@ -1,5 +1,7 @@
 //! Random calls against an in-memory model. A failure prints its seed; `ESKER_SEED` repeats it.
 
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 mod common;
 
 use std::collections::HashMap;
@@ -90,7 +92,7 @@ fn random_object(random: &mut Random) -> PutObject {
     // One in eight has other bytes than usual under its id.
     let odd = u64::from(random.below(8) == 0) * 1000;
     let mut object = common::object(number, number + odd, &lens);
-    object.parent = (number % 4 != 0).then(|| id(number - 1));
+    object.parent = (!number.is_multiple_of(4)).then(|| id(number - 1));
     object
 }
 

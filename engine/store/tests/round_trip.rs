@@ -1,5 +1,7 @@
 //! What was put is found and comes back, across segments, orders, selections and openings.
 
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 mod common;
 
 use common::{all, chain, fetch, id, object, planes, settings};

@@ -29,7 +29,7 @@
 
 use esker_prefix::{NamespaceId, ScopeTag};
 
-use crate::fields::{Reader, Writer};
+use crate::fields::{Reader, Writer, narrow};
 use crate::io::PAGE;
 use crate::record::{ContentDigest, HeaderChecksum, PlacedHeader};
 use crate::segment::{Place, SegmentId};
@@ -58,8 +58,8 @@ impl Entry {
         let header = &found.header;
         Self {
             place: found.place,
-            header_bytes: header.header_bytes() as u32,
-            record_pages: (found.record_bytes / PAGE) as u32,
+            header_bytes: narrow(header.header_bytes()),
+            record_pages: narrow(found.record_bytes / PAGE),
             sequence: found.sequence,
             tokens: header.tokens,
             raw_bytes: header.raw_bytes(),
@@ -113,7 +113,7 @@ impl Entry {
         let sound = offset.is_multiple_of(PAGE as u64)
             && header_bytes as usize <= entry.record_bytes()
             && header_bytes as usize <= crate::record::MAX_HEADER_BYTES
-            && entry.record_bytes() <= crate::settings::MAX_SEGMENT_BYTES as usize;
+            && entry.record_bytes() as u64 <= crate::settings::MAX_SEGMENT_BYTES;
         sound.then_some(entry)
     }
 }

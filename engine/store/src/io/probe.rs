@@ -14,8 +14,14 @@ use super::{AlignedBuf, BufferPool, Disk, IoEngine, Op, PAGE};
 /// A transfer of a few pages that takes longer than this is a disk that hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// What the probe writes; its length shares no factor with the page size, so that no two pages are equal.
+const PATTERN: std::ops::Range<u8> = 0..251;
+
+/// A disk, and the engines that were tried before it.
+pub type Chosen = (Arc<dyn Disk>, Vec<(IoEngine, io::Error)>);
+
 /// The first of `engines` that writes, flushes and reads back in `dir`, and why those before it did not.
-pub fn choose(dir: &Path, engines: &[IoEngine]) -> io::Result<(Arc<dyn Disk>, Vec<(IoEngine, io::Error)>)> {
+pub fn choose(dir: &Path, engines: &[IoEngine]) -> io::Result<Chosen> {
     let mut refused = Vec::new();
     for &engine in engines {
         match open(dir, engine).and_then(|disk| probe(disk.as_ref()).map(|()| disk)) {
@@ -46,13 +52,12 @@ fn probe(disk: &dyn Disk) -> io::Result<()> {
     let result = (|| {
         let pool = BufferPool::new(0);
         let mut buf = pool.take(3 * PAGE);
-        for (position, byte) in buf.iter_mut().enumerate() {
-            *byte = (position % 251) as u8;
-        }
+        buf.iter_mut().zip(PATTERN.cycle()).for_each(|(byte, value)| *byte = value);
         run(disk, |reply| Op::write(file, PAGE as u64, buf, 0, reply))?;
         run(disk, |reply| Op::sync(file, 0, reply))?;
         let read = run(disk, |reply| Op::read(file, PAGE as u64, pool.take(3 * PAGE), 0, reply))?;
-        let same = read.is_some_and(|read| read.iter().enumerate().all(|(p, &byte)| byte == (p % 251) as u8));
+        let same = read
+            .is_some_and(|read| read.iter().copied().zip(PATTERN.cycle()).all(|(byte, value)| byte == value));
         if same { Ok(()) } else { Err(io::Error::other("the probe read other bytes than it wrote")) }
     })();
     disk.remove(&name)?;

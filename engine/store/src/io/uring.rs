@@ -263,7 +263,7 @@ impl InFlight {
             return opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
         };
         // One entry moves at most 1 GiB; the loop moves the rest.
-        let len = (buf.len() - done).min(1 << 30) as u32;
+        let len = u32::try_from(buf.len() - done).unwrap_or(u32::MAX).min(1 << 30);
         let start = buf[done..].as_mut_ptr();
         match self.op.kind {
             OpKind::Read => opcode::Read::new(fd, start, len).offset(offset).build(),
@@ -287,5 +287,47 @@ impl InFlight {
             return Step::End(Ok(self.done));
         }
         Step::Again
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap)]
+mod tests {
+    use super::*;
+    use crate::io::BufferPool;
+    use std::sync::mpsc;
+
+    fn in_flight(op: Op) -> InFlight {
+        InFlight { op, file: Arc::new(File::open("/dev/null").unwrap()), generation: 1, done: 0, retries: 0 }
+    }
+
+    #[test]
+    fn a_completion_of_no_op_is_counted_and_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let Ok(disk) = UringDisk::open(dir.path()) else { return };
+        disk.ring.settle(77 << 16 | 3, 4096);
+        disk.ring.settle(77 << 16 | 0xffff, 4096);
+        assert_eq!(disk.unknown_completions(), 2);
+        let file = disk.create("a", PAGE as u64).unwrap();
+        assert!(crate::io::read_exact(&disk, &BufferPool::new(0), file, 0, PAGE).is_ok());
+    }
+
+    #[test]
+    fn short_transfers_go_on_and_interruptions_are_bounded() {
+        let (reply, _completions) = mpsc::channel();
+        let buf = || BufferPool::new(0).take(4 * PAGE);
+        let mut op = in_flight(Op::read(FileId(0), 0, buf(), 0, &reply));
+        assert!(matches!(op.advance(2 * PAGE as i32), Step::Again));
+        assert!(matches!(op.advance(-libc::EINTR), Step::Again));
+        assert!(matches!(op.advance(2 * PAGE as i32), Step::End(Ok(moved)) if moved == 4 * PAGE));
+        let mut op = in_flight(Op::read(FileId(0), 0, buf(), 0, &reply));
+        assert!(matches!(op.advance(PAGE as i32), Step::Again));
+        assert!(matches!(op.advance(0), Step::End(Ok(PAGE))), "end of file");
+        let mut op = in_flight(Op::read(FileId(0), 0, buf(), 0, &reply));
+        assert!(matches!(op.advance(512), Step::End(Ok(512))), "cannot go on from there");
+        let mut op = in_flight(Op::write(FileId(0), 0, buf(), 0, &reply));
+        let again = (0..100).take_while(|_| matches!(op.advance(-libc::EAGAIN), Step::Again)).count();
+        assert_eq!(again, usize::from(MAX_RETRIES));
+        assert!(matches!(op.advance(-libc::EIO), Step::End(Err(_))));
     }
 }

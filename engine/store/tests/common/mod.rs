@@ -1,6 +1,7 @@
 //! Objects to store, and the two calls that every test makes.
 
 #![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use bytes::Bytes;
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
