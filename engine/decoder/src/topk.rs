@@ -2,10 +2,12 @@
 //!
 //! -0 equals 0, and NaN comes after everything else, so the answer is a function of the scores alone. Most of a row
 //! is discarded by one comparison per group of eight: the k-th largest group maximum is a lower bound of the k-th
-//! largest score, because k different elements reach it.
+//! largest score, because k different elements reach it. Loops are written without a branch on a comparison of
+//! scores, which no predictor could foresee.
 
-use crate::kernel::vector::{group_maxima, order_keys};
+use crate::kernel::vector::{group_maxima, kth_largest, order_keys};
 
+/// Keys per maximum.
 const GROUP: usize = 8;
 
 /// Buffers that one thread reuses from row to row.
@@ -13,56 +15,66 @@ const GROUP: usize = 8;
 pub(crate) struct TopK {
     keys: Vec<u32>,
     maxima: Vec<u32>,
+    groups: Vec<u32>,
+    /// Indices of everything that may be among the best, ascending, and their keys.
     candidates: Vec<u32>,
+    candidate_keys: Vec<u32>,
 }
 
 impl TopK {
     /// Writes the indices of the `k` best of `scores` to `out`, ascending; all of them if there are no more than `k`.
     pub(crate) fn select(&mut self, scores: &[f32], k: usize, out: &mut Vec<u32>) {
         out.clear();
-        if k == 0 {
-            return;
-        }
         if scores.len() <= k {
             out.extend(0..index(scores.len()));
             return;
         }
-        self.keys.resize(scores.len(), 0);
-        order_keys(scores, &mut self.keys);
-        self.maxima.resize(scores.len().div_ceil(GROUP), 0);
-        group_maxima(&self.keys, &mut self.maxima);
+        self.collect(scores, k);
+        let threshold = kth_largest(&self.candidate_keys, k);
+        let above = self.candidate_keys.iter().filter(|&&key| key > threshold).count();
+        // Those above the threshold, and of those on it the first.
+        let mut level = k - above;
+        out.resize(self.candidates.len(), 0);
+        let mut count = 0;
+        for (&candidate, &key) in self.candidates.iter().zip(&self.candidate_keys) {
+            let on = key == threshold && level > 0;
+            level -= usize::from(on);
+            out[count] = candidate;
+            count += usize::from(key > threshold || on);
+        }
+        out.truncate(count);
+    }
 
-        self.collect(k);
-        let threshold = kth_largest(&mut self.maxima, k);
-        let mut level = k - self.maxima.iter().filter(|&&key| key > threshold).count();
-        for &candidate in &self.candidates {
-            let key = self.keys[candidate as usize];
-            let take = key > threshold || key == threshold && level > 0;
-            level -= usize::from(take && key == threshold);
-            if take {
-                out.push(candidate);
+    fn collect(&mut self, scores: &[f32], k: usize) {
+        // The last group is filled up with the lowest key there is; what lies beyond the row is sorted out below.
+        let padded = scores.len().next_multiple_of(GROUP);
+        self.keys.resize(padded, 0);
+        order_keys(scores, &mut self.keys);
+        self.keys[scores.len()..].fill(0);
+        self.maxima.resize(padded / GROUP, 0);
+        group_maxima(&self.keys, &mut self.maxima);
+        let bound = if self.maxima.len() > k { kth_largest(&self.maxima, k) } else { 0 };
+
+        self.groups.resize(self.maxima.len(), 0);
+        let mut groups = 0;
+        for (group, &max) in (0..).zip(&self.maxima) {
+            self.groups[groups] = group;
+            groups += usize::from(max >= bound);
+        }
+        self.candidates.resize(groups * GROUP, 0);
+        self.candidate_keys.resize(groups * GROUP, 0);
+        let mut count = 0;
+        for &group in &self.groups[..groups] {
+            let first = group as usize * GROUP;
+            for (position, &key) in (first..).zip(&self.keys[first..first + GROUP]) {
+                self.candidates[count] = index(position);
+                self.candidate_keys[count] = key;
+                count += usize::from(key >= bound && position < scores.len());
             }
         }
-    }
-
-    /// Leaves in `candidates`, ascending, the indices of at least the `k` best, and in `maxima` their keys.
-    fn collect(&mut self, k: usize) {
-        let bound = if self.maxima.len() > k { kth_largest(&mut self.maxima, k) } else { 0 };
-        // Written without a branch on the comparison, which no predictor could foresee.
-        self.candidates.resize(self.keys.len(), 0);
-        let mut count = 0;
-        for (position, &key) in (0..).zip(&self.keys) {
-            self.candidates[count] = position;
-            count += usize::from(key >= bound);
-        }
         self.candidates.truncate(count);
-        self.maxima.clear();
-        self.maxima.extend(self.candidates.iter().map(|&candidate| self.keys[candidate as usize]));
+        self.candidate_keys.truncate(count);
     }
-}
-
-fn kth_largest(keys: &mut [u32], k: usize) -> u32 {
-    *keys.select_nth_unstable_by(k - 1, |a, b| b.cmp(a)).1
 }
 
 fn index(value: usize) -> u32 {

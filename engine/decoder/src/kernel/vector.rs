@@ -47,15 +47,24 @@ wide! {
         }
     }
 
-    /// The largest of each eight keys; a shorter rest is one group.
+    /// The largest of each eight keys.
     pub(crate) fn group_maxima(keys: &[u32], maxima: &mut [u32]) {
-        let (groups, rest) = keys.as_chunks::<8>();
-        for (max, group) in maxima.iter_mut().zip(groups) {
+        for (max, group) in maxima.iter_mut().zip(keys.as_chunks::<8>().0) {
             *max = group.iter().fold(0, |a, b| a.max(*b));
         }
-        if let (Some(max), false) = (maxima.get_mut(groups.len()), rest.is_empty()) {
-            *max = rest.iter().fold(0, |a, b| a.max(*b));
+    }
+
+    /// The k-th largest of at least `k` keys: the largest number that `k` keys reach, found bit by bit.
+    pub(crate) fn kth_largest(keys: &[u32], k: usize) -> u32 {
+        let mut found = 0;
+        for bit in (0..u32::BITS).rev() {
+            let higher = found | 1 << bit;
+            let reaching: u32 = keys.iter().map(|&key| u32::from(key >= higher)).sum();
+            if reaching as usize >= k {
+                found = higher;
+            }
         }
+        found
     }
 }
 
