@@ -14,7 +14,7 @@ use esker_store::{
     FetchOrder, FetchRequest, PlaneSelection, PutObject, PutOutcome, Store, StoreError, StoreSettings,
 };
 
-const RUNS: u64 = 12;
+const RUNS: u64 = 8;
 const STEPS: u32 = 120;
 const IDS: u64 = 40;
 

@@ -6,18 +6,27 @@ mod common;
 
 use common::{all, chain, fetch, id, object, planes, settings};
 use esker_prefix::{Dtype, Family, Field, Group, KvLayout, NamespaceId, PlaneSpec};
+use esker_store::io::IoEngine;
 use esker_store::{
-    ErrorKind, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, PutObject, PutOutcome, Store, StoreError,
+    ErrorKind, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, PutObject, PutOutcome, Store,
+    StoreError, StoreSettings,
 };
 
 const LENS: [usize; 5] = [3000, 5000, 70_000, 100_000, 10];
 
 #[test]
 fn a_chain_comes_back_in_both_orders_and_after_reopening() {
+    for engine in [IoEngine::UringDirect, IoEngine::PositionalDirect, IoEngine::PositionalBuffered] {
+        let settings = StoreSettings { io_engines: vec![engine, IoEngine::PositionalBuffered], ..settings() };
+        round_trip(&settings);
+    }
+}
+
+fn round_trip(settings: &StoreSettings) {
     let dir = tempfile::tempdir().unwrap();
     let objects = chain(0, 40, &LENS);
     let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
-    let mut store = Store::open(dir.path(), settings()).unwrap();
+    let mut store = Store::open(dir.path(), settings.clone()).unwrap();
     for outcome in store.put(objects.clone()) {
         assert_eq!(outcome.unwrap(), PutOutcome::Stored);
     }
@@ -25,7 +34,7 @@ fn a_chain_comes_back_in_both_orders_and_after_reopening() {
     for reopened in [false, true] {
         if reopened {
             store.close().unwrap();
-            store = Store::open(dir.path(), settings()).unwrap();
+            store = Store::open(dir.path(), settings.clone()).unwrap();
             assert!(!store.open_report().rebuilt);
             assert_eq!(store.open_report().records_indexed, 0);
         }

@@ -160,3 +160,42 @@ impl SegmentState {
         Some(Self { phase, generation: reader.u64(), watermark: reader.u64(), sequence: reader.u64() })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_and_states_round_trip_and_nonsense_is_none() {
+        let entry = Entry {
+            place: Place { segment: SegmentId(1), generation: 2, offset: 3 * PAGE as u64 },
+            header_bytes: 384,
+            record_pages: 5,
+            sequence: 6,
+            tokens: 7,
+            raw_bytes: 8,
+            checksum: HeaderChecksum([9; 16]),
+            scope: ScopeTag([10; 16]),
+            namespace: NamespaceId([11; 32]),
+            digest: ContentDigest([12; 32]),
+        };
+        let bytes = entry.encode();
+        assert_eq!(bytes[..16], [0, 0, 0, 0, 0x80, 1, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes[16..32], [1, 0, 0, 0, 0, 0, 0, 0, 0, 0x30, 0, 0, 0, 0, 0, 0]);
+        assert_eq!((bytes[32], bytes[40], bytes[48], bytes[56]), (6, 7, 8, 2));
+        assert_eq!((bytes[64], bytes[80], bytes[96], bytes[128]), (9, 10, 11, 12));
+        assert_eq!(Entry::decode(&bytes), Some(entry));
+        assert_eq!(Entry::decode(&bytes[1..]), None);
+        // Lengths that would size a read are checked: header over record, record over segment, offset off a page.
+        for (at, byte) in [(6, 1), (11, 0x80), (24, 1)] {
+            let mut bytes = bytes;
+            bytes[at] = byte;
+            assert_eq!(Entry::decode(&bytes), None, "byte {at}");
+        }
+        let state = SegmentState { phase: Phase::Suspect, generation: 1, watermark: 2, sequence: 3 };
+        let bytes = state.encode();
+        assert_eq!((bytes[0], bytes[2], bytes[10], bytes[18]), (3, 1, 2, 3));
+        assert_eq!(SegmentState::decode(&bytes), Some(state));
+        assert_eq!(SegmentState::decode(&[0; 26]), None);
+    }
+}

@@ -27,7 +27,10 @@ impl Files {
     pub(super) fn create(&self, name: &str, len_bytes: u64) -> io::Result<FileId> {
         let path = self.dir.join(name);
         let file = self.options().create_new(true).open(&path)?;
-        let made = reserve(&file, len_bytes).and_then(|()| file.sync_all()).and_then(|()| self.sync_dir());
+        let made = reserve(&file, len_bytes)
+            .and_then(|()| leave_headroom(&file, len_bytes))
+            .and_then(|()| file.sync_all())
+            .and_then(|()| self.sync_dir());
         if let Err(error) = made {
             let _ = fs::remove_file(&path);
             return Err(error);
@@ -82,6 +85,20 @@ impl Files {
     fn sync_dir(&self) -> io::Result<()> {
         File::open(&self.dir)?.sync_all()
     }
+}
+
+/// Free space that every file leaves behind it, for the index on the same file system: a share of its length, and at
+/// least this many bytes. Without it the index would meet the full disk first, and it cannot refuse one write and go
+/// on with the next.
+const MIN_HEADROOM_BYTES: u64 = 8 << 20;
+
+fn leave_headroom(file: &File, len_bytes: u64) -> io::Result<()> {
+    let (free, wanted) = (super::sys::free_bytes(file)?, MIN_HEADROOM_BYTES.max(len_bytes / 8));
+    if free < wanted {
+        let what = format!("{free} bytes would be free, {wanted} are kept for the index");
+        return Err(io::Error::new(io::ErrorKind::StorageFull, what));
+    }
+    Ok(())
 }
 
 /// Reserves the blocks of the whole file, so that a write into it never runs out of space.

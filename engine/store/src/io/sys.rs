@@ -1,10 +1,24 @@
-//! The system call that `std` does not offer.
+//! The system calls that `std` does not offer.
 
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+
+/// Bytes that are free, to anybody, on the file system of `file`: `fstatvfs(3)`.
+pub(super) fn free_bytes(file: &File) -> io::Result<u64> {
+    let mut stats = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the descriptor is open and the pointer is to memory of the right size, which the call fills.
+    match unsafe { libc::fstatvfs(file.as_raw_fd(), stats.as_mut_ptr()) } {
+        0 => {
+            // SAFETY: the call succeeded, so it filled the whole structure.
+            let stats = unsafe { stats.assume_init() };
+            Ok(stats.f_bavail.saturating_mul(stats.f_frsize))
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// `fallocate(2)` of `[0, len)`: reserves blocks and sets the length.
 pub(super) fn fallocate(file: &File, len: libc::off_t) -> io::Result<()> {

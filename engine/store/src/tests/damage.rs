@@ -240,6 +240,32 @@ fn an_index_that_is_gone_or_garbage_costs_a_rebuild() {
 }
 
 #[test]
+fn an_index_that_turns_out_damaged_while_open_gives_misses_and_is_built_anew_next_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = chain(0, 30, &LENS);
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    store.close().unwrap();
+    // Opening turns the log into a table, whose data blocks nobody reads before they are asked for.
+    Store::open(dir.path(), settings()).unwrap().close().unwrap();
+    for item in fs::read_dir(dir.path().join("index")).unwrap().map(Result::unwrap) {
+        if item.file_name().to_string_lossy().ends_with(".sst") {
+            let table = fs::File::options().write(true).open(item.path()).unwrap();
+            table.write_all_at(&[0x5a; 64], 1000).unwrap();
+        }
+    }
+    let store = Store::open(dir.path(), settings()).unwrap();
+    let found = store.get(&objects.iter().map(|object| object.id).collect::<Vec<_>>()).unwrap();
+    assert!(found.iter().any(Option::is_none));
+    assert!(store.stats().index_errors > 0);
+    drop(store);
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert!(store.open_report().rebuilt);
+    let found = store.lookup(&objects.iter().map(|object| object.id).collect::<Vec<_>>()).unwrap();
+    assert_eq!(fetch(&store, all(found)).into_iter().filter(Result::is_ok).count(), 30);
+}
+
+#[test]
 fn lost_segments_and_foreign_files_are_survived() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
