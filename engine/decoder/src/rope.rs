@@ -1,7 +1,8 @@
 //! Rotary positions, plain and YaRN.
 //!
 //! Frequencies and angles are formed in F32, as `position * inv_freq`, because that is what the published models
-//! were trained and evaluated with; only the sine and cosine of that angle are taken in F64.
+//! were trained and evaluated with; only the sine and cosine of that angle are taken in F64. All functions come from
+//! crate `libm`, not from the system's library, whose bits differ between versions and machines.
 
 use serde::Deserialize;
 
@@ -42,7 +43,7 @@ impl Rope {
             return Err(format!("rope_theta must be above 1, got {theta}"));
         }
         // Narrowing to F32 at each step is the published arithmetic.
-        let power = |pair: usize| narrow(theta.powf(f64::from(narrow(2.0 * pair as f64 / dim as f64))));
+        let power = |pair: usize| narrow(libm::pow(theta, f64::from(narrow(2.0 * pair as f64 / dim as f64))));
         match rope.rope_type.as_deref().or(rope.r#type.as_deref()).unwrap_or("default") {
             "default" => Ok(Self {
                 inv_freq: (0..dim / 2).map(|pair| 1.0 / power(pair)).collect(),
@@ -77,8 +78,8 @@ impl Rope {
         for position in first..first + count {
             for &frequency in &self.inv_freq {
                 let angle = f64::from(position as f32 * frequency);
-                angles.cos.push(narrow(angle.cos()) * self.scaling);
-                angles.sin.push(narrow(angle.sin()) * self.scaling);
+                angles.cos.push(narrow(libm::cos(angle)) * self.scaling);
+                angles.sin.push(narrow(libm::sin(angle)) * self.scaling);
             }
         }
         angles
@@ -151,7 +152,8 @@ impl Yarn {
     /// Share of the interpolated frequency, per pair.
     fn ramp(&self, dim: usize, theta: f64) -> Vec<f32> {
         let pair_of = |turns: f64| {
-            dim as f64 * (self.original / (turns * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln())
+            dim as f64 * libm::log(self.original / (turns * 2.0 * std::f64::consts::PI))
+                / (2.0 * libm::log(theta))
         };
         let (mut low, mut high) = (pair_of(self.beta_fast), pair_of(self.beta_slow));
         if self.truncate {
@@ -167,7 +169,7 @@ impl Yarn {
 }
 
 fn mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * libm::log(factor) + 1.0 }
 }
 
 /// Rounds to F32 on purpose.

@@ -79,6 +79,16 @@ fn v32_dense_with_biases_and_tied_head() {
     compare(with(v32(), dense));
 }
 
+/// More heads than lanes, latents beyond the widest step, a selection of more than one step of rows.
+#[test]
+fn v32_wider_than_every_tile() {
+    let wide = json!({
+        "num_attention_heads": 19, "kv_lora_rank": 90, "index_n_heads": 9, "index_head_dim": 37, "index_topk": 21,
+        "q_lora_rank": 270, "num_hidden_layers": 2,
+    });
+    compare(with(v32(), wide));
+}
+
 fn glm() -> Value {
     let glm = json!({
         "model_type": "glm_moe_dsa", "num_hidden_layers": 6, "rms_norm_eps": 1e-5, "qk_nope_head_dim": 14,
