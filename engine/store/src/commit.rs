@@ -139,8 +139,8 @@ impl Writer {
     fn skip_known(&self, batch: Vec<Submission>) -> VecDeque<Pending> {
         let ids: Vec<ObjectId> = batch.iter().map(|submission| submission.encoded.header.id).collect();
         let parents: Vec<ObjectId> = batch.iter().filter_map(|s| s.encoded.header.parent).collect();
-        let known = self.shared.index.get_many(&ids);
-        let known_parents = self.shared.index.get_many(&parents);
+        let known = self.shared.known(&ids);
+        let known_parents = self.shared.known(&parents);
         let known_parents: HashMap<_, _> = parents.into_iter().zip(known_parents).collect();
 
         let mut pending: VecDeque<Pending> = VecDeque::with_capacity(batch.len());

@@ -103,8 +103,8 @@ pub struct Op {
     pub tag: u64,
     /// Share of a byte budget, held until the completion is dropped.
     pub permit: Option<Permit>,
-    /// Where the completion goes.
-    pub reply: Sender<Completion>,
+    /// Where the completion goes; `None` once it went.
+    pub reply: Option<Sender<Completion>>,
 }
 
 impl Op {
@@ -120,7 +120,7 @@ impl Op {
 
     /// Flushes `file`.
     pub fn sync(file: FileId, tag: u64, reply: &Sender<Completion>) -> Self {
-        Self { file, kind: OpKind::Sync, offset: 0, buf: None, tag, permit: None, reply: reply.clone() }
+        Self { file, kind: OpKind::Sync, offset: 0, buf: None, tag, permit: None, reply: Some(reply.clone()) }
     }
 
     fn transfer(
@@ -133,7 +133,7 @@ impl Op {
     ) -> Self {
         assert!(offset.is_multiple_of(PAGE as u64), "offset {offset} is not page-aligned");
         assert!(buf.len().is_multiple_of(PAGE), "length {} is not whole pages", buf.len());
-        Self { file, kind, offset, buf: Some(buf), tag, permit: None, reply: reply.clone() }
+        Self { file, kind, offset, buf: Some(buf), tag, permit: None, reply: Some(reply.clone()) }
     }
 
     /// Bytes to move.
@@ -142,11 +142,22 @@ impl Op {
     }
 
     /// Reports the outcome. A requester that went away loses the buffer back to its pool.
-    pub fn complete(self, result: io::Result<usize>) {
+    pub fn complete(mut self, result: io::Result<usize>) {
+        self.finish(result);
+    }
+
+    fn finish(&mut self, result: io::Result<usize>) {
         let wanted_bytes = self.len_bytes();
-        let completion =
-            Completion { tag: self.tag, wanted_bytes, result, buf: self.buf, permit: self.permit };
-        let _ = self.reply.send(completion);
+        let Some(reply) = self.reply.take() else { return };
+        let (buf, permit) = (self.buf.take(), self.permit.take());
+        let _ = reply.send(Completion { tag: self.tag, wanted_bytes, result, buf, permit });
+    }
+}
+
+/// An op that its disk loses, by a panic say, completes as well: nobody waits for ever.
+impl Drop for Op {
+    fn drop(&mut self) {
+        self.finish(Err(io::Error::other("the disk dropped an op")));
     }
 }
 

@@ -92,6 +92,7 @@ impl Worker<'_> {
         let whole = header.is_some_and(|header| header.extent_bytes == segment.len_bytes);
         let last_page = segment.len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64;
         let seal = self.page(found, last_page, PageKind::Seal)?;
+        let seal = seal.filter(|seal| header.is_none_or(|header| header.generation == seal.generation));
         let generation = header.or(seal).map(|page| page.generation).or(state.map(|state| state.generation));
         let suspect = state.is_some_and(|state| state.phase == Phase::Suspect);
 

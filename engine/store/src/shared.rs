@@ -27,6 +27,14 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// The entries of objects whose segments can be read. What lies in one that cannot is not stored, so that it
+    /// can be put again.
+    pub(crate) fn known(&self, ids: &[ObjectId]) -> Vec<Result<Option<Entry>>> {
+        let readable = |entry: &Entry| self.segments.get(entry.place.segment).is_some();
+        let entries = self.index.get_many(ids).into_iter();
+        entries.map(|entry| entry.map(|entry| entry.filter(readable))).collect()
+    }
+
     /// Reads part of a record: `len` bytes from `start`, both in bytes of the record, rounded outward to pages by
     /// the caller.
     pub(crate) fn read(

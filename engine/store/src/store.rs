@@ -146,7 +146,7 @@ impl Store {
         let mut batch = *LOOKUP_BATCH.start();
         while run.len() < ids.len() {
             let next = &ids[run.len()..ids.len().min(run.len() + batch)];
-            for (&id, entry) in next.iter().zip(self.shared.index.get_many(next)) {
+            for (&id, entry) in next.iter().zip(self.shared.known(next)) {
                 match self.known(id, entry) {
                     Some(found) => run.push(found),
                     None => return Ok(run),
@@ -159,7 +159,7 @@ impl Store {
 
     /// Each of `ids`, whether the others are present or not.
     pub fn get(&self, ids: &[ObjectId]) -> Result<Vec<Option<Found>>> {
-        let entries = self.shared.index.get_many(ids);
+        let entries = self.shared.known(ids);
         Ok(ids.iter().zip(entries).map(|(&id, entry)| self.known(id, entry)).collect())
     }
 
@@ -223,7 +223,7 @@ impl Store {
     /// Hashes an object and skips it if these very bytes are known.
     fn prepare(&self, object: PutObject) -> Result<Prepared> {
         let hashed = Hashed::new(object, self.shared.settings.segment_bytes)?;
-        match self.shared.index.get(hashed.id())? {
+        match self.shared.known(&[hashed.id()]).pop().transpose()?.flatten() {
             None => Ok(Prepared::New(hashed)),
             Some(entry) if entry.digest == hashed.digest() => Ok(Prepared::Known(PutOutcome::Present)),
             Some(_) => Err(StoreError::ContentMismatch { id: hashed.id() }),

@@ -14,6 +14,12 @@ use crate::index::{Changes, Entry};
 use crate::{Store, StoreSettings};
 use esker_prefix::ObjectId;
 
+/// The store is shared by threads; a fetch moves to the one that drives it.
+const fn is_shared<T: Send + Sync>() {}
+const fn is_moved<T: Send>() {}
+const _: () = is_shared::<Store>();
+const _: () = is_moved::<crate::Fetch>();
+
 fn segment_path(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("segments/{number:08}.seg"))
 }

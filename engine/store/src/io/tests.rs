@@ -140,6 +140,15 @@ fn a_requester_that_goes_away_gives_its_permits_back() {
 }
 
 #[test]
+fn an_op_that_is_lost_completes_all_the_same() {
+    let (reply, completions) = mpsc::channel();
+    drop(Op::read(FileId(0), 0, BufferPool::new(0).take(PAGE), 9, &reply));
+    let completion = completions.recv().unwrap();
+    assert_eq!(completion.tag, 9);
+    assert!(completion.full().is_err());
+}
+
+#[test]
 fn the_first_engine_that_passes_the_probe_is_chosen() {
     let dir = tempfile::tempdir().unwrap();
     let engines = [IoEngine::PositionalBuffered, IoEngine::UringDirect];

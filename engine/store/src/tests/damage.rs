@@ -266,6 +266,25 @@ fn an_index_that_turns_out_damaged_while_open_gives_misses_and_is_built_anew_nex
 }
 
 #[test]
+fn what_lies_in_a_segment_that_cannot_be_opened_can_be_put_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    let objects = chain(0, 3, &LENS);
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    store.close().unwrap();
+    fs::remove_file(segment_path(dir.path(), 1)).unwrap();
+    fs::create_dir(segment_path(dir.path(), 1)).unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert_eq!(store.open_report().unreadable_segments, ["00000001.seg"]);
+    assert!(store.lookup(&[id(0)]).unwrap().is_empty());
+    for outcome in store.put(objects.clone()) {
+        assert_eq!(outcome.unwrap(), crate::PutOutcome::Stored);
+    }
+    let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+    assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
+}
+
+#[test]
 fn lost_segments_and_foreign_files_are_survived() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
