@@ -137,6 +137,12 @@ impl Worker<'_> {
             return Ok(None);
         }
         self.apply(&scanned)?;
+        if let Some(unread_at) = scanned.unread_at {
+            // The device may read it next time: scanned again from there, neither appended to nor sealed.
+            tail.append_at = unread_at;
+            self.remember(&tail, Phase::Open)?;
+            return Ok(None);
+        }
         let Some(seal) = seal else {
             tail.append_at = tail.append_at.min(to.max(from));
             self.remember(&tail, Phase::Open)?;

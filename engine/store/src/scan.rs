@@ -34,7 +34,20 @@ pub(crate) struct Scanned {
     /// Whether everything behind `end` is zero.
     pub(crate) clean: bool,
     pub(crate) dropped: MissCounts,
+    /// First place that the device failed to read: there may be sound records from there on.
+    pub(crate) unread_at: Option<u64>,
     pub(crate) generation: Option<u64>,
+}
+
+impl Scanned {
+    fn pass_over(&mut self, at: &mut u64, kind: MissKind) {
+        self.dropped.add(kind);
+        self.clean = false;
+        if kind == MissKind::ReadError {
+            self.unread_at.get_or_insert(*at);
+        }
+        *at += PAGE as u64;
+    }
 }
 
 impl Scan<'_> {
@@ -48,9 +61,7 @@ impl Scan<'_> {
             let page = match window.bytes(at, PAGE, to) {
                 Ok(page) => page,
                 Err(kind) => {
-                    scanned.dropped.add(kind);
-                    scanned.clean = false;
-                    at += PAGE as u64;
+                    scanned.pass_over(&mut at, kind);
                     continue;
                 }
             };
@@ -67,11 +78,7 @@ impl Scan<'_> {
                     scanned.generation = Some(found.place.generation);
                     scanned.records.push((found.header.id, Entry::of(&found)));
                 }
-                Err(kind) => {
-                    scanned.dropped.add(kind);
-                    scanned.clean = false;
-                    at += PAGE as u64;
-                }
+                Err(kind) => scanned.pass_over(&mut at, kind),
             }
         }
         scanned

@@ -7,7 +7,10 @@ use std::sync::Arc;
 use super::common::{all, chain, fetch, id, object, planes, settings};
 use crate::io::faulty::{Fault, FaultyDisk, Plan, Trace};
 use crate::io::{FileId, IoEngine, OpKind};
-use crate::{ErrorKind, MissKind, PutOutcome, Sabotage, Store, StoreError, StoreSettings};
+use crate::{
+    ErrorKind, FetchEvent, FetchOrder, FetchRequest, MissKind, PutOutcome, Sabotage, Store, StoreError,
+    StoreSettings,
+};
 
 const LENS: [usize; 2] = [700, 4500];
 
@@ -218,6 +221,81 @@ fn a_read_that_fails_once_is_repeated_and_one_that_keeps_failing_is_a_miss() {
         assert_eq!(disk.seen(OpKind::Read), 2, "no retry storm");
         assert_eq!(store.stats().misses.get(kind), 1);
         assert!(store.lookup(&[id(1)]).unwrap().is_empty());
+    }
+}
+
+/// Random faults under fetches in both orders: right bytes or one miss, nothing after it, and no end without one.
+#[test]
+fn fetches_on_a_failing_disk_never_give_wrong_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let merging = StoreSettings { read_merge_bytes: 64 << 10, fetch_window_bytes: 256 << 10, ..settings() };
+    let (store, disk) = open(dir.path(), merging);
+    let objects = chain(0, 30, &[300, 20_000, 70_000, 9000]);
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    let faults = [
+        Fault::Errno(libc::EIO),
+        Fault::Short(4096),
+        Fault::FlipBit(12_345),
+        Fault::FlipBit(999_999),
+        Fault::Misdirected(4096),
+    ];
+    let mut misses = 0;
+    for round in 0..200_u64 {
+        disk.arm(&[]);
+        assert!(store.put(objects.clone()).iter().all(Result::is_ok), "whole again");
+        let found = store.lookup(&ids).unwrap();
+        let fault = faults[(round % 5) as usize];
+        // Every third read or so, so that some of the repeated ones fail as well.
+        let bad = (0..500_u64).filter(|read| (read * 2_654_435_761 + round * 40_503) % 1000 < 330);
+        disk.arm(&bad.flat_map(|first| once(OpKind::Read, first, fault)).collect::<Vec<_>>());
+        let order = if round % 2 == 0 { FetchOrder::ByObject } else { FetchOrder::ByPlane };
+        let mut seen = vec![(0, false); objects.len()];
+        for event in store.fetch(FetchRequest { order, ..all(found) }) {
+            match event {
+                FetchEvent::Plane { object, plane, bytes, .. } => {
+                    assert!(!seen[object].1, "nothing follows a miss");
+                    assert_eq!((plane, &bytes), (seen[object].0, &objects[object].planes[plane].bytes));
+                    seen[object].0 += 1;
+                }
+                FetchEvent::Miss { object, .. } => {
+                    assert!(!std::mem::replace(&mut seen[object].1, true), "one miss for an object");
+                    misses += 1;
+                }
+            }
+        }
+        assert!(seen.iter().all(|&(planes, missed)| missed || planes == 4), "{fault:?}");
+        assert_eq!(store.shared.reading.used_bytes(), 0);
+    }
+    assert!(misses > 0, "the faults were met");
+}
+
+/// Fails the n-th read and the one after it while the index is built anew, for every n.
+#[test]
+fn reads_that_fail_during_recovery_lose_nothing_for_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = StoreSettings { segment_bytes: 128 << 10, ..settings() };
+    let (store, disk) = open(dir.path(), small.clone());
+    let objects = chain(0, 12, &[20_000, 3000]);
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    drop((store, disk));
+    for number in 0.. {
+        std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+        let (disk, _) =
+            crate::io::choose(&dir.path().join("segments"), &[IoEngine::PositionalBuffered]).unwrap();
+        let disk = FaultyDisk::new(disk);
+        disk.arm(&[Plan { kind: OpKind::Read, first: number, count: 2, fault: Fault::Errno(libc::EIO) }]);
+        let store = Store::open_on(dir.path(), small.clone(), disk.clone()).unwrap();
+        let met = disk.seen(OpKind::Read) > number;
+        disk.arm(&[]);
+        let found: Vec<_> = store.get(&ids).unwrap().into_iter().flatten().collect();
+        assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
+        drop((store, disk));
+        let (store, _disk) = open(dir.path(), small.clone());
+        assert_eq!(store.lookup(&ids).unwrap().len(), 12, "read {number}");
+        if !met {
+            break;
+        }
     }
 }
 
