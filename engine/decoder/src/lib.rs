@@ -29,7 +29,7 @@ mod tokenizer;
 mod topk;
 
 pub use block::BlockIdentity;
-pub use config::{KvFormat, ModelConfig};
+pub use config::{KvFormat, ModelConfig, MoeConfig};
 pub use error::{DecoderError, ErrorKind, Result};
 pub use model::{Model, ModelBuilder};
 pub use sampler::Sampler;

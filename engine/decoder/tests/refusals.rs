@@ -125,6 +125,22 @@ fn bad_configurations_are_refused() {
 }
 
 #[test]
+fn end_tokens_come_as_one_or_many_and_generation_config_wins() {
+    let of =
+        |eos: Value| ModelConfig::from_json(&with(v32(), json!({"eos_token_id": eos})).to_string()).unwrap();
+    assert_eq!(of(json!(5)).eos_token_ids, [TokenId(5)]);
+    assert_eq!(of(Value::Null).eos_token_ids, []);
+    let checkpoint = Checkpoint::random(with(v32(), json!({"eos_token_id": [7, 9]})), 1);
+    for (generation, expected) in [("{}", vec![7, 9]), (r#"{"eos_token_id": 3}"#, vec![3])] {
+        let mut builder = ModelBuilder::new(&checkpoint.config_text(), KvFormat::F32, 16).unwrap();
+        builder.shard("model.safetensors", checkpoint.shard()).unwrap();
+        builder.generation_config(generation).unwrap();
+        let expected: Vec<TokenId> = expected.into_iter().map(TokenId).collect();
+        assert_eq!(builder.finish().unwrap().config().eos_token_ids, expected);
+    }
+}
+
+#[test]
 fn bad_requests_leave_the_sequence_as_it_was() {
     let model =
         Checkpoint::random(with(v32(), json!({"max_position_embeddings": 10})), 1).load(KvFormat::F32, 4);

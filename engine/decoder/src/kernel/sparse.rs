@@ -21,9 +21,9 @@ pub(crate) struct Scratch {
 }
 
 wide! {
-    /// Attention of one query over its selected rows: `out[h] = sum_s softmax_s(scale * query[h] . rows[s]) rows[s][..latent]`.
-    /// `query` is `[heads, width]`, `rows` holds rows of `width`, `out` is `[heads, latent]`. Sums over rows run in
-    /// the order of `selected`.
+    /// Attention of one query over its selected rows:
+    /// `out[h] = sum_s softmax_s(scale * query[h] . rows[s]) * rows[s][..latent]`. `query` is `[heads, width]`, `rows`
+    /// holds rows of `width`, `out` is `[heads, latent]`. Sums over rows run in the order of `selected`.
     pub(crate) fn attend(
         query: &[f32],
         rows: &[f32],
