@@ -283,7 +283,7 @@ impl Raw {
 
         let has_indexer = self.indexer_schedule(glm)?;
         let is_sparse = self.mlp_schedule()?;
-        let moe = if is_sparse.contains(&true) { Some(self.moe()?) } else { None };
+        let moe = if is_sparse.contains(&true) { Some(self.moe(glm)?) } else { None };
         let rms_norm_eps = self.rms_norm_eps.unwrap_or(if glm { 1e-5 } else { 1e-6 });
         if !(rms_norm_eps.is_finite() && rms_norm_eps >= 0.0) {
             return Err(format!("rms_norm_eps {rms_norm_eps} must be finite and not negative"));
@@ -389,20 +389,21 @@ impl Raw {
         parse_schedule("mlp_layer_types", types, "sparse", "dense")
     }
 
-    fn moe(&self) -> std::result::Result<MoeConfig, String> {
+    /// Fields that may be absent default as in the published configuration classes.
+    fn moe(&self, glm: bool) -> std::result::Result<MoeConfig, String> {
         let required = |name: &str, value: Option<usize>| {
             let value = value.ok_or_else(|| format!("{name} is missing"))?;
             in_range(name, value, MAX_DIMENSION).map(|()| value)
         };
         let moe = MoeConfig {
             n_routed_experts: required("n_routed_experts", self.num_experts.or(self.n_routed_experts))?,
-            n_shared_experts: self.n_shared_experts.unwrap_or(0),
+            n_shared_experts: self.n_shared_experts.unwrap_or(1),
             num_experts_per_tok: required("num_experts_per_tok", self.num_experts_per_tok)?,
             moe_intermediate_size: required("moe_intermediate_size", self.moe_intermediate_size)?,
-            n_group: required("n_group", self.n_group.or(Some(1)))?,
-            topk_group: required("topk_group", self.topk_group.or(Some(1)))?,
+            n_group: required("n_group", self.n_group.or(Some(if glm { 1 } else { 8 })))?,
+            topk_group: required("topk_group", self.topk_group.or(Some(if glm { 1 } else { 4 })))?,
             norm_topk_prob: self.norm_topk_prob.unwrap_or(true),
-            routed_scaling_factor: self.routed_scaling_factor.unwrap_or(1.0),
+            routed_scaling_factor: self.routed_scaling_factor.unwrap_or(2.5),
         };
         let MoeConfig { n_routed_experts: experts, n_group, topk_group, .. } = moe;
         if moe.n_shared_experts > 4096 {
