@@ -126,8 +126,10 @@ pub struct StoreStats {
     pub index_errors: u64,
     /// Segments now.
     pub segments: u64,
-    /// Bytes of all segments on disk.
+    /// Bytes of all segments on disk, room for records to come included.
     pub segment_bytes: u64,
+    /// Bytes of all records, headers and padding included; 0 if the index cannot tell.
+    pub record_bytes: u64,
     /// Segments given up since a write or flush into them failed.
     pub suspect_segments: u64,
     /// I/O completions that belonged to no operation.

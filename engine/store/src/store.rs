@@ -14,7 +14,7 @@ use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
 use crate::index::{Entry, Index};
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine};
 use crate::recovery;
-use crate::segment::SegmentTable;
+use crate::segment::{RECORDS_AT, SegmentTable};
 use crate::shared::Shared;
 use crate::stats::Counters;
 use crate::{OpenReport, PutObject, PutOutcome, Result, StoreError, StoreSettings, StoreStats};
@@ -208,6 +208,7 @@ impl Store {
             index_errors: counters.index_errors.get(),
             segments,
             segment_bytes,
+            record_bytes: self.record_bytes(),
             suspect_segments: counters.suspect_segments.get(),
             unknown_completions: self.shared.disk.unknown_completions(),
         }
@@ -218,6 +219,13 @@ impl Store {
         let Self { shared, committer, .. } = self;
         drop(committer);
         shared.index.flush()
+    }
+
+    /// From the watermarks, which move with every commit.
+    fn record_bytes(&self) -> u64 {
+        let states =
+            self.shared.index.segments().inspect_err(|error| self.index_error(error)).unwrap_or_default();
+        states.iter().map(|(_, state)| state.watermark.saturating_sub(RECORDS_AT)).sum()
     }
 
     /// Hashes an object and skips it if these very bytes are known.

@@ -89,7 +89,7 @@ impl v1::decoder_server::Decoder for DecoderService {
         let model = &engine.loaded.model;
         let stats = self.node.store.stats();
         Ok(Response::new(v1::DescribeReply {
-            store_bytes: stats.segment_bytes,
+            store_bytes: stats.record_bytes,
             model: engine.loaded.name.clone(),
             namespace: Bytes::copy_from_slice(engine.namespace.as_bytes()),
             layout_json: model.layout().to_json(),
