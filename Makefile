@@ -2,8 +2,6 @@
 
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
-# No debug information for RocksDB: nobody steps through it, and it doubles its build.
-export CXXFLAGS ?= -g0
 
 .PHONY: demo test build setup fmt golden clean
 

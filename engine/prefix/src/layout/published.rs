@@ -44,6 +44,8 @@ struct Config {
     kv_lora_rank: Option<u32>,
     qk_rope_head_dim: Option<u32>,
     indexer_types: Option<Vec<String>>,
+    index_topk_freq: Option<u16>,
+    index_skip_topk_offset: Option<u16>,
     // V4: released files say compress_ratios, transformers says layer_types and compress_rates
     head_dim: Option<u32>,
     partial_rotary_factor: Option<f64>,
@@ -80,7 +82,12 @@ fn mla_dsa(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<
     let key = require(config.index_head_dim, "index_head_dim")?;
     let all: Vec<u16> = (0..config.num_hidden_layers).collect();
     let indexed = match &config.indexer_types {
-        None => all.clone(),
+        // The older form of the same schedule (arXiv 2603.12201).
+        None => {
+            let frequency = config.index_topk_freq.unwrap_or(1).max(1);
+            let offset = config.index_skip_topk_offset.unwrap_or(2);
+            all.iter().copied().filter(|layer| (layer + 1).saturating_sub(offset) % frequency == 0).collect()
+        }
         Some(types) if types.len() == all.len() => {
             all.iter().copied().filter(|&layer| types[usize::from(layer)] == "full").collect()
         }

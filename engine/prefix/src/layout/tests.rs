@@ -46,6 +46,8 @@ fn published_byte_counts_are_reproduced() {
     assert_eq!(per_token(GLM5, RowFormat::Deployed), 61_464.0);
     assert_eq!(per_token(GLM5, RowFormat::Bf16), 109_824.0);
     assert_eq!(per_token(&glm52(), RowFormat::Deployed), 53_940.0);
+    let by_frequency = GLM5.replace('}', ",\"index_topk_freq\":4,\"index_skip_topk_offset\":3}");
+    assert_eq!(per_token(&by_frequency, RowFormat::Deployed), 53_940.0);
     assert_eq!(per_token(&flash(), RowFormat::Deployed), 3_514.25);
     assert_eq!(per_token(&flash(), RowFormat::DeployedFp8Keys), 3_850.25);
     assert_eq!(per_token(&flash(), RowFormat::Bf16), 6_880.0);
