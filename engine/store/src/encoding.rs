@@ -8,7 +8,7 @@ use crate::fields::narrow;
 use crate::io::{AlignedBuf, BufferPool};
 use crate::record::{self, Codec, ContentDigest, MAX_PLANES, Plane, RecordHeader};
 use crate::segment::RECORDS_AT;
-use crate::{PutObject, Result, StoreError};
+use crate::{PutObject, PutPlane, Result, StoreError, codec};
 
 use std::sync::Arc;
 
@@ -59,17 +59,15 @@ impl Hashed {
         SCRATCH.with_borrow_mut(|scratch| {
             for (plane, &digest) in self.object.planes.iter().zip(&self.digests) {
                 let raw = &plane.bytes[..];
-                let (codec, stored) = match zstd_level.is_some_and(|level| compress(raw, level, scratch)) {
-                    true => (Codec::Zstd, &scratch.out[..]),
-                    false => (Codec::Raw, raw),
-                };
+                let codec = zstd_level.map_or(Codec::Raw, |level| scratch.compress(plane, level));
+                let stored = if codec == Codec::Raw { raw } else { &scratch.out[..] };
                 let offset = record::plane_offset(end, stored.len());
                 record[end..offset].fill(0);
                 end = offset + stored.len();
                 record[offset..end].copy_from_slice(stored);
                 let stored_checksum = match codec {
                     Codec::Raw => 0,
-                    Codec::Zstd => xxhash_rust::xxh3::xxh3_64(stored),
+                    Codec::Zstd | Codec::Columns => xxhash_rust::xxh3::xxh3_64(stored),
                 };
                 planes.push(Plane {
                     group: plane.spec.group,
@@ -136,17 +134,34 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// Compresses into `scratch.out`; false if that is not worth it.
-fn compress(raw: &[u8], level: i32, scratch: &mut Scratch) -> bool {
-    if scratch.compressor.as_ref().is_none_or(|(made_for, _)| *made_for != level) {
-        scratch.compressor = zstd::bulk::Compressor::new(level).ok().map(|compressor| (level, compressor));
+impl Scratch {
+    /// Compresses into `out`, by columns where the shape is known. `Raw` if that is not worth it.
+    fn compress(&mut self, plane: &PutPlane, level: i32) -> Codec {
+        let raw = &plane.bytes[..];
+        let (codec, stored) = match &plane.shape {
+            Some(shape) => {
+                self.out.resize(raw.len(), 0);
+                (Codec::Columns, codec::encode(shape, raw, &mut self.out))
+            }
+            None => (Codec::Zstd, self.zstd(raw, level)),
+        };
+        match stored.filter(|&stored| stored > 0 && stored * 100 <= raw.len() * WORTH_COMPRESSING_PERCENT) {
+            Some(stored) => {
+                self.out.truncate(stored);
+                codec
+            }
+            None => Codec::Raw,
+        }
     }
-    let Some((_, compressor)) = &mut scratch.compressor else { return false };
-    scratch.out.clear();
-    scratch.out.reserve(raw.len() + 512);
-    match compressor.compress_to_buffer(raw, &mut scratch.out) {
-        Ok(stored) => stored * 100 <= raw.len() * WORTH_COMPRESSING_PERCENT && stored > 0,
-        // The output did not fit: it did not shrink.
-        Err(_) => false,
+
+    fn zstd(&mut self, raw: &[u8], level: i32) -> Option<usize> {
+        if self.compressor.as_ref().is_none_or(|(made_for, _)| *made_for != level) {
+            self.compressor = zstd::bulk::Compressor::new(level).ok().map(|compressor| (level, compressor));
+        }
+        let (_, compressor) = self.compressor.as_mut()?;
+        self.out.clear();
+        self.out.reserve(raw.len() + 512);
+        // If the output does not fit, it did not shrink.
+        compressor.compress_to_buffer(raw, &mut self.out).ok()
     }
 }

@@ -288,7 +288,9 @@ impl Fetch {
         let decoded = if self.shared.settings.skips_verification() {
             match plane.codec {
                 crate::record::Codec::Raw => None,
-                crate::record::Codec::Zstd => Some(verify::decode(&plane, &stored, &self.shared.pool)?),
+                crate::record::Codec::Zstd | crate::record::Codec::Columns => {
+                    Some(verify::decode(&plane, &stored, &self.shared.pool)?)
+                }
             }
         } else {
             verify::plane(&plane, &stored, &self.shared.pool)?

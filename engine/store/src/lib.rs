@@ -10,6 +10,7 @@
 //! DIR/index/                RocksDB, derived from the segments (index.rs)
 //! ```
 
+pub mod codec;
 mod commit;
 mod encoding;
 mod error;

@@ -5,6 +5,8 @@ use esker_prefix::{
     BlockHash, BlockObject, KvLayout, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, StateObject,
 };
 
+use crate::codec::PlaneShape;
+
 /// An object to store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PutObject {
@@ -27,6 +29,8 @@ pub struct PutObject {
 pub struct PutPlane {
     /// Which part of the object it is, and how long.
     pub spec: PlaneSpec,
+    /// What its bytes are, which a codec may exploit; `None` if nothing is known.
+    pub shape: Option<PlaneShape>,
     /// Its bytes.
     pub bytes: Bytes,
 }
@@ -51,7 +55,7 @@ impl PutObject {
             namespace: object.namespace(),
             scope: object.scope(),
             tokens: object.tokens(),
-            planes: pair(layout.planes(ObjectKind::Block), object.into_planes()),
+            planes: pair(layout, ObjectKind::Block, object.into_planes()),
         }
     }
 
@@ -63,7 +67,7 @@ impl PutObject {
             namespace: object.namespace(),
             scope: object.scope(),
             tokens: object.tokens(),
-            planes: pair(layout.planes(ObjectKind::State), object.into_planes()),
+            planes: pair(layout, ObjectKind::State, object.into_planes()),
         }
     }
 
@@ -77,7 +81,7 @@ impl PutObject {
             namespace,
             scope: ScopeTag([0; 16]),
             tokens: 0,
-            planes: vec![PutPlane { spec, bytes }],
+            planes: vec![PutPlane { spec, shape: None, bytes }],
         }
     }
 
@@ -87,6 +91,10 @@ impl PutObject {
     }
 }
 
-fn pair(specs: &[PlaneSpec], planes: Vec<Bytes>) -> Vec<PutPlane> {
-    specs.iter().zip(planes).map(|(&spec, bytes)| PutPlane { spec, bytes }).collect()
+fn pair(layout: &KvLayout, kind: ObjectKind, planes: Vec<Bytes>) -> Vec<PutPlane> {
+    let with_shape = |(&spec, bytes): (&PlaneSpec, Bytes)| {
+        let group = &layout.groups()[usize::from(spec.group)];
+        PutPlane { spec, shape: Some(PlaneShape::of(group, &spec)), bytes }
+    };
+    layout.planes(kind).iter().zip(planes).map(with_shape).collect()
 }

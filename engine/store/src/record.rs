@@ -31,7 +31,7 @@
 //!   0   2  group
 //!   2   2  first layer
 //!   4   2  layers
-//!   6   1  codec: 0 raw, 1 zstd
+//!   6   1  codec: 0 raw, 1 zstd, 2 columns (codec.rs)
 //!   7   1  zero
 //!   8   4  offset
 //!  12   4  stored length in bytes
@@ -77,6 +77,8 @@ pub(crate) struct ContentDigest(pub(crate) [u8; 32]);
 pub(crate) enum Codec {
     Raw = 0,
     Zstd = 1,
+    /// By columns of known shape, see `codec.rs`.
+    Columns = 2,
 }
 
 /// What a record says about itself, apart from its place.
@@ -285,6 +287,7 @@ fn decode_plane(reader: &mut Reader<'_>) -> Option<Plane> {
     let codec = match reader.u8() {
         0 => Codec::Raw,
         1 => Codec::Zstd,
+        2 => Codec::Columns,
         _ => return None,
     };
     reader.u8();

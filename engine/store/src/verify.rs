@@ -10,6 +10,7 @@ use std::sync::Arc;
 use esker_prefix::ObjectId;
 
 use crate::MissKind;
+use crate::codec;
 use crate::index::Entry;
 use crate::io::{AlignedBuf, BufferPool};
 use crate::record::{Codec, PlacedHeader, Plane, RecordHeader};
@@ -32,7 +33,7 @@ pub(crate) fn plane(
 ) -> Result<Option<AlignedBuf>, MissKind> {
     let decoded = match plane.codec {
         Codec::Raw => None,
-        Codec::Zstd => {
+        Codec::Zstd | Codec::Columns => {
             if xxhash_rust::xxh3::xxh3_64(stored) != plane.stored_checksum {
                 return Err(MissKind::PlaneChecksum);
             }
@@ -54,6 +55,9 @@ thread_local! {
 pub(crate) fn decode(plane: &Plane, stored: &[u8], pool: &Arc<BufferPool>) -> Result<AlignedBuf, MissKind> {
     let mut out = pool.take(plane.raw_bytes as usize);
     let room = &mut out[..plane.raw_bytes as usize];
+    if plane.codec == Codec::Columns {
+        return codec::decode(stored, room).map(|()| out).map_err(|_| MissKind::Decode);
+    }
     let written = DECOMPRESSOR.with_borrow_mut(|decompressor| {
         if decompressor.is_none() {
             *decompressor = zstd::bulk::Decompressor::new().ok();

@@ -4,8 +4,12 @@
 
 mod common;
 
+use bytes::Bytes;
 use common::{all, chain, fetch, id, object, planes, settings};
-use esker_prefix::{Dtype, Family, Field, Group, KvLayout, NamespaceId, PlaneSpec};
+use esker_prefix::{
+    BlockObject, Dtype, Family, Field, Group, KvLayout, NamespaceId, ObjectKind, PlaneSpec, RowFormat,
+    ScopeTag,
+};
 use esker_store::io::IoEngine;
 use esker_store::{
     ErrorKind, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, PutObject, PutOutcome, Store,
@@ -186,4 +190,33 @@ fn a_folder_in_use_is_named() {
     assert!(error.to_string().contains(&dir.path().display().to_string()), "{error}");
     store.close().unwrap();
     Store::open(dir.path(), settings()).unwrap();
+}
+
+/// Layers of rows of BF16 numbers with exponents as activations have them.
+#[test]
+fn planes_of_known_shape_shrink_and_come_back() {
+    let config = r#"{"model_type":"deepseek_v32","num_hidden_layers":3,"kv_lora_rank":128,"qk_rope_head_dim":16,
+        "index_head_dim":64}"#;
+    let layout = KvLayout::from_config(config, RowFormat::Bf16, 128).unwrap();
+    let specs = layout.planes(ObjectKind::Block);
+    let planes: Vec<Bytes> = (1..)
+        .zip(specs)
+        .map(|(seed, spec)| {
+            let noise = common::content(seed, spec.len_bytes as usize, false);
+            noise
+                .chunks_exact(2)
+                .flat_map(|pair| [pair[0], 0x3c | pair[1] & 0x83])
+                .collect::<Vec<u8>>()
+                .into()
+        })
+        .collect();
+    let (namespace, scope) = (NamespaceId([7; 32]), ScopeTag([9; 16]));
+    let block =
+        BlockObject::new(&layout, namespace, scope, id(0).hash, id(1).hash, 128, planes.clone()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert_eq!(store.put(vec![PutObject::block(&layout, block)])[0].as_ref().unwrap(), &PutOutcome::Stored);
+    let found = store.lookup(&[id(1)]).unwrap();
+    assert!(found[0].stored_bytes * 4 < found[0].raw_bytes * 3, "{found:?}");
+    assert_eq!(fetch(&store, all(found))[0].as_ref().unwrap(), &planes);
 }

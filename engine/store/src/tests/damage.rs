@@ -3,19 +3,21 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 
+use esker_prefix::Dtype;
+
 use super::common::{all, chain, fetch, id, object, planes, settings};
 use super::{buffered, copy_dir, entry, flip, segment, segment_path, set_entry};
+use crate::codec::{Column, PlaneShape};
 use crate::io::PAGE;
 use crate::segment::{PageKind, RECORDS_AT, SegmentPage};
-use crate::{MissKind, Sabotage, Store, StoreError, StoreSettings};
+use crate::{MissKind, PutObject, Sabotage, Store, StoreError, StoreSettings};
 
 const LENS: [usize; 2] = [700, 4500];
 
 /// Flips each byte of one stored record in turn; gives the kinds of misses and how often other bytes came back.
-fn flip_every_byte(settings: StoreSettings) -> (Vec<MissKind>, usize) {
+fn flip_every_byte(settings: StoreSettings, put: &PutObject) -> (Vec<MissKind>, usize) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings).unwrap();
-    let put = object(1, 1, &LENS);
     assert!(store.put(vec![put.clone()])[0].is_ok());
     let found = store.lookup(&[id(1)]).unwrap();
     let entry = entry(&store, id(1));
@@ -25,7 +27,7 @@ fn flip_every_byte(settings: StoreSettings) -> (Vec<MissKind>, usize) {
         let mask = 1 << (offset % 8);
         flip(&file, offset, mask);
         match &fetch(&store, all(found.clone()))[0] {
-            Ok(bytes) => wrong += usize::from(*bytes != planes(&put)),
+            Ok(bytes) => wrong += usize::from(*bytes != planes(put)),
             Err(kind) => {
                 kinds.push(*kind);
                 assert!(store.lookup(&[id(1)]).unwrap().is_empty(), "quarantined");
@@ -34,7 +36,7 @@ fn flip_every_byte(settings: StoreSettings) -> (Vec<MissKind>, usize) {
         }
         flip(&file, offset, mask);
     }
-    assert_eq!(fetch(&store, all(found))[0].as_ref().unwrap(), &planes(&put), "whole again");
+    assert_eq!(fetch(&store, all(found))[0].as_ref().unwrap(), &planes(put), "whole again");
     assert_eq!(store.stats().misses.total(), kinds.len() as u64);
     assert_eq!(store.stats().quarantined, kinds.len() as u64);
     (kinds, wrong)
@@ -43,7 +45,8 @@ fn flip_every_byte(settings: StoreSettings) -> (Vec<MissKind>, usize) {
 #[test]
 fn every_byte_of_a_record_flipped_gives_a_miss_or_the_right_bytes() {
     for zstd_level in [None, Some(1)] {
-        let (kinds, wrong) = flip_every_byte(StoreSettings { zstd_level, ..buffered() });
+        let (kinds, wrong) =
+            flip_every_byte(StoreSettings { zstd_level, ..buffered() }, &object(1, 1, &LENS));
         assert_eq!(wrong, 0);
         let header = 256 + 2 * 64;
         assert_eq!(kinds.iter().filter(|kind| **kind == MissKind::HeaderChecksum).count(), header);
@@ -56,11 +59,27 @@ fn every_byte_of_a_record_flipped_gives_a_miss_or_the_right_bytes() {
     }
 }
 
+#[test]
+fn every_byte_of_columns_flipped_gives_a_miss_or_the_right_bytes() {
+    let mut put = object(1, 1, &[4096]);
+    // Exponents of activations: few, and so worth encoding.
+    let numbers = put.planes[0].bytes.chunks_exact(2).flat_map(|pair| [pair[0], 0x3c | pair[1] & 0x83]);
+    put.planes[0].bytes = numbers.collect::<Vec<u8>>().into();
+    let columns = [Column { dtype: Dtype::Bf16, count: 32 }];
+    put.planes[0].shape = Some(PlaneShape::new(1, 64, &columns));
+    let (kinds, wrong) = flip_every_byte(buffered(), &put);
+    assert_eq!(wrong, 0);
+    let stored = kinds.iter().filter(|kind| **kind == MissKind::PlaneChecksum).count();
+    assert!((2000..4000).contains(&stored), "{stored} stored bytes");
+    assert_eq!(kinds.len(), 256 + 64 + stored);
+}
+
 /// The control: without verification the same test must see wrong bytes, or it could not fail.
 #[test]
 fn without_verification_flipped_bytes_are_served() {
     let sabotage = Sabotage { skip_verification: true, ..Sabotage::default() };
-    let (_, wrong) = flip_every_byte(StoreSettings { zstd_level: None, sabotage, ..buffered() });
+    let (_, wrong) =
+        flip_every_byte(StoreSettings { zstd_level: None, sabotage, ..buffered() }, &object(1, 1, &LENS));
     assert_eq!(wrong, LENS.iter().sum::<usize>());
 }
 

@@ -38,6 +38,7 @@ pub fn content(seed: u64, len: usize, compressible: bool) -> Bytes {
 pub fn object(number: u64, seed: u64, lens: &[usize]) -> PutObject {
     let plane = |(position, &len): (usize, &usize)| PutPlane {
         spec: PlaneSpec { group: position as u16, first_layer: 0, layers: 2, len_bytes: len as u64 },
+        shape: None,
         bytes: content(seed * 31 + position as u64, len, position % 2 == 1),
     };
     PutObject {

@@ -1,0 +1,251 @@
+//! bf16: exponents relative to a reference, two of them to a Huffman symbol; sign and mantissa as they are.
+//!
+//! In the activations of a model the mantissa is random, and the exponent is not: a channel keeps its range. With
+//! the greatest exponent of the channel as reference the distance below it fits four bits, nearly always.
+//!
+//! A chunk of T rows of C numbers, in R runs of one layer each, with H = T / 2 rounded down:
+//!
+//! ```text
+//!   0  4    length s of the symbols
+//!   4  R*C  reference exponents, run by run      with one reference for each layer: R bytes
+//!     2*H*C sign << 7 | mantissa, row by row
+//!      2*C  the last row as it is, if T is odd
+//!        s  zstd frame of H*C symbols: code of row t | code of row t + H, << 4
+//!           escapes, in order of the rows: the rest
+//! ```
+//!
+//! distance = reference - exponent, modulo 256; code = min(distance, 15); a distance of 15 or more is an escape and
+//! is listed as a byte. So any reference serves any exponent, and only the length hangs on the choice.
+
+use super::chunks::Chunk;
+use super::rows::{Rows, RowsMut, at_least};
+use super::{Damaged, Workspace, take, take_length};
+
+/// A reference of its own costs a channel one byte; runs shorter than this do not earn it back.
+pub(super) const ROWS_PER_CHANNEL_REFERENCE: usize = 64;
+/// More escapes than this, in percent of the numbers, mean that the references do not fit.
+const MAX_ESCAPES_PERCENT: usize = 3;
+/// One row in so many is counted for the most common exponent. Counting is slow, and a near miss costs little.
+const COUNTED_ROW_STEP: usize = 4;
+const ESCAPE: u8 = 15;
+/// Numbers that are searched for escapes at once.
+const GROUP: usize = 64;
+
+/// What one reference exponent is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum References {
+    /// A channel in a layer: its greatest exponent.
+    PerChannel,
+    /// A whole layer: its most common exponent + 3. Outliers above that wrap around, and become escapes.
+    PerLayer,
+}
+
+/// Encodes a chunk. `None` if it does not fit into `out`, or has too many escapes.
+pub(super) fn encode(
+    rows: Rows<'_>,
+    chunk: Chunk,
+    kind: References,
+    workspace: &mut Workspace,
+    out: &mut [u8],
+) -> Option<usize> {
+    let Workspace { entropy, bytes, references, escapes } = workspace;
+    let channels = rows.width / 2;
+    let half = chunk.rows / 2;
+    let symbols = at_least(bytes, half * channels);
+    let runs = chunk.rows / chunk.run;
+    let references = at_least(references, runs * channels);
+    choose_references(rows, chunk.run, kind, references);
+    escapes.clear();
+
+    let stored_references = references.len() / kind.repetitions(channels);
+    let (length, rest) = out.split_first_chunk_mut::<4>()?;
+    let (out_references, rest) = rest.split_at_mut_checked(stored_references)?;
+    let (remainders, rest) = rest.split_at_mut_checked(2 * half * channels)?;
+    let (tail, rest) = rest.split_at_mut_checked(chunk.rows % 2 * rows.width)?;
+    for (out, reference) in
+        out_references.iter_mut().zip(references.iter().step_by(kind.repetitions(channels)))
+    {
+        *out = *reference;
+    }
+    let max_escapes = 2 * symbols.len() * MAX_ESCAPES_PERCENT / 100;
+    let part = |t: usize| t * channels..(t + 1) * channels;
+    for (t, row) in rows.iter().enumerate() {
+        if t == 2 * half {
+            tail.copy_from_slice(row);
+            break;
+        }
+        let (numbers, _) = row.as_chunks();
+        let (references, remainders) = (&references[part(t / chunk.run)], &mut remainders[part(t)]);
+        if t < half {
+            split_row::<0>(numbers, references, &mut symbols[part(t)], remainders, escapes);
+        } else {
+            split_row::<4>(numbers, references, &mut symbols[part(t - half)], remainders, escapes);
+        }
+        if escapes.len() > max_escapes {
+            return None;
+        }
+    }
+    let symbols_bytes = if symbols.is_empty() { 0 } else { entropy.huffman(symbols, rest)? };
+    rest.get_mut(symbols_bytes..)?.get_mut(..escapes.len())?.copy_from_slice(escapes);
+    *length = u32::try_from(symbols_bytes).ok()?.to_le_bytes();
+    Some(4 + stored_references + remainders.len() + tail.len() + symbols_bytes + escapes.len())
+}
+
+/// Decodes a chunk into its rows.
+pub(super) fn decode(
+    mut stored: &[u8],
+    chunk: Chunk,
+    kind: References,
+    workspace: &mut Workspace,
+    rows: RowsMut<'_>,
+) -> Result<(), Damaged> {
+    let Workspace { entropy, bytes, references, .. } = workspace;
+    let channels = rows.width / 2;
+    let half = chunk.rows / 2;
+    let expanded = chunk.rows / chunk.run * channels;
+    let symbols_bytes = take_length(&mut stored)?;
+    let stored_references = take(&mut stored, expanded / kind.repetitions(channels))?;
+    let remainders = take(&mut stored, 2 * half * channels)?;
+    let tail = take(&mut stored, chunk.rows % 2 * rows.width)?;
+    let stored_symbols = take(&mut stored, symbols_bytes)?;
+    let mut escapes = stored;
+
+    let references = match kind {
+        References::PerChannel => stored_references,
+        References::PerLayer => {
+            let references = at_least(references, expanded);
+            for (run, &reference) in references.chunks_exact_mut(channels).zip(stored_references) {
+                run.fill(reference);
+            }
+            references
+        }
+    };
+    let symbols = at_least(bytes, half * channels);
+    if !symbols.is_empty() {
+        entropy.decompress(stored_symbols, symbols)?;
+    }
+    let part = |t: usize| t * channels..(t + 1) * channels;
+    for (t, row) in rows.into_iter().enumerate() {
+        if t == 2 * half {
+            row.copy_from_slice(tail);
+            break;
+        }
+        let (numbers, _) = row.as_chunks_mut();
+        let (references, remainders) = (&references[part(t / chunk.run)], &remainders[part(t)]);
+        if t < half {
+            join_row::<0>(&symbols[part(t)], references, remainders, &mut escapes, numbers)?;
+        } else {
+            join_row::<4>(&symbols[part(t - half)], references, remainders, &mut escapes, numbers)?;
+        }
+    }
+    if escapes.is_empty() { Ok(()) } else { Err(Damaged("escapes left over")) }
+}
+
+impl References {
+    /// How many channels share a reference.
+    fn repetitions(self, channels: usize) -> usize {
+        match self {
+            Self::PerChannel => 1,
+            Self::PerLayer => channels,
+        }
+    }
+}
+
+/// One reference for each channel of each run.
+fn choose_references(rows: Rows<'_>, run: usize, kind: References, references: &mut [u8]) {
+    let channels = rows.width / 2;
+    let mut rows = rows.iter();
+    for references in references.chunks_exact_mut(channels) {
+        let rows = rows.by_ref().take(run);
+        match kind {
+            References::PerChannel => {
+                references.fill(0);
+                for row in rows {
+                    for (reference, &number) in references.iter_mut().zip(row.as_chunks().0) {
+                        *reference = exponent(number).max(*reference);
+                    }
+                }
+            }
+            References::PerLayer => {
+                let mut counts = [0_u32; 256];
+                for row in rows.step_by(COUNTED_ROW_STEP) {
+                    for &number in row.as_chunks().0 {
+                        counts[usize::from(exponent(number))] += 1;
+                    }
+                }
+                let most_common = (0..=u8::MAX).max_by_key(|&exponent| counts[usize::from(exponent)]);
+                references.fill(most_common.unwrap_or(0).wrapping_add(3));
+            }
+        }
+    }
+}
+
+/// Takes a row apart. Its codes go to the low (`SHIFT` 0, written first) or high (`SHIFT` 4) half of the symbols.
+fn split_row<const SHIFT: u8>(
+    numbers: &[[u8; 2]],
+    references: &[u8],
+    symbols: &mut [u8],
+    remainders: &mut [u8],
+    escapes: &mut Vec<u8>,
+) {
+    let codes = symbols.iter_mut().zip(numbers.iter().zip(references));
+    for (symbol, (&number, &reference)) in codes {
+        let code = reference.wrapping_sub(exponent(number)).min(ESCAPE);
+        *symbol = if SHIFT == 0 { code } else { *symbol | code << SHIFT };
+    }
+    for (remainder, &number) in remainders.iter_mut().zip(numbers) {
+        let number = u16::from_le_bytes(number);
+        *remainder = ((number >> 8) & 0x80) as u8 | (number & 0x7F) as u8;
+    }
+    for (group, symbols) in symbols.chunks(GROUP).enumerate() {
+        if has_escape::<SHIFT>(symbols) {
+            for (&number, &reference) in numbers.iter().zip(references).skip(group * GROUP).take(GROUP) {
+                let distance = reference.wrapping_sub(exponent(number));
+                if distance >= ESCAPE {
+                    escapes.push(distance);
+                }
+            }
+        }
+    }
+}
+
+/// Puts a row together again.
+fn join_row<const SHIFT: u8>(
+    symbols: &[u8],
+    references: &[u8],
+    remainders: &[u8],
+    escapes: &mut &[u8],
+    numbers: &mut [[u8; 2]],
+) -> Result<(), Damaged> {
+    let parts = symbols.iter().zip(references.iter().zip(remainders));
+    for (number, (&symbol, (&reference, &remainder))) in numbers.iter_mut().zip(parts) {
+        *number = join(reference, (symbol >> SHIFT) & 0xF, remainder);
+    }
+    for (group, symbols) in symbols.chunks(GROUP).enumerate() {
+        if has_escape::<SHIFT>(symbols) {
+            for (at, &symbol) in (group * GROUP..).zip(symbols) {
+                if (symbol >> SHIFT) & 0xF == ESCAPE {
+                    let (&distance, rest) = escapes.split_first().ok_or(Damaged("escapes run out"))?;
+                    *escapes = rest;
+                    numbers[at] = join(references[at], distance, remainders[at]);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn has_escape<const SHIFT: u8>(symbols: &[u8]) -> bool {
+    symbols.iter().fold(0, |greatest, &symbol| ((symbol >> SHIFT) & 0xF).max(greatest)) == ESCAPE
+}
+
+/// Biased exponent of a number.
+fn exponent(number: [u8; 2]) -> u8 {
+    ((u16::from_le_bytes(number) >> 7) & 0xFF) as u8
+}
+
+fn join(reference: u8, distance: u8, remainder: u8) -> [u8; 2] {
+    let exponent = u16::from(reference.wrapping_sub(distance));
+    let remainder = u16::from(remainder);
+    ((remainder & 0x80) << 8 | exponent << 7 | remainder & 0x7F).to_le_bytes()
+}
