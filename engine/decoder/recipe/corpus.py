@@ -32,8 +32,10 @@ def fetch(cache: pathlib.Path) -> pathlib.Path:
     if not root.exists():
         cache.mkdir(parents=True, exist_ok=True)
         subprocess.run(["apt-get", "download", *PACKAGES], cwd=cache, check=True)
+        unpacked = root.with_suffix(".partial")
         for package in PACKAGES:
-            subprocess.run(["dpkg", "-x", next(cache.glob(f"{package}_*.deb")), root], check=True)
+            subprocess.run(["dpkg", "-x", next(cache.glob(f"{package}_*.deb")), unpacked], check=True)
+        unpacked.rename(root)
     return root
 
 

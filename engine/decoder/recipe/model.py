@@ -1,6 +1,6 @@
 """DeepSeek V3.2 in PyTorch, for training: expanded MLA, the sparse-attention indexer, and MoE.
 
-Parameter names are those of the published checkpoints, so `state_dict()` is the checkpoint. Three
+Parameter names are those of the published checkpoints, so `state_dict()` is the checkpoint. Two
 kinds of attention, chosen by `Run.attention`:
 
 * `dense`: causal attention over everything (the backbone is trained this way);
@@ -30,7 +30,7 @@ class Run:
     attention: str = "dense"
     index_queries: int = 0
     index_loss: list[torch.Tensor] = field(default_factory=list)
-    observe: object = None  # called with (layer, selected rows as booleans, first query) under `sparse`
+    observe: object = None  # under `sparse`, called with (attention, q, k, scale, selected, first query) per chunk
 
 
 class Model(nn.Module):
@@ -186,7 +186,10 @@ def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     visible = scores > -torch.inf
     if scores.shape[-1] <= k:
         return visible
-    worst = scores.topk(k, sorted=True).values[..., -1:]
+    worst = scores.topk(k).values.min(-1, keepdim=True).values
+    chosen = (scores >= worst) & visible
+    if chosen.sum(-1).max() <= k:
+        return chosen
     above, level = scores > worst, (scores == worst) & visible
     return above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 

@@ -1,0 +1,210 @@
+"""Training in phases, on one GPU or on every CPU core.
+
+On CPUs each core runs its own process with one thread, and gradients are averaged between them: small
+matrix products gain little from threads, and a core that others also use then delays no barrier.
+"""
+
+import contextlib
+import datetime
+import os
+import pathlib
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from config import CONFIG, PLAIN, YARN
+from model import Model, Router, Run
+
+BALANCE_STEP = 0.002  # of the routing biases
+REPORT_STEPS = 20
+SAVE_SECONDS = 300
+
+
+@dataclass
+class Phase:
+    name: str
+    share: float  # of the whole budget
+    context: int
+    batch: int  # sequences a step, all processes together
+    lr: tuple[float, float]  # at the start and at the end
+    rope: dict
+    attention: str = "dense"
+    backbone: bool = True
+    index_queries: int = 0  # rows on which the indexer is trained; 0 leaves it alone
+    index_lr: tuple[float, float] = (0, 0)
+    warmup: int = 5  # steps
+
+
+PHASES = [
+    Phase("pretrain", 0.55, 1024, 8, (4e-3, 2e-3), PLAIN, warmup=40),
+    Phase("extend-4k", 0.13, 4096, 2, (2e-3, 6e-4), YARN),
+    Phase("extend-16k", 0.08, 16384, 1, (6e-4, 2e-4), YARN),
+    Phase("indexer-4k", 0.10, 4096, 2, (0, 0), YARN, backbone=False, index_queries=512, index_lr=(4e-3, 1.5e-3)),
+    Phase("indexer-8k", 0.05, 8192, 2, (0, 0), YARN, backbone=False, index_queries=512, index_lr=(1.5e-3, 5e-4), warmup=1),
+    Phase("sparse", 0.09, 4096, 2, (2e-4, 3e-5), YARN, "sparse", index_queries=512, index_lr=(5e-4, 5e-5), warmup=2),
+]
+
+
+@dataclass
+class Budget:
+    minutes: float
+    tokens: int  # if not 0, it counts instead of the minutes, and a run is reproducible
+
+
+def train(ids: torch.Tensor, work: pathlib.Path, budget: Budget, seed: int) -> pathlib.Path:
+    """Run the phases that `work` has no checkpoint of; returns the last checkpoint."""
+    processes = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    rendezvous = (work / f"rendezvous-{os.getpid()}").resolve()
+    torch.multiprocessing.spawn(worker, (processes, f"file://{rendezvous}", ids, work, budget, seed), nprocs=processes)
+    rendezvous.unlink(missing_ok=True)
+    return checkpoint(work, PHASES[-1])
+
+
+def checkpoint(work: pathlib.Path, phase: Phase) -> pathlib.Path:
+    return work / f"{phase.name}.pt"
+
+
+def partial(path: pathlib.Path) -> pathlib.Path:
+    """The latest state within a phase, for a look at it; a run resumes from finished phases only."""
+    return path.with_suffix(".partial")
+
+
+def worker(rank, processes, address, ids, work, budget, seed):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=processes,
+                            timeout=datetime.timedelta(hours=1))
+    torch.manual_seed(seed)
+    model = Model(CONFIG).to(device)
+    initialise(model)
+    torch.manual_seed(seed + 1 + rank)
+    ids = ids.to(device)
+    for phase in PHASES:
+        path = checkpoint(work, phase)
+        if path.exists():
+            model.load_state_dict(torch.load(path, map_location=device))
+            continue
+        run_phase(model, phase, ids, budget, rank, processes, path)
+        if rank == 0:
+            torch.save(model.state_dict(), path)
+            partial(path).unlink(missing_ok=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def initialise(model: Model) -> None:
+    """Normal, narrower where a matrix writes into the residual stream."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            std = CONFIG["initializer_range"]
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * CONFIG["num_hidden_layers"]) ** 0.5
+            parameter.normal_(0, std)
+
+
+def run_phase(model, phase, ids, budget, rank, processes, path):
+    device = ids.device
+    model.config["rope_parameters"] = phase.rope
+    optimizers = make_optimizers(model, phase)
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    model.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+    sequences = max(phase.batch // processes, 1)
+    step_tokens = sequences * processes * phase.context
+    started, step, progress, saved = time.monotonic(), 0, 0.0, time.monotonic()
+    smooth = {}
+    while progress < 1:
+        for optimizer in optimizers:
+            set_lr(optimizer, phase, progress, step)
+        losses = gradients(model, phase, batch(ids, sequences, phase.context))
+        spent = (step + 1) * step_tokens / budget.tokens if budget.tokens else (time.monotonic() - started) / 60 / budget.minutes
+        figures = average(trained, [spent / phase.share, *losses.values()], model, processes)
+        progress = figures[0]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if phase.backbone:
+            for router in routers(model):
+                router.balance(BALANCE_STEP)
+        step += 1
+        for name, value in zip(losses, figures[1:]):
+            smooth[name] = 0.9 * smooth.get(name, value) + 0.1 * value
+        if rank == 0 and (step % REPORT_STEPS == 1 or progress >= 1):
+            rate = step * step_tokens / (time.monotonic() - started)
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())
+            print(f"{phase.name:10} {min(progress, 1):4.0%}  step {step:5}  {shown}  {rate:.0f} tokens/s", flush=True)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                torch.save(model.state_dict(), partial(path))
+                saved = time.monotonic()
+
+
+def make_optimizers(model, phase):
+    """Muon for the matrices inside the layers, AdamW for the rest and for the indexer."""
+    indexer = model.indexer_parameters()
+    optimizers = []
+    if phase.backbone:
+        inside = [p for n, p in model.named_parameters()
+                  if ".layers." in n and p.dim() == 2 and ".indexer." not in n and ".gate.weight" not in n]
+        taken = {id(p) for p in [*inside, *indexer]}
+        rest = [p for p in model.parameters() if id(p) not in taken]
+        optimizers += [torch.optim.Muon(inside, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                       torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.01)]
+    if phase.index_queries:
+        optimizers.append(torch.optim.AdamW(indexer, betas=(0.9, 0.95), weight_decay=0.0))
+        optimizers[-1].is_indexer = True
+    return optimizers
+
+
+def set_lr(optimizer, phase, progress, step):
+    start, end = phase.index_lr if hasattr(optimizer, "is_indexer") else phase.lr
+    for group in optimizer.param_groups:
+        group["lr"] = (start + (end - start) * progress) * min(1, (step + 1) / phase.warmup)
+
+
+def batch(ids, sequences, context):
+    """Random windows, each behind a beginning-of-text token as in use."""
+    starts = torch.randint(len(ids) - context, (sequences, 1), device=ids.device)
+    windows = ids[starts + torch.arange(context, device=ids.device)]
+    return torch.cat([torch.full_like(starts, CONFIG["bos_token_id"]), windows], 1)
+
+
+def gradients(model, phase, windows):
+    """Leaves the gradients of this process' windows; returns the losses by name."""
+    total, losses = 0.0, {}
+    run = Run(phase.attention, phase.index_queries)
+    with torch.autocast(windows.device.type, dtype=torch.bfloat16):
+        if phase.backbone:
+            total = model.loss(windows, run)
+            losses["loss"] = total.item()
+        else:
+            model(windows[:, :-1], run)
+    if run.index_loss:
+        index_loss = torch.stack(run.index_loss).sum()
+        total = total + index_loss
+        losses["index_kl"] = index_loss.item() / len(run.index_loss)
+    total.backward()
+    return losses
+
+
+def average(trained, figures, model, processes):
+    """Average gradients, routing loads and `figures` over the processes; returns the figures."""
+    gradients = [p.grad for p in trained if p.grad is not None]
+    loads = [router.load for router in routers(model)]
+    tensors = [*gradients, *loads, torch.tensor(figures, device=loads[0].device)]
+    flat = torch.cat([t.flatten() for t in tensors])
+    if processes > 1:
+        dist.all_reduce(flat)
+        flat /= processes
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(part.view_as(tensor))
+    return tensors[-1].tolist()
+
+
+def routers(model):
+    return [m for m in model.modules() if isinstance(m, Router)]
