@@ -12,7 +12,7 @@ macro_rules! model_file {
 }
 
 /// What the bundled model is called.
-pub const NAME: &str = "esker-scripture-v32";
+pub const NAME: &str = "esker-kjv-austen-7m";
 /// The demo's document: text that the model was not trained on.
 pub const DEMO_DOCUMENT: &str = include_str!(model_file!("demo/document.txt"));
 /// The demo's two questions, one per line.

@@ -22,6 +22,10 @@ use crate::bundled;
 /// Longest wait for the new blocks to be durable.
 const DURABLE_WAIT: Duration = Duration::from_secs(60);
 
+/// A small model that always takes the likeliest token soon repeats itself. Seeded, so runs still compare.
+const TEMPERATURE: f32 = 0.7;
+const TOP_P: f32 = 0.9;
+
 /// Arguments of `esker demo`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -168,8 +172,13 @@ impl Node {
             ProgressStyle::with_template("   {msg:9} {wide_bar} {pos}/{len} tokens")
                 .context("progress bar template")?,
         );
-        let request =
-            Request { max_new_tokens, logits_digest: true, ..Request::new(Prompt::Tokens(prompt.clone())) };
+        let request = Request {
+            max_new_tokens,
+            temperature: TEMPERATURE,
+            top_p: TOP_P,
+            logits_digest: true,
+            ..Request::new(Prompt::Tokens(prompt.clone()))
+        };
         let started = Instant::now();
         let mut events = self.client.generate(request).await?;
         let mut answer = Answer { prompt, ..Answer::default() };
