@@ -1,6 +1,7 @@
 //! One generation: lookup, restore, prefill the rest, decode, and hand new blocks to the write-behind queue.
 
 use std::ops::ControlFlow;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use esker_decoder::{BlockIdentity, DecoderError, Logits, Sampler, Sequence};
@@ -11,6 +12,8 @@ use crate::node::{Engine, Node};
 
 /// Longest wait for the store during a restore. What has not arrived by then is computed instead.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(10);
+/// Blocks proven and not yet put back.
+const RESTORE_AHEAD_BLOCKS: usize = 8;
 
 /// What to generate, checked.
 pub(crate) struct Job {
@@ -138,44 +141,51 @@ fn restore(
         return Ok(0);
     }
     listen(emit(Event::Restoring { done: 0, total }))?;
+    sequence.reserve(&engine.loaded.model, prompt_tokens);
+    let mut bytes_read = 0;
+    let (verified, blocks) = sync_channel(RESTORE_AHEAD_BLOCKS);
+    // Reading and proving one block while the one before it is put back: each costs about as much as the other.
+    std::thread::scope(|scope| {
+        scope.spawn(move || read_blocks(node, trail, found, &verified));
+        for (block, record_bytes) in blocks {
+            // Proven bytes of the right key that do not fit: a store written by other code. Compute instead.
+            if let Err(error) = sequence.restore(&engine.loaded.model, &block) {
+                tracing::warn!(%error, "a stored block does not fit the model");
+                break;
+            }
+            bytes_read += record_bytes;
+            listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+        }
+        Ok(bytes_read)
+    })
+}
+
+/// Fetches blocks in order and sends each with the bytes of its record, until one is missing or nobody takes them.
+fn read_blocks(node: &Node, trail: &Trail<'_>, found: Vec<Found>, verified: &SyncSender<(BlockObject, u64)>) {
     let record_bytes: Vec<u64> = found.iter().map(|found| found.stored_bytes).collect();
-    let layout = engine.loaded.model.layout();
-    let planes_per_block = layout.planes(ObjectKind::Block).len();
+    let planes_per_block = trail.engine.loaded.model.layout().planes(ObjectKind::Block).len();
     let fetch = node.store.fetch(FetchRequest {
         objects: found,
         planes: PlaneSelection::All,
         order: FetchOrder::ByObject,
         deadline: Some(Instant::now() + RESTORE_DEADLINE),
     });
-    let mut bytes_read = 0;
     let mut planes = Vec::with_capacity(planes_per_block);
     for event in fetch {
-        match event {
-            FetchEvent::Miss { .. } => break,
-            FetchEvent::Plane { bytes, .. } => planes.push(bytes),
-        }
+        let FetchEvent::Plane { object, bytes, .. } = event else { return };
+        planes.push(bytes);
         if planes.len() < planes_per_block {
             continue;
         }
-        bytes_read += record_bytes[sequence.tokens() / trail.block_tokens];
-        let index = sequence.tokens() / trail.block_tokens;
         let whole = std::mem::replace(&mut planes, Vec::with_capacity(planes_per_block));
-        let block = trail.object(index, whole);
-        match block.map(|block| sequence.restore(&engine.loaded.model, &block)) {
-            Ok(Ok(())) => {}
-            // Verified bytes of the right key that do not fit: a store written by other code. Compute instead.
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "a stored block does not fit the model");
-                break;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a stored block does not fit the layout");
-                break;
-            }
+        let block = match trail.object(object, whole) {
+            Ok(block) => block,
+            Err(error) => return tracing::warn!(%error, "a stored block does not fit the layout"),
+        };
+        if verified.send((block, record_bytes[object])).is_err() {
+            return;
         }
-        listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
     }
-    Ok(bytes_read)
 }
 
 /// The chain of hashes along a sequence, and how much of it is stored or on its way.

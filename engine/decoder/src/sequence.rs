@@ -194,7 +194,9 @@ impl Sequence {
         if self.model == model.fingerprint() { Ok(()) } else { Err(DecoderError::OtherModel) }
     }
 
-    pub(crate) fn reserve(&mut self, model: &Model, tokens: usize) {
+    /// Makes room for this many more tokens at once. Rows that are moved when a sequence grows, and memory that is
+    /// touched anew, cost as much as restoring them.
+    pub fn reserve(&mut self, model: &Model, tokens: usize) {
         for (cache, indexed) in self.layers.iter_mut().zip(&model.config.has_indexer) {
             cache.rows.reserve(tokens * model.config.row_width());
             if *indexed {

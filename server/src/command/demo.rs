@@ -262,11 +262,14 @@ impl Answer {
         let usage = &self.usage;
         eprintln!("   {question}{}", self.text.replace('\n', "\n   "));
         eprintln!(
-            "   first token after {:.0} ms: {} of {} tokens from the cache, {} computed, {:.1} MiB read from SSD",
+            "   first token after {:.0} ms: {} of {} tokens from the cache in {:.0} ms, {} computed in {:.0} ms; \
+             {:.1} MiB read from SSD",
             ms(self.ttft),
             usage.prompt_cache_hit_tokens,
             usage.prompt_tokens,
+            usage.restore_us as f64 / 1e3,
             usage.prompt_cache_miss_tokens,
+            usage.prefill_us as f64 / 1e3,
             usage.bytes_read as f64 / f64::from(1 << 20)
         );
     }

@@ -73,6 +73,8 @@ async fn stream(args: Args) -> anyhow::Result<()> {
                         "prompt_cache_miss_tokens": usage.prompt_cache_miss_tokens,
                         "completion_tokens": usage.completion_tokens,
                         "bytes_read": usage.bytes_read,
+                        "restore_us": usage.restore_us,
+                        "prefill_us": usage.prefill_us,
                     });
                     println!("{}", json!({"text": written, "ttft_ms": ttft_ms, "usage": usage}));
                 } else {
