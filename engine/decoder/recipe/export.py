@@ -10,7 +10,7 @@ from safetensors.torch import save
 from config import CONFIG, YARN
 from tokenizer import BOS, EOS
 
-DOCUMENT, DOCUMENT_TOKENS = "1Sm", 8700
+DOCUMENT, DOCUMENT_TOKENS = "1Sm", 15000
 
 TOKENIZER_CONFIG = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=BOS, eos_token=EOS,
                         model_max_length=CONFIG["max_position_embeddings"], clean_up_tokenization_spaces=False)

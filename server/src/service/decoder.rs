@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use esker_decoder::Sampler;
@@ -26,6 +26,8 @@ const DEFAULT_NEW_TOKENS: u32 = 64;
 const EVENT_BUFFER: usize = 64;
 /// A client that takes nothing for this long is let go.
 const IDLE_PROGRESS: Duration = Duration::from_secs(30);
+/// Between two reports of progress. Each is a message that the first token may have to wait behind.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The service.
 pub(crate) struct DecoderService {
@@ -137,10 +139,15 @@ impl v1::decoder_server::Decoder for DecoderService {
 /// Runs a job on a blocking thread, sending its events to the client.
 fn run(node: &Node, job: Job, replies: &mpsc::Sender<Result<v1::GenerateReply, Status>>) {
     let runtime = tokio::runtime::Handle::current();
+    let mut reported = Instant::now();
     let mut emit = |event| {
-        // Progress is worth nothing late: a full buffer drops it.
         let reply = Ok(v1::GenerateReply { event: Some(wire(event)) });
         if let Ok(v1::GenerateReply { event: Some(generate_reply::Event::Progress(_)) }) = &reply {
+            if reported.elapsed() < PROGRESS_INTERVAL && !replies.is_closed() {
+                return ControlFlow::Continue(());
+            }
+            reported = Instant::now();
+            // Progress is worth nothing late: a full buffer drops it.
             return match replies.try_send(reply) {
                 Err(mpsc::error::TrySendError::Closed(_)) => ControlFlow::Break(()),
                 _ => ControlFlow::Continue(()),
