@@ -91,14 +91,12 @@ fn read_all(disk: &dyn Disk, limit: u64) -> anyhow::Result<u64> {
     let mut places = Vec::new();
     for name in names {
         let (file, len) = disk.open(&name)?;
-        places.extend(
-            (0..len / TRANSFER_BYTES as u64).map(|index| (file.clone(), index * TRANSFER_BYTES as u64)),
-        );
+        places.extend((0..len / TRANSFER_BYTES as u64).map(|index| (file, index * TRANSFER_BYTES as u64)));
     }
     places.truncate(usize::try_from(limit)? / TRANSFER_BYTES);
     let pool = BufferPool::new(2 * DEPTH * TRANSFER_BYTES);
     transfer(disk, places.len(), |index, tag, reply| {
-        let (file, offset) = places[index].clone();
+        let (file, offset) = places[index];
         Op::read(file, offset, pool.take(TRANSFER_BYTES), tag, reply)
     })
 }
@@ -116,10 +114,10 @@ fn write_floor(disk: &dyn Disk, bytes: u64) -> anyhow::Result<Rate> {
         for start in (0..count).step_by(per_commit) {
             written += transfer(disk, per_commit.min(count - start), |index, tag, reply| {
                 let offset = ((start + index) * TRANSFER_BYTES) as u64;
-                Op::write(file.clone(), offset, pool.take(TRANSFER_BYTES), tag, reply)
+                Op::write(file, offset, pool.take(TRANSFER_BYTES), tag, reply)
             })?;
             let (reply, completions) = mpsc::channel();
-            disk.submit(Op::sync(file.clone(), 0, &reply));
+            disk.submit(Op::sync(file, 0, &reply));
             completions.recv()?.full()?;
         }
         anyhow::Ok(written)

@@ -6,12 +6,16 @@ use std::time::{Duration, Instant};
 
 use esker_decoder::{BlockIdentity, DecoderError, Logits, Sampler, Sequence};
 use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, TokenId};
-use esker_store::{FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection, PutObject, StoreError};
+use esker_store::{
+    Fetch, FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection, PutObject, StoreError,
+};
 
 use crate::node::{Engine, Node};
 
 /// Longest wait for the store during a restore. What has not arrived by then is computed instead.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(10);
+/// Longest search for further damage, on the way to the first token.
+const DAMAGE_SEARCH: Duration = Duration::from_millis(250);
 /// Blocks proven and not yet put back.
 const RESTORE_AHEAD_BLOCKS: usize = 8;
 
@@ -164,15 +168,15 @@ fn restore(
 fn read_blocks(node: &Node, trail: &Trail<'_>, found: Vec<Found>, verified: &SyncSender<(BlockObject, u64)>) {
     let record_bytes: Vec<u64> = found.iter().map(|found| found.stored_bytes).collect();
     let planes_per_block = trail.engine.loaded.model.layout().planes(ObjectKind::Block).len();
-    let fetch = node.store.fetch(FetchRequest {
+    let mut fetch = node.store.fetch(FetchRequest {
         objects: found,
         planes: PlaneSelection::All,
         order: FetchOrder::ByObject,
         deadline: Some(Instant::now() + RESTORE_DEADLINE),
     });
     let mut planes = Vec::with_capacity(planes_per_block);
-    for event in fetch {
-        let FetchEvent::Plane { object, bytes, .. } = event else { return };
+    while let Some(event) = fetch.next() {
+        let FetchEvent::Plane { object, bytes, .. } = event else { return find_damage(fetch) };
         planes.push(bytes);
         if planes.len() < planes_per_block {
             continue;
@@ -186,6 +190,13 @@ fn read_blocks(node: &Node, trail: &Trail<'_>, found: Vec<Found>, verified: &Syn
             return;
         }
     }
+}
+
+/// Where one block is damaged others may be. What is found now is put again with the blocks computed next; what is
+/// not would be taken for stored, and cost another miss later.
+fn find_damage(mut rest: Fetch) {
+    let until = Instant::now() + DAMAGE_SEARCH;
+    while Instant::now() < until && rest.next().is_some() {}
 }
 
 /// The chain of hashes along a sequence, and how much of it is stored or on its way.

@@ -7,7 +7,7 @@ use esker_server::command;
 
 /// Esker keeps the KV cache of prompts on SSD and gives it back for a few percent of the cost of computing it again.
 #[derive(Parser)]
-#[command(version, max_term_width = 110)]
+#[command(name = "esker", version, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

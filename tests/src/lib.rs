@@ -1,1 +1,18 @@
-//! Promises of Esker, seen from outside.
+//! Promises of Esker, seen from outside: what the tests in `tests/` have in common.
+//!
+//! Nothing here knows the code of server or store. A node is a child process, requests go over gRPC, files are read as
+//! their format is documented, and what was acknowledged stands in a journal of the test's own.
+
+mod binary;
+mod files;
+mod journal;
+mod node;
+mod prompt;
+mod random;
+
+pub use binary::{esker, output, scratch, text_of};
+pub use files::{Record, change, copy_folder, records};
+pub use journal::{Audit, Journal};
+pub use node::{Answer, Fetched, Node, put_steps, question};
+pub use prompt::{Prompt, flat_layout, staged_layout, tokens};
+pub use random::Random;

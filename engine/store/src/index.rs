@@ -32,6 +32,11 @@ const SEGMENT_PREFIX: u8 = 0xF0;
 const FORMAT_KEY: [u8; 1] = [0xFF];
 const FORMAT: u32 = 1;
 const BLOCK_CACHE_BYTES: usize = 64 << 20;
+/// RocksDB reserves a little more than this on disk for its log, and as much again in memory. Its own default of 64 MiB
+/// would take a small disk's whole free space before the first put.
+const WRITE_BUFFER_BYTES: usize = 4 << 20;
+/// Reserved for the manifest, likewise.
+const MANIFEST_BYTES: usize = 64 << 10;
 /// Left in the store's folder when reads of the index fail, so that the next opening builds it anew.
 const DAMAGED_MARK: &str = "index.damaged";
 
@@ -223,6 +228,8 @@ fn open_db(path: &Path) -> std::result::Result<DB, rocksdb::Error> {
     options.set_paranoid_checks(true);
     options.set_compression_type(DBCompressionType::None);
     options.set_block_based_table_factory(&table);
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    options.set_manifest_preallocation_size(MANIFEST_BYTES);
     options.set_keep_log_file_num(2);
     options.set_max_open_files(256);
     DB::open(&options, path)

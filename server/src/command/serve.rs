@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t = PlaneCodec::Zstd)]
     codec: PlaneCodec,
     /// Size of a segment file in MiB
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(4..=4096), value_name = "MIB")]
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(4..=2048), value_name = "MIB")]
     segment_mib: u64,
     /// How the disk is reached; auto probes for io_uring
     #[arg(long, value_enum, default_value_t = Io::Auto)]

@@ -51,7 +51,7 @@ fn published_byte_counts_are_reproduced() {
     assert_eq!(per_token(&flash(), RowFormat::Deployed), 3_514.25);
     assert_eq!(per_token(&flash(), RowFormat::DeployedFp8Keys), 3_850.25);
     assert_eq!(per_token(&flash(), RowFormat::Bf16), 6_880.0);
-    assert_eq!(per_token(&pro(), RowFormat::Deployed), 5_031.4375);
+    assert_eq!(per_token(&pro(), RowFormat::Deployed), 644_024.0 / 128.0); // 5,031.4
     assert_eq!(per_token(&pro(), RowFormat::Bf16), 9_848.0);
 
     let block = |config: &str, format| layout(config, format).object_bytes(ObjectKind::Block);

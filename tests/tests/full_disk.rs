@@ -1,0 +1,116 @@
+//! Promise: on a full disk puts are refused and everything else goes on.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::Result;
+use esker_tests::{Journal, Node, Prompt, flat_layout, question, scratch, tokens};
+use tonic::Code;
+
+/// A small file system of its own, in a file. Unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// 64 MiB of ext4; `None`, with the reason on standard output, where that cannot be had.
+    fn new(folder: &Path) -> Option<Self> {
+        let (image, mount) = (folder.join("image"), folder.join("mount"));
+        std::fs::create_dir(&mount).ok()?;
+        std::fs::File::create(&image).ok()?.set_len(64 << 20).ok()?;
+        let made = run("mkfs.ext4", ["-q".as_ref(), "-m".as_ref(), "0".as_ref(), image.as_os_str()])
+            && run("mount", ["-o".as_ref(), "loop".as_ref(), image.as_os_str(), mount.as_os_str()]);
+        if !made {
+            println!("SKIPPED: a small disk needs root, mkfs.ext4 and loop devices");
+        }
+        made.then_some(Self(mount))
+    }
+
+    /// Takes what is left of the space, to the last block.
+    fn fill(&self) -> Result<()> {
+        let mut filler = std::fs::File::create(self.0.join("filler"))?;
+        for size in [1 << 20, 4096] {
+            while filler.write(&vec![1; size]).is_ok() {}
+        }
+        Ok(filler.sync_all()?)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        run("umount", ["-l".as_ref(), self.0.as_os_str()]);
+    }
+}
+
+fn run<const N: usize>(program: &str, args: [&OsStr; N]) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let mut command = Command::new(program);
+    command.args(args).env("PATH", path).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
+}
+
+#[tokio::test]
+async fn puts_are_refused_and_reads_go_on() -> Result<()> {
+    let folder = scratch();
+    let Some(disk) = SmallDisk::new(folder.path()) else { return Ok(()) };
+    let data = disk.0.join("data");
+    std::fs::write(disk.0.join("reserve"), vec![1; 8 << 20])?;
+    let options = ["--segment-mib", "4"];
+    let question = || question(&tokens(3, 300));
+
+    let node = Node::start(&data, &options).await?;
+    let answer = node.ask(question()).await?;
+    node.settled(&tokens(3, 300)).await?;
+    let layout = flat_layout();
+    let namespace = node.register(&layout, 1).await?;
+    let journal = Journal::default();
+    let mut refusal = None;
+    for seed in 0..100 {
+        let prompt = Prompt::new(namespace, &layout, seed, 20);
+        if let Err(error) = journal.put(&node, &prompt, 1..=20).await {
+            refusal = Some(error.downcast::<tonic::Status>()?);
+            break;
+        }
+    }
+    let refusal = refusal.expect("64 MiB hold 100 prompts of 2 MiB");
+    assert_eq!(refusal.code(), Code::ResourceExhausted, "{refusal}");
+    assert!(refusal.message().contains("store is full"), "{refusal}");
+    let before = journal.audit(&node).await?;
+    assert!(before.acknowledged > 300 && (before.lost, before.wrong) == (0, 0), "{before:?}");
+
+    for round in ["no room for a segment", "not a byte left, not even for the index"] {
+        assert_eq!(journal.audit(&node).await?, before, "{round}");
+        let fresh = Prompt::new(namespace, &layout, 1000, 1);
+        assert_eq!(refusal_of(&node, &fresh).await, Code::ResourceExhausted, "{round}");
+        disk.fill()?;
+    }
+    assert_eq!(journal.audit(&node).await?, before);
+    let warm = node.ask(question()).await?;
+    assert_eq!((warm.usage.prompt_cache_hit_tokens, &warm.tokens), (256, &answer.tokens));
+    assert!(!node.ask(esker_tests::question(&tokens(4, 300))).await?.tokens.is_empty());
+    node.kill()?;
+
+    let node = Node::start(&data, &options).await?;
+    assert_eq!(journal.audit(&node).await?, before, "after a restart on the full disk");
+    assert_eq!(node.ask(question()).await?.tokens, answer.tokens);
+    let fresh = Prompt::new(namespace, &layout, 1000, 1);
+    assert_eq!(refusal_of(&node, &fresh).await, Code::ResourceExhausted);
+
+    // Room again: the store takes puts again, without a restart.
+    std::fs::remove_file(disk.0.join("filler"))?;
+    std::fs::remove_file(disk.0.join("reserve"))?;
+    node.store(&fresh, fresh.blocks(1..=1)).await?;
+    node.fetch_best(&fresh).await?.expect_blocks(&fresh, 1);
+    assert_eq!(journal.audit(&node).await?, before);
+    assert!(node.stop().await?.success());
+    Ok(())
+}
+
+/// The status of a put that must be refused.
+async fn refusal_of(node: &Node, prompt: &Prompt) -> Code {
+    let refused = match node.put_stream(prompt, prompt.blocks(1..=1)).await {
+        Ok(mut replies) => replies.message().await.map(|_| ()),
+        Err(status) => Err(status),
+    };
+    refused.map_or_else(|status| status.code(), |()| Code::Ok)
+}
