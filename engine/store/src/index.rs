@@ -25,6 +25,7 @@ use rocksdb::{
 
 pub(crate) use entry::{Entry, Phase, SegmentState};
 
+use crate::io::free_bytes;
 use crate::segment::SegmentId;
 use crate::{Result, StoreError};
 
@@ -35,6 +36,8 @@ const BLOCK_CACHE_BYTES: usize = 64 << 20;
 /// RocksDB reserves a little more than this on disk for its log, and as much again in memory. Its own default of 64 MiB
 /// would take a small disk's whole free space before the first put.
 const WRITE_BUFFER_BYTES: usize = 4 << 20;
+/// With less than this free, an index that does not open is not taken for damaged: its log could not be written out.
+const OPEN_BYTES: u64 = 4 * WRITE_BUFFER_BYTES as u64;
 /// Reserved for the manifest, likewise.
 const MANIFEST_BYTES: usize = 64 << 10;
 /// Left in the store's folder when reads of the index fail, so that the next opening builds it anew.
@@ -60,11 +63,15 @@ impl Index {
         }
         let db = match open_db(&path) {
             Ok(db) => db,
-            Err(error) => {
-                tracing::warn!(%error, "the index cannot be opened and is built anew");
-                set_aside(&path)?;
-                open_db(&path)?
+            Err(error) if error.kind() == rocksdb::ErrorKind::IOError && existing => {
+                if free_bytes(dir).is_ok_and(|free| free < OPEN_BYTES) {
+                    let reason =
+                        format!("the index needs {OPEN_BYTES} free bytes in {} to open", dir.display());
+                    return Err(StoreError::Full { reason });
+                }
+                open_anew(&path, &error)?
             }
+            Err(error) => open_anew(&path, &error)?,
         };
         let mut index = Self { db, dir: dir.to_owned(), writing: Mutex::new(()) };
         let format = index.db.get(FORMAT_KEY);
@@ -233,6 +240,13 @@ fn open_db(path: &Path) -> std::result::Result<DB, rocksdb::Error> {
     options.set_keep_log_file_num(2);
     options.set_max_open_files(256);
     DB::open(&options, path)
+}
+
+/// An empty index in place of one that cannot be opened.
+fn open_anew(path: &Path, error: &rocksdb::Error) -> Result<DB> {
+    tracing::warn!(%error, "the index cannot be opened and is built anew");
+    set_aside(path)?;
+    Ok(open_db(path)?)
 }
 
 /// Moves a damaged index out of the way, over the one before it: for whoever wants to know what happened.

@@ -191,6 +191,11 @@ pub(crate) fn short(moved: usize, wanted: usize) -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, format!("short transfer: {moved} of {wanted} bytes"))
 }
 
+/// Bytes free on the file system of a folder.
+pub(crate) fn free_bytes(dir: &std::path::Path) -> io::Result<u64> {
+    sys::free_bytes(&std::fs::File::open(dir)?)
+}
+
 /// Runs one op and waits for its end.
 pub(crate) fn wait(
     disk: &dyn Disk,

@@ -48,7 +48,12 @@ pub(super) fn open(dir: &Path, engine: IoEngine) -> io::Result<Arc<dyn Disk>> {
 fn probe(disk: &dyn Disk) -> io::Result<()> {
     let name = format!(".probe-{}", std::process::id());
     let _ = disk.remove(&name);
-    let file = disk.create(&name, 4 * PAGE as u64)?;
+    let file = match disk.create(&name, 4 * PAGE as u64) {
+        Ok(file) => file,
+        // Nothing can be written on a full disk, but what is there must be served.
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => return probe_read(disk, error),
+        Err(error) => return Err(error),
+    };
     let result = (|| {
         let pool = BufferPool::new(0);
         let mut buf = pool.take(3 * PAGE);
@@ -62,6 +67,18 @@ fn probe(disk: &dyn Disk) -> io::Result<()> {
     })();
     disk.remove(&name)?;
     result
+}
+
+/// Reads a page of any file that is there; `full` if there is none.
+fn probe_read(disk: &dyn Disk, full: io::Error) -> io::Result<()> {
+    for name in disk.list()? {
+        if let Ok((file, len_bytes)) = disk.open(&name)
+            && len_bytes >= PAGE as u64
+        {
+            return run(disk, |reply| Op::read(file, 0, BufferPool::new(0).take(PAGE), 0, reply)).map(drop);
+        }
+    }
+    Err(full)
 }
 
 fn run(
