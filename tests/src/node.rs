@@ -49,7 +49,8 @@ impl Node {
         BufReader::new(output).read_line(&mut line)?;
         let Some(address) = line.trim().strip_prefix("listening on ").map(str::to_owned) else {
             let status = process.wait()?;
-            bail!("the node ended before it listened, {status}: {}", std::fs::read_to_string(&log)?);
+            let log = std::fs::read_to_string(&log)?;
+            bail!("the node ended before it listened, {status}: {}", log.lines().last().unwrap_or_default());
         };
         let channel = Channel::from_shared(format!("http://{address}"))?.connect().await?;
         let cache = PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);

@@ -76,8 +76,14 @@ impl Index {
         let mut index = Self { db, dir: dir.to_owned(), writing: Mutex::new(()) };
         let format = index.db.get(FORMAT_KEY);
         let mut rebuild = marked || !existing;
-        if !matches!(&format, Ok(Some(found)) if found[..] == FORMAT.to_le_bytes()) {
-            if !matches!(format, Ok(None)) || index.db.iterator(IteratorMode::Start).next().is_some() {
+        let outdated = !matches!(&format, Ok(Some(found)) if found[..] == FORMAT.to_le_bytes());
+        // Recovery starts from the segments' watermarks: an index that cannot give them is built anew at once.
+        let unreadable = index.segments().is_err();
+        if outdated || unreadable {
+            if unreadable
+                || !matches!(format, Ok(None))
+                || index.db.iterator(IteratorMode::Start).next().is_some()
+            {
                 drop(index.db);
                 set_aside(&path)?;
                 index.db = open_db(&path)?;

@@ -187,7 +187,8 @@ impl Worker<'_> {
             let mut changes = Changes::default();
             for (id, known) in ids.iter().zip(self.shared.index.get_many(&ids)) {
                 let entry = newest[id];
-                if known?.is_none_or(|known| known.sequence < entry.sequence) {
+                // An entry that cannot be read is replaced, and the index marked for a rebuild.
+                if known.ok().flatten().is_none_or(|known| known.sequence < entry.sequence) {
                     changes.put(*id, entry);
                     self.report.records_indexed += 1;
                 }
