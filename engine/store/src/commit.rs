@@ -1,33 +1,38 @@
 //! Group commit: one thread that gives records their place and their order.
 //!
-//! A batch is written, its completions are seen, the segment is flushed, the index is written, and then the putters
-//! hear of it: never the other way round. As this is the only thread that adds entries, races between writers
-//! of one id end here.
+//! A batch is written, its completions are seen, its segments are flushed, the index is written, and then the putters
+//! hear of it: never the other way round. While one batch is being flushed the next is being written; they are
+//! published in the order in which they were formed, so a child is never durable before its parent. As this is the
+//! only thread that adds entries, races between writers of one id end here.
 //!
 //! After a failed write or flush the segment is suspect for good: the kernel may report the next flush as a success
-//! and keep nothing. Its batch is written again, from memory, to another segment. After
-//! `max_write_failures` of these the device is not trusted with further writes.
+//! and keep nothing. Everything that was under way is waited for, and what is not yet published is written again, from
+//! memory, to other places. After `max_write_failures` of these the device is not trusted with further writes.
+
+mod batch;
+mod segments;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender, sync_channel};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
 use esker_prefix::ObjectId;
 
 use crate::encoding::Encoded;
-use crate::index::{Changes, Entry, Phase, SegmentState};
-use crate::io::{AlignedBuf, FileId, Op, PAGE, Permit, wait};
-use crate::record::{ContentDigest, HeaderChecksum, PlacedHeader, RecordHeader};
-use crate::segment::{OpenSegment, PageKind, Place, RECORDS_AT, SegmentId, SegmentPage, random_generation};
+use crate::index::{Changes, Phase, SegmentState};
+use crate::io::{Completion, Deliver, FileId, Op, OpKind, PAGE, Permit};
+use crate::segment::{Place, RECORDS_AT, SegmentId};
 use crate::shared::Shared;
-use crate::{PutOutcome, Result, StoreError};
+use crate::{PutOutcome, Result, StoreError, TtlClass};
+use batch::{Batch, Pending, Putter, Repeat, Run};
+use segments::{Made, Maker};
 
-/// Records waiting for the committer; further putters wait. Their bytes are bounded by `put_bytes_in_flight`.
-const QUEUE_RECORDS: usize = 1024;
 /// Records of one batch.
 const MAX_BATCH_RECORDS: usize = 1024;
+/// Batches being written or flushed; one that waits for its turn to be flushed does not keep the disk busy.
+const MAX_BATCHES: usize = 4;
 
 /// A record on its way to the disk.
 pub(crate) struct Submission {
@@ -41,51 +46,82 @@ pub(crate) struct Submission {
 /// Position in the putter's list, and how it ended.
 pub(crate) type Outcome = (usize, Result<PutOutcome>);
 
-/// The segment that is being appended to.
+/// A segment that is being appended to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tail {
     pub(crate) id: SegmentId,
+    pub(crate) class: TtlClass,
     pub(crate) generation: u64,
     pub(crate) file: FileId,
     pub(crate) len_bytes: u64,
-    /// End of the last record that was flushed.
+    /// Where the next record goes.
     pub(crate) append_at: u64,
+    /// End of the last record that was published.
+    pub(crate) published_at: u64,
 }
 
 /// Where recovery says that writing goes on.
 pub(crate) struct Position {
-    pub(crate) tail: Option<Tail>,
+    /// At most one of each class.
+    pub(crate) tails: Vec<Tail>,
     pub(crate) next_segment: SegmentId,
     pub(crate) next_sequence: u64,
 }
 
 /// Handle of the committer's thread.
 pub(crate) struct Committer {
-    queue: Option<SyncSender<Submission>>,
+    events: Sender<Event>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What the committer waits for. Puts are bounded by `put_bytes_in_flight`, the others by what it has started itself.
+enum Event {
+    Put(Submission),
+    Completed(Completion),
+    Made(Made),
+    Close,
 }
 
 impl Committer {
     pub(crate) fn start(shared: Arc<Shared>, position: Position) -> io::Result<Self> {
-        let (queue, submissions) = sync_channel(QUEUE_RECORDS);
-        let mut writer = Writer { shared, position, failures: 0 };
+        let (events, received) = mpsc::channel();
+        let maker = Maker::start(Arc::clone(&shared), position.next_segment, events.clone())?;
+        let mut writer = Writer {
+            shared,
+            tails: position.tails.into_iter().map(|tail| (tail.class, tail)).collect(),
+            next_sequence: position.next_sequence,
+            next_batch: 0,
+            queue: VecDeque::new(),
+            queued_bytes: 0,
+            redo: VecDeque::new(),
+            batches: VecDeque::new(),
+            unpublished: HashMap::new(),
+            full: Vec::new(),
+            maker,
+            spare: None,
+            ahead: false,
+            failed: None,
+            failures: 0,
+            events: events.clone(),
+        };
         let thread = std::thread::Builder::new().name("esker-commit".into());
-        let thread = thread.spawn(move || writer.run(&submissions))?;
-        Ok(Self { queue: Some(queue), thread: Some(thread) })
+        let thread = thread.spawn(move || writer.run(&received))?;
+        Ok(Self { events, thread: Some(thread) })
     }
 
     /// Queues a record. Its outcome comes through its `reply`, also if the committer has ended.
     pub(crate) fn submit(&self, submission: Submission) {
-        let queue = self.queue.as_ref().expect("present until drop");
-        if let Err(refused) = queue.send(submission) {
-            let _ = refused.0.reply.send((refused.0.position, Err(StoreError::Closed)));
+        if let Err(refused) = self.events.send(Event::Put(submission))
+            && let Event::Put(submission) = refused.0
+        {
+            let _ = submission.reply.send((submission.position, Err(StoreError::Closed)));
         }
     }
 }
 
 impl Drop for Committer {
     fn drop(&mut self) {
-        self.queue = None;
+        let _ = self.events.send(Event::Close);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -96,262 +132,417 @@ impl Drop for Committer {
 
 struct Writer {
     shared: Arc<Shared>,
-    position: Position,
+    /// The segment that each class is appended to.
+    tails: HashMap<TtlClass, Tail>,
+    next_sequence: u64,
+    next_batch: u64,
+    /// Records that were not looked at yet.
+    queue: VecDeque<Submission>,
+    queued_bytes: usize,
+    /// Records that are to be written again, before anything of the queue.
+    redo: VecDeque<Pending>,
+    /// In the order in which they will be published.
+    batches: VecDeque<Batch>,
+    /// Objects of `batches`: number of the batch.
+    unpublished: HashMap<ObjectId, u64>,
+    /// Segments that are full, each to be sealed when the batch with this number is published.
+    full: Vec<(u64, Tail)>,
+    maker: Maker,
+    /// A segment made ahead, or why there is none.
+    spare: Option<Made>,
+    /// Whether `spare` was ordered before it was needed.
+    ahead: bool,
+    /// Why what is under way will not be published.
+    failed: Option<Failure>,
     failures: u64,
+    events: Sender<Event>,
 }
 
-/// A record of the batch, and who else put the same object in it.
-struct Pending {
-    header: RecordHeader,
-    digest: ContentDigest,
-    /// Empty while the disk has the buffer.
-    record: Option<AlignedBuf>,
-    putter: Putter,
-    repeats: Vec<Repeat>,
-    _permit: Permit,
+/// What went wrong with batches under way.
+struct Failure {
+    error: StoreError,
+    /// Segments into which a write or flush failed, and how.
+    suspect: Vec<(SegmentId, String)>,
+    /// Whether writing the records elsewhere may help.
+    again: bool,
 }
 
-/// Who waits for an outcome: position in its list, and where to send it.
-type Putter = (usize, Sender<Outcome>);
-
-/// A put of an object that comes earlier in the same batch. Its answer waits for that one's.
-struct Repeat {
-    putter: Putter,
-    same_content: bool,
+/// What forming a batch came to.
+enum Formed {
+    Started,
+    /// Nothing to write, or a segment is being made.
+    Nothing,
 }
 
 impl Writer {
-    fn run(&mut self, submissions: &Receiver<Submission>) {
-        while let Ok(first) = submissions.recv() {
-            let mut bytes = first.encoded.record.len();
-            let mut batch = vec![first];
-            while batch.len() < MAX_BATCH_RECORDS && bytes < self.shared.settings.commit_bytes {
-                let Ok(next) = submissions.try_recv() else { break };
-                bytes += next.encoded.record.len();
-                batch.push(next);
+    fn run(&mut self, events: &Receiver<Event>) {
+        let mut closing = false;
+        loop {
+            while let Ok(event) = events.try_recv() {
+                closing |= self.take(event);
             }
-            let pending = self.skip_known(batch);
-            self.store(pending);
-        }
-    }
-
-    /// Answers what needs no writing; returns the rest, in order, each id once.
-    fn skip_known(&self, batch: Vec<Submission>) -> VecDeque<Pending> {
-        let ids: Vec<ObjectId> = batch.iter().map(|submission| submission.encoded.header.id).collect();
-        let parents: Vec<ObjectId> = batch.iter().filter_map(|s| s.encoded.header.parent).collect();
-        let known = self.shared.known(&ids);
-        let known_parents = self.shared.known(&parents);
-        let known_parents: HashMap<_, _> = parents.into_iter().zip(known_parents).collect();
-
-        let mut pending: VecDeque<Pending> = VecDeque::with_capacity(batch.len());
-        let mut accepted: HashMap<ObjectId, usize> = HashMap::new();
-        for (submission, known) in batch.into_iter().zip(known) {
-            let Submission { encoded: Encoded { header, digest, record }, position, reply, permit } =
-                submission;
-            let (id, putter) = (header.id, (position, reply));
-            if let Some(&at) = accepted.get(&id) {
-                let same_content = pending[at].digest == digest;
-                pending[at].repeats.push(Repeat { putter, same_content });
+            self.publish_finished();
+            if self.failed.is_some() {
+                if self.batches.iter().all(Batch::is_over) {
+                    self.fail_over();
+                    continue;
+                }
+            } else if self.may_start() && matches!(self.form(), Formed::Started) {
                 continue;
             }
-            let has_parent = match header.parent {
-                None => Ok(()),
-                Some(parent) if accepted.contains_key(&parent) => Ok(()),
-                Some(parent) => match known_parents.get(&parent) {
-                    Some(Ok(Some(_))) => Ok(()),
-                    Some(Err(error)) => Err(error.clone()),
-                    _ => Err(StoreError::MissingParent { id, parent }),
-                },
-            };
-            match known {
-                Err(error) => self.answer(putter, Err(error)),
-                Ok(Some(entry)) => self.answer(putter, compare(id, entry.digest == digest)),
-                Ok(None) => match has_parent {
-                    Err(error) => self.answer(putter, Err(error)),
-                    Ok(()) => {
-                        accepted.insert(id, pending.len());
-                        let (record, repeats) = (Some(record), Vec::new());
-                        pending.push_back(Pending {
-                            header,
-                            digest,
-                            record,
-                            putter,
-                            repeats,
-                            _permit: permit,
-                        });
-                    }
-                },
+            let idle = self.batches.is_empty() && self.queue.is_empty() && self.redo.is_empty();
+            if closing && idle {
+                break;
+            }
+            match events.recv() {
+                Ok(event) => closing |= self.take(event),
+                Err(_) => break,
             }
         }
-        pending
+        self.maker.stop(self.spare.take());
     }
 
-    /// Writes all of `pending`, as many to a segment as fit. What follows a failed record fails with it: it may
-    /// be its child.
-    fn store(&mut self, mut pending: VecDeque<Pending>) {
-        while let Some(first) = pending.front() {
-            if let Err(error) = self.make_room(first.len_bytes()) {
-                return self.fail(pending, &error);
+    /// Takes note of one event. `true` if it is the last.
+    fn take(&mut self, event: Event) -> bool {
+        match event {
+            Event::Put(submission) => {
+                self.queued_bytes += submission.encoded.record.len();
+                self.queue.push_back(submission);
             }
-            let Some(mut tail) = self.position.tail else { return };
-            let mut end = tail.append_at;
-            let mut run = Vec::new();
-            while let Some(next) = pending.front() {
-                end += next.len_bytes();
-                if end > tail.records_end() {
+            Event::Completed(completion) => self.completed(completion),
+            Event::Made(made) => {
+                self.maker.delivered();
+                self.spare = Some(made);
+            }
+            Event::Close => return true,
+        }
+        false
+    }
+
+    /// Whether another batch should be formed now: while one is being written, only a full one.
+    fn may_start(&self) -> bool {
+        let waiting = !self.queue.is_empty() || !self.redo.is_empty();
+        let full = self.queued_bytes >= self.shared.settings.commit_bytes;
+        let writing = self.batches.iter().any(Batch::is_writing);
+        waiting && self.batches.len() < MAX_BATCHES && (!writing || full)
+    }
+
+    /// Forms a batch of what waits and starts writing it.
+    fn form(&mut self) -> Formed {
+        let number = self.next_batch;
+        let mut batch = Batch::new(number);
+        let mut bytes = 0;
+        while batch.records() < MAX_BATCH_RECORDS && bytes < self.shared.settings.commit_bytes {
+            if self.redo.is_empty() {
+                let Some(submission) = self.queue.pop_front() else { break };
+                self.queued_bytes -= submission.encoded.record.len();
+                let admitted = self.admit(submission, &mut batch);
+                self.redo.extend(admitted);
+            }
+            let Some(pending) = self.redo.front() else { continue };
+            match self.room(pending.header.class, pending.len_bytes(), number) {
+                Ok(Some(tail)) => {
+                    let Some(pending) = self.redo.pop_front() else { break };
+                    bytes += usize::try_from(pending.len_bytes()).unwrap_or(usize::MAX);
+                    self.unpublished.insert(pending.header.id, number);
+                    batch.add(&tail, pending);
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    self.fail_waiting(&error);
                     break;
                 }
-                run.extend(pending.pop_front());
-            }
-            match self.write(&mut tail, &mut run) {
-                Ok(entries) => match self.publish(&tail, &entries) {
-                    Ok(()) => {
-                        self.position.tail = Some(tail);
-                        self.shared.counters.commits.add(1);
-                        run.into_iter().for_each(|record| self.acknowledge(record));
-                    }
-                    Err(error) => {
-                        // The records are on disk, unacknowledged, and will be passed over.
-                        self.position.tail = Some(tail);
-                        self.failures += 1;
-                        run.into_iter().rev().for_each(|record| pending.push_front(record));
-                        return self.fail(pending, &error);
-                    }
-                },
-                Err(error) => {
-                    let full = is_full(&error);
-                    let lost = run.iter().any(|record| record.record.is_none());
-                    run.into_iter().rev().for_each(|record| pending.push_front(record));
-                    if full {
-                        // Nothing behind `append_at` was acknowledged; the next batch overwrites it.
-                        let reason = format!("segment {}: {error}", tail.id);
-                        return self.fail(pending, &StoreError::Full { reason });
-                    }
-                    self.give_up(&tail, &error);
-                    if lost {
-                        return self.fail(pending, &StoreError::WriteFailed { source: Arc::new(error) });
-                    }
-                }
             }
         }
+        if batch.records() == 0 {
+            return Formed::Nothing;
+        }
+        self.next_batch += 1;
+        self.start(batch);
+        Formed::Started
     }
 
-    /// Sees to it that the tail has room for a record of `bytes`.
-    fn make_room(&mut self, bytes: u64) -> Result<()> {
+    /// Answers a put that needs no writing, or passes it on.
+    fn admit(&mut self, submission: Submission, forming: &mut Batch) -> Option<Pending> {
+        let Submission { encoded: Encoded { header, digest, record }, position, reply, permit } = submission;
+        let (id, putter) = (header.id, (position, reply));
+        if let Some(&number) = self.unpublished.get(&id) {
+            let mut batches = self.batches.iter_mut().chain([forming]);
+            if let Some(first) = batches.find(|batch| batch.number == number).and_then(|batch| batch.find(id)) {
+                let same_content = first.digest == digest;
+                first.repeats.push(Repeat { putter, same_content });
+                return None;
+            }
+        }
+        if let Some(located) = self.shared.table.get(id)
+            && let Some(known) = self.shared.digest_of(id, &located)
+        {
+            self.answer(putter, compare(id, known == digest));
+            return None;
+        }
+        if let Some(parent) = header.parent
+            && !self.unpublished.contains_key(&parent)
+            && self.shared.table.get(parent).is_none()
+        {
+            self.answer(putter, Err(StoreError::MissingParent { id, parent }));
+            return None;
+        }
+        Some(Pending { header, digest, record: Some(record), putter, repeats: Vec::new(), _permit: permit })
+    }
+
+    /// The tail of `class` with room for a record of `bytes`. `None` while a segment is being made.
+    fn room(&mut self, class: TtlClass, bytes: u64, batch: u64) -> Result<Option<Tail>> {
         let settings = &self.shared.settings;
         if self.failures >= settings.max_write_failures {
             return Err(StoreError::WritesRefused { failures: self.failures });
         }
-        if self.position.tail.is_some_and(|tail| tail.append_at + bytes <= tail.records_end()) {
-            return Ok(());
+        let tail = self.tails.get(&class).copied();
+        if let Some(mut tail) = tail.filter(|tail| tail.append_at + bytes <= tail.records_end()) {
+            let before = tail;
+            tail.append_at += bytes;
+            self.tails.insert(class, tail);
+            // Made ahead, so that nobody waits for it.
+            if tail.append_at > tail.len_bytes / 2 && self.spare.is_none() && self.has_capacity() {
+                self.ahead = true;
+                self.maker.order();
+            }
+            return Ok(Some(before));
         }
-        let (_, used_bytes) = self.shared.segments.totals();
-        if used_bytes.saturating_add(settings.segment_bytes) > settings.capacity_bytes {
+        if !self.has_capacity() {
+            let (_, used_bytes) = self.shared.segments.totals();
             let reason = format!("{used_bytes} of {} bytes are in segments", settings.capacity_bytes);
             return Err(StoreError::Full { reason });
         }
-        let next = self.create_segment().map_err(|error| {
-            if is_full(&error) {
-                return StoreError::Full { reason: format!("no space for another segment: {error}") };
+        // What failed ahead of time may work now.
+        let made = self.spare.take().filter(|made| !(self.ahead && matches!(made, Made::Not(_))));
+        self.ahead = false;
+        match made {
+            None => {
+                self.maker.order();
+                Ok(None)
             }
-            self.failures += 1;
-            tracing::error!(%error, failures = self.failures, "a segment could not be made");
-            StoreError::WriteFailed { source: Arc::new(error) }
-        })?;
-        if let Some(full) = self.position.tail.replace(next) {
-            self.seal(&full);
+            Some(Made::Not(error)) => {
+                if is_full(&error) {
+                    return Err(StoreError::Full { reason: format!("no space for another segment: {error}") });
+                }
+                self.failures += 1;
+                tracing::error!(%error, failures = self.failures, "a segment could not be made");
+                Err(StoreError::WriteFailed { source: Arc::new(error) })
+            }
+            Some(Made::Segment(blank)) => {
+                let next = blank.begin(&self.shared, class).map_err(|error| {
+                    self.failures += 1;
+                    tracing::error!(%error, failures = self.failures, "a segment could not be begun");
+                    StoreError::WriteFailed { source: Arc::new(error) }
+                })?;
+                if let Some(full) = self.tails.insert(class, next) {
+                    // What it holds is published before the batch that is being formed.
+                    self.full.push((batch, full));
+                }
+                self.room(class, bytes, batch)
+            }
+        }
+    }
+
+    /// Whether the store may take one more segment.
+    fn has_capacity(&self) -> bool {
+        let settings = &self.shared.settings;
+        let (_, used_bytes) = self.shared.segments.totals();
+        used_bytes.saturating_add(settings.segment_bytes) <= settings.capacity_bytes
+    }
+
+    /// Gives the records of a batch their sequence and hands them to the disk.
+    fn start(&mut self, mut batch: Batch) {
+        let number = batch.number;
+        for (run_number, run) in batch.runs.iter_mut().enumerate() {
+            for (position, pending) in run.records.iter_mut().enumerate() {
+                let Some(mut record) = pending.record.take() else { continue };
+                let place = Place {
+                    segment: run.tail.id,
+                    generation: run.tail.generation,
+                    offset: run.end,
+                };
+                let checksum = pending.header.encode(place, self.next_sequence, &mut record);
+                run.entries.push(pending.entry(place, self.next_sequence, checksum, record.len()));
+                run.sequence = self.next_sequence;
+                self.next_sequence += 1;
+                run.end += record.len() as u64;
+                run.writing += 1;
+                let tag = batch::tag(number, run_number, Some(position));
+                self.shared.disk.submit(Op::write(run.tail.file, place.offset, record, tag, &self.reply()));
+            }
+        }
+        self.batches.push_back(batch);
+    }
+
+    fn reply(&self) -> Reply {
+        Reply(self.events.clone())
+    }
+
+    fn completed(&mut self, mut completion: Completion) {
+        let (number, run, position) = batch::untag(completion.tag);
+        let Some(batch) = self.batches.iter_mut().find(|batch| batch.number == number) else { return };
+        let Some(run) = batch.runs.get_mut(run) else { return };
+        if let Some(position) = position {
+            run.writing -= 1;
+            if let Ok(moved) = completion.result {
+                self.shared.counters.written_bytes.add(moved as u64);
+            }
+            run.records[position].record = completion.buf.take();
+        } else {
+            run.flushing = false;
+            run.flushed = true;
+        }
+        let what = if position.is_some() { OpKind::Write } else { OpKind::Sync };
+        if let Err(error) = completion.full() {
+            run.failed = true;
+            run.flushed = false;
+            let segment = run.tail.id;
+            self.op_failed(segment, what, error);
+        }
+        self.flush_written();
+    }
+
+    /// Flushes what is written. Of one file one flush at a time: two could share out one error between them.
+    fn flush_written(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
+        let reply = self.reply();
+        let mut busy = Vec::new();
+        for batch in &mut self.batches {
+            for (run_number, run) in batch.runs.iter_mut().enumerate().filter(|(_, run)| !run.flushed) {
+                let file = run.tail.file;
+                if busy.contains(&file) {
+                    continue;
+                }
+                busy.push(file);
+                if run.writing > 0 || run.flushing {
+                    continue;
+                }
+                if self.shared.settings.skips_flush() {
+                    run.flushed = true;
+                    continue;
+                }
+                run.flushing = true;
+                self.shared.disk.submit(Op::sync(file, batch::tag(batch.number, run_number, None), &reply));
+            }
+        }
+    }
+
+    fn op_failed(&mut self, segment: SegmentId, what: OpKind, error: io::Error) {
+        let reason = error.to_string();
+        // A write that found no space is the one failure after which the segment is as good as before.
+        let full = is_full(&error) && what == OpKind::Write;
+        let error = match full {
+            true => StoreError::Full { reason: format!("segment {segment}: {error}") },
+            false => StoreError::WriteFailed { source: Arc::new(error) },
+        };
+        let failure =
+            self.failed.get_or_insert(Failure { error, suspect: Vec::new(), again: true });
+        if full {
+            failure.again = false;
+        } else if failure.suspect.iter().all(|(known, _)| *known != segment) {
+            failure.suspect.push((segment, reason));
+        }
+    }
+
+    /// Publishes and acknowledges, in order, what has been flushed.
+    fn publish_finished(&mut self) {
+        while self.batches.front().is_some_and(Batch::is_flushed) {
+            let Some(batch) = self.batches.pop_front() else { return };
+            if let Err(error) = self.publish(&batch) {
+                // The records are on disk, unacknowledged, and will be passed over. What comes behind may be a child.
+                self.failures += 1;
+                self.batches.push_front(batch);
+                self.failed.get_or_insert(Failure { error, suspect: Vec::new(), again: false });
+                return;
+            }
+            let full = self.full.iter_mut().map(|(_, tail)| tail);
+            for tail in self.tails.values_mut().chain(full) {
+                for run in batch.runs.iter().filter(|run| run.tail.id == tail.id) {
+                    tail.published_at = run.end;
+                }
+            }
+            self.shared.counters.commits.add(1);
+            let number = batch.number;
+            for record in batch.into_records() {
+                self.forget(record.header.id, number);
+                self.acknowledge(record);
+            }
+            self.seal_full();
+        }
+    }
+
+    /// Makes flushed records findable.
+    fn publish(&self, batch: &Batch) -> Result<()> {
+        let mut changes = Changes::default();
+        for run in &batch.runs {
+            run.entries.iter().for_each(|entry| changes.put(entry));
+            changes.put_segment(run.tail.id, &run.state(Phase::Open));
+        }
+        self.shared
+            .index
+            .write(changes)
+            .inspect_err(|error| tracing::error!(%error, "the index refused a batch"))?;
+        for entry in batch.runs.iter().flat_map(|run| &run.entries) {
+            self.shared.table.insert(entry);
         }
         Ok(())
     }
 
-    fn create_segment(&mut self) -> io::Result<Tail> {
-        let id = self.position.next_segment;
-        let len_bytes = self.shared.settings.segment_bytes;
-        self.position.next_segment = SegmentId(id.0 + 1);
-        let file = self.shared.disk.create(&id.file_name(), len_bytes).inspect_err(|error| {
-            // A number is used up only by a file that exists.
-            if error.kind() != io::ErrorKind::AlreadyExists {
-                self.position.next_segment = id;
-            }
-        })?;
-        self.shared.segments.insert(id, OpenSegment { file, len_bytes });
-        let generation = random_generation();
-        let header = SegmentPage { id, generation, extent_bytes: len_bytes, sequence: 0 };
-        self.shared.write_segment_page(file, 0, PageKind::Header, &header)?;
-        Ok(Tail { id, generation, file, len_bytes, append_at: RECORDS_AT })
-    }
-
-    /// Closes a segment for good. One that cannot be sealed is scanned at the next opening, nothing worse.
-    fn seal(&self, tail: &Tail) {
-        let sequence = self.position.next_sequence - 1;
-        if let Err(error) = self.shared.seal(tail, sequence) {
-            tracing::warn!(segment = %tail.id, %error, "a segment could not be sealed");
+    /// Closes the full segments whose last batch is published.
+    fn seal_full(&mut self) {
+        let first = self.batches.front().map_or(self.next_batch, |batch| batch.number);
+        let (done, waiting) = std::mem::take(&mut self.full).into_iter().partition(|(batch, _)| *batch <= first);
+        self.full = waiting;
+        let sequence = self.next_sequence - 1;
+        for (_, tail) in done {
+            self.maker.seal(tail, sequence);
         }
     }
 
-    /// Writes the records of a run behind the tail and flushes. On success the tail has moved.
-    fn write(&mut self, tail: &mut Tail, run: &mut [Pending]) -> io::Result<Vec<(ObjectId, Entry)>> {
-        let (reply, completions) = mpsc::channel();
-        let mut entries = Vec::with_capacity(run.len());
-        let mut end = tail.append_at;
-        for (position, pending) in run.iter_mut().enumerate() {
-            let Some(mut record) = pending.record.take() else { continue };
-            let place = Place { segment: tail.id, generation: tail.generation, offset: end };
-            let checksum = pending.header.encode(place, self.position.next_sequence, &mut record);
-            entries.push(pending.entry(place, self.position.next_sequence, checksum, record.len()));
-            self.position.next_sequence += 1;
-            end += record.len() as u64;
-            self.shared.disk.submit(Op::write(tail.file, place.offset, record, position as u64, &reply));
+    /// Deals with a failure when nothing is under way any more.
+    fn fail_over(&mut self) {
+        let Some(Failure { error, suspect, again }) = self.failed.take() else { return };
+        for (segment, reason) in suspect {
+            self.give_up(segment, &reason);
         }
-        drop(reply);
-        let mut failed = None;
-        let mut completed = 0;
-        for mut completion in completions {
-            completed += 1;
-            let Ok(position) = usize::try_from(completion.tag) else { continue };
-            if let Ok(moved) = completion.result {
-                self.shared.counters.written_bytes.add(moved as u64);
-            }
-            run[position].record = completion.buf.take();
-            failed = completion.full().err().or(failed);
+        // Nothing behind what was published was acknowledged; it is written over.
+        self.tails.values_mut().for_each(|tail| tail.append_at = tail.published_at);
+        let batches: Vec<Batch> = self.batches.drain(..).collect();
+        self.unpublished.clear();
+        self.seal_full();
+        let records: VecDeque<Pending> = batches.into_iter().flat_map(Batch::into_records).collect();
+        if again && records.iter().all(|record| record.record.is_some()) {
+            let rest = std::mem::replace(&mut self.redo, records);
+            self.redo.extend(rest);
+        } else {
+            self.fail(records, &error);
+            self.fail_waiting(&error);
         }
-        if completed < run.len() {
-            failed = failed.or_else(|| Some(io::Error::other("the disk dropped a write")));
-        }
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        if !self.shared.settings.skips_flush() {
-            wait(self.shared.disk.as_ref(), |reply| Op::sync(tail.file, 0, reply))?;
-        }
-        tail.append_at = end;
-        Ok(entries)
     }
 
-    /// Makes flushed records findable.
-    fn publish(&self, tail: &Tail, entries: &[(ObjectId, Entry)]) -> Result<()> {
-        let mut changes = Changes::default();
-        for (id, entry) in entries {
-            changes.put(*id, entry);
-        }
-        changes.put_segment(tail.id, &tail.state(Phase::Open, self.position.next_sequence - 1));
-        let _writing = self.shared.index.lock();
-        self.shared
-            .index
-            .write(changes)
-            .inspect_err(|error| tracing::error!(%error, "the index refused a batch"))
-    }
-
-    /// Abandons a segment into which a write or flush failed. What was acknowledged before stays readable.
-    fn give_up(&mut self, tail: &Tail, error: &io::Error) {
+    /// Abandons a segment into which a write or flush failed. What was published of it stays readable.
+    fn give_up(&mut self, segment: SegmentId, reason: &str) {
         self.failures += 1;
         self.shared.counters.suspect_segments.add(1);
-        tracing::error!(segment = %tail.id, %error, failures = self.failures, "a write failed; segment abandoned");
-        self.position.tail = None;
+        tracing::error!(%segment, reason, failures = self.failures, "a write failed; segment abandoned");
+        let full = self.full.iter().map(|(_, tail)| tail);
+        let tail = self.tails.values().chain(full).find(|tail| tail.id == segment).copied();
+        let Some(tail) = tail else { return };
+        self.tails.retain(|_, open| open.id != segment);
+        self.full.retain(|(_, full)| full.id != segment);
         let mut changes = Changes::default();
-        changes.put_segment(tail.id, &tail.state(Phase::Suspect, self.position.next_sequence - 1));
+        changes.put_segment(segment, &tail.state(Phase::Suspect, self.next_sequence - 1));
         if let Err(error) = self.shared.index.write_durably(changes) {
-            tracing::error!(segment = %tail.id, %error, "a suspect segment could not be marked");
+            tracing::error!(%segment, %error, "a suspect segment could not be marked");
+        }
+    }
+
+    fn forget(&mut self, id: ObjectId, batch: u64) {
+        if self.unpublished.get(&id) == Some(&batch) {
+            self.unpublished.remove(&id);
         }
     }
 
@@ -362,8 +553,21 @@ impl Writer {
         }
     }
 
-    fn fail(&self, pending: VecDeque<Pending>, error: &StoreError) {
-        for record in pending {
+    /// Refuses what waits and is not stored. What follows a failed record fails with it: it may be its child.
+    fn fail_waiting(&mut self, error: &StoreError) {
+        let records = std::mem::take(&mut self.redo);
+        self.fail(records, error);
+        self.queued_bytes = 0;
+        for Submission { encoded, position, reply, .. } in std::mem::take(&mut self.queue) {
+            let id = encoded.header.id;
+            let known = self.shared.table.get(id).and_then(|located| self.shared.digest_of(id, &located));
+            let refused = || Err(error.clone());
+            self.answer((position, reply), known.map_or_else(refused, |known| compare(id, known == encoded.digest)));
+        }
+    }
+
+    fn fail(&self, records: VecDeque<Pending>, error: &StoreError) {
+        for record in records {
             self.answer(record.putter, Err(error.clone()));
             for repeat in record.repeats {
                 self.answer(repeat.putter, Err(error.clone()));
@@ -378,32 +582,38 @@ impl Writer {
     }
 }
 
-impl Pending {
-    fn len_bytes(&self) -> u64 {
-        self.header.record_bytes() as u64
-    }
+/// Completions go where the other events go.
+#[derive(Clone)]
+struct Reply(Sender<Event>);
 
-    fn entry(
-        &self,
-        place: Place,
-        sequence: u64,
-        checksum: HeaderChecksum,
-        record_bytes: usize,
-    ) -> (ObjectId, Entry) {
-        let header = self.header.clone();
-        let id = header.id;
-        (id, Entry::of(&PlacedHeader { header, place, sequence, record_bytes, checksum }))
+impl Deliver for Reply {
+    fn deliver(&self, completion: Completion) {
+        // A committer that is gone has seen all of its completions.
+        let _ = self.0.send(Event::Completed(completion));
     }
 }
 
 impl Tail {
+    /// A segment that holds nothing yet.
+    fn empty(id: SegmentId, class: TtlClass, generation: u64, file: FileId, len_bytes: u64) -> Self {
+        let (append_at, published_at) = (RECORDS_AT, RECORDS_AT);
+        Self { id, class, generation, file, len_bytes, append_at, published_at }
+    }
+
     /// Where the room for records ends: the last page is the seal's.
     fn records_end(&self) -> u64 {
         self.len_bytes - PAGE as u64
     }
 
     pub(crate) fn state(&self, phase: Phase, sequence: u64) -> SegmentState {
-        SegmentState { phase, generation: self.generation, watermark: self.append_at, sequence }
+        SegmentState { phase, generation: self.generation, watermark: self.published_at, sequence }
+    }
+}
+
+impl Run {
+    fn state(&self, phase: Phase) -> SegmentState {
+        let (generation, sequence) = (self.tail.generation, self.sequence);
+        SegmentState { phase, generation, watermark: self.end, sequence }
     }
 }
 

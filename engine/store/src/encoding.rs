@@ -84,8 +84,8 @@ impl Hashed {
         });
         record.truncate(end);
         record[end..].fill(0);
-        let PutObject { id, parent, namespace, scope, tokens, .. } = self.object;
-        let header = RecordHeader { id, parent, namespace, scope, tokens, planes };
+        let PutObject { id, parent, namespace, scope, class, tokens, .. } = self.object;
+        let header = RecordHeader { id, parent, namespace, scope, class, tokens, planes };
         Encoded { digest: header.content_digest(), header, record }
     }
 }

@@ -265,9 +265,11 @@ impl Fetch {
     fn take_header(&mut self, item: Item) -> Result<(), MissKind> {
         let target = &mut self.targets[item.object];
         let Some(open) = self.open.last_mut() else { return Err(MissKind::ReadError) };
-        let start = target.found.entry.place.offset;
-        let bytes = open.slice(start, target.found.entry.header_bytes as usize)?;
-        let header = verify::header(&bytes, target.found.id, &target.found.entry)?;
+        let start = target.found.located.spot.offset;
+        let bytes = open.slice(start, target.found.located.header_bytes as usize)?;
+        let generation = self.shared.segments.get(target.found.located.spot.segment).map(|open| open.generation);
+        let generation = generation.ok_or(MissKind::Absent)?;
+        let header = verify::header(&bytes, target.found.id, &target.found.located, generation)?;
         let selected = (0..header.planes.len()).filter(|&plane| self.planes.has(&header.planes[plane]));
         let items: Vec<Item> =
             selected.map(|plane| Item { object: item.object, part: Part::Plane(plane) }).collect();
@@ -283,7 +285,7 @@ impl Fetch {
         let target = &mut self.targets[object];
         let plane = *target.plane(index).ok_or(MissKind::WrongRecord)?;
         let open = self.open.last().ok_or(MissKind::ReadError)?;
-        let start = target.found.entry.place.offset + u64::from(plane.offset);
+        let start = target.found.located.spot.offset + u64::from(plane.offset);
         let stored = open.slice(start, plane.stored_bytes as usize)?;
         let decoded = if self.shared.settings.skips_verification() {
             match plane.codec {
@@ -313,8 +315,8 @@ impl Fetch {
         let (segment, start, len) = target.extent(item.part);
         let range = plan::pages(start..start + len);
         let read = Read { segment, range, items: vec![item] };
-        let skip = usize::try_from(read.range.start - target.found.entry.place.offset).unwrap_or(0);
-        let bytes = self.shared.read(&target.found.entry, skip, read.len_bytes());
+        let skip = usize::try_from(read.range.start - target.found.located.spot.offset).unwrap_or(0);
+        let bytes = self.shared.read(&target.found.located, skip, read.len_bytes());
         self.open.push(read.open(bytes.map(|buf| buf.into_bytes()), None));
         None
     }
@@ -324,7 +326,7 @@ impl Fetch {
         target.missed = true;
         self.shared.counters.miss(kind);
         if kind.is_damage() {
-            self.shared.quarantine(target.found.id, &target.found.entry, kind);
+            self.shared.quarantine(target.found.id, &target.found.located, kind);
         }
         FetchEvent::Miss { object, kind }
     }
@@ -427,15 +429,15 @@ impl Target {
 
     /// Segment, start and length in bytes of a part of the object.
     fn extent(&self, part: Part) -> (SegmentId, u64, u64) {
-        let entry = &self.found.entry;
+        let located = &self.found.located;
         let (start, len) = match part {
-            Part::Record => (0, entry.record_bytes()),
-            Part::Header => (0, entry.header_bytes as usize),
+            Part::Record => (0, located.record_bytes()),
+            Part::Header => (0, located.header_bytes as usize),
             Part::Plane(plane) => {
                 self.plane(plane).map_or((0, 0), |plane| (plane.offset as usize, plane.stored_bytes as usize))
             }
         };
-        (entry.place.segment, entry.place.offset + start as u64, len as u64)
+        (located.spot.segment, located.spot.offset + start as u64, len as u64)
     }
 }
 

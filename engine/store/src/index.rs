@@ -1,12 +1,16 @@
 //! The block index: which record holds an object. Derived from the segments; deleting its folder costs a scan.
 //!
-//! RocksDB keys, all in the default column family (big-endian where they must sort):
+//! RocksDB keys, all in the default column family:
 //!
 //! ```text
-//! kind u8 (1 block, 2 state, 3 layout) | hash 32   ->  Entry, see entry.rs
+//! 0x01 | segment id u64 BE | page u32 BE           ->  Entry of the record there, see entry.rs
 //! 0xF0 | segment id u64 BE                         ->  SegmentState, see entry.rs
 //! 0xFF                                             ->  format of this index, u32 LE; another one means: build anew
 //! ```
+//!
+//! Keys are places, not names: records are appended, so keys come sorted and RocksDB never rewrites them to sort them;
+//! what a segment holds lies together; and reading all of it in order gives the resident table (table.rs), which
+//! answers by name, neighbours that were stored as neighbours.
 //!
 //! The write-ahead log is on and not synced: an entry and the watermark of its segment travel in one write batch, so
 //! an index that lost its newest batches knows how far it reaches, and recovery scans the segments from there. What
@@ -16,23 +20,25 @@ mod entry;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use esker_prefix::{BlockHash, ObjectId, ObjectKind};
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, ReadOptions, WriteBatch, WriteOptions,
 };
 
+use entry::{ENTRIES_END, entry_key, spot_of};
 pub(crate) use entry::{Entry, Phase, SegmentState};
 
 use crate::io::free_bytes;
-use crate::segment::SegmentId;
+use crate::segment::{SegmentId, Spot};
 use crate::{Result, StoreError};
 
 const SEGMENT_PREFIX: u8 = 0xF0;
 const FORMAT_KEY: [u8; 1] = [0xFF];
-const FORMAT: u32 = 1;
-const BLOCK_CACHE_BYTES: usize = 64 << 20;
+const FORMAT: u32 = 2;
+/// The resident table answers lookups; this serves duplicates and quarantine.
+const BLOCK_CACHE_BYTES: usize = 8 << 20;
+/// Read ahead when all entries are.
+const READ_AHEAD_BYTES: usize = 2 << 20;
 /// RocksDB reserves a little more than this on disk for its log, and as much again in memory. Its own default of 64 MiB
 /// would take a small disk's whole free space before the first put.
 const WRITE_BUFFER_BYTES: usize = 4 << 20;
@@ -47,8 +53,6 @@ const DAMAGED_MARK: &str = "index.damaged";
 pub(crate) struct Index {
     db: DB,
     dir: PathBuf,
-    /// Held by whoever compares entries and then writes: the committer, and quarantine.
-    writing: Mutex<()>,
 }
 
 impl Index {
@@ -73,7 +77,7 @@ impl Index {
             }
             Err(error) => open_anew(&path, &error)?,
         };
-        let mut index = Self { db, dir: dir.to_owned(), writing: Mutex::new(()) };
+        let mut index = Self { db, dir: dir.to_owned() };
         let format = index.db.get(FORMAT_KEY);
         let mut rebuild = marked || !existing;
         let outdated = !matches!(&format, Ok(Some(found)) if found[..] == FORMAT.to_le_bytes());
@@ -97,37 +101,25 @@ impl Index {
         Ok((index, rebuild))
     }
 
-    /// The entry of one object. An index that cannot be read has no entries.
-    pub(crate) fn get(&self, id: ObjectId) -> Result<Option<Entry>> {
-        let value = self.db.get_pinned(key(id)).inspect_err(|_| self.mark_damaged())?;
-        Ok(value.and_then(|value| self.decode(&value)))
+    /// The entry of the record at `spot`. An index that cannot be read has no entries.
+    pub(crate) fn get(&self, spot: Spot) -> Result<Option<Entry>> {
+        let value = self.db.get_pinned(entry_key(spot)).inspect_err(|_| self.mark_damaged())?;
+        Ok(value.and_then(|value| self.decode(spot, &value)))
     }
 
-    /// The entries of many objects, in order.
-    pub(crate) fn get_many(&self, ids: &[ObjectId]) -> Vec<Result<Option<Entry>>> {
-        let values = self.db.multi_get(ids.iter().map(|&id| key(id)));
-        let decode = |value: std::result::Result<Option<Vec<u8>>, rocksdb::Error>| {
-            let value = value.inspect_err(|_| self.mark_damaged())?;
-            Ok(value.and_then(|value| self.decode(&value)))
-        };
-        values.into_iter().map(decode).collect()
-    }
-
-    /// All objects of one kind, in the order of their hashes.
-    pub(crate) fn of_kind(&self, kind: ObjectKind) -> impl Iterator<Item = Result<(ObjectId, Entry)>> {
-        let start = [kind as u8];
-        let mode = IteratorMode::From(&start, rocksdb::Direction::Forward);
-        self.db
-            .iterator(mode)
-            .map_while(move |item| match item {
-                Err(error) => Some(Err(error.into())),
-                Ok((key, value)) => {
-                    let id = id_of(&key).filter(|id| id.kind == kind)?;
-                    // An entry that does not decode is passed over; looked up by name it is a miss.
-                    Some(Ok(Entry::decode(&value).map(|entry| (id, entry))))
-                }
-            })
-            .filter_map(Result::transpose)
+    /// All entries, in the order of their places.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = Result<Entry>> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(ENTRIES_END);
+        options.set_readahead_size(READ_AHEAD_BYTES);
+        options.fill_cache(false);
+        self.db.iterator_opt(IteratorMode::Start, options).filter_map(|item| match item {
+            Err(error) => {
+                self.mark_damaged();
+                Some(Err(error.into()))
+            }
+            Ok((key, value)) => self.decode(spot_of(&key)?, &value).map(Ok),
+        })
     }
 
     /// What is known of each segment.
@@ -141,21 +133,6 @@ impl Index {
             segments.push((SegmentId(u64::from_be_bytes(id)), state));
         }
         Ok(segments)
-    }
-
-    /// Keeps other writers out while entries are compared and written.
-    pub(crate) fn lock(&self) -> MutexGuard<'_, ()> {
-        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Removes an entry if it still is `entry`. Tells whether it was.
-    pub(crate) fn remove_if(&self, id: ObjectId, entry: &Entry) -> Result<bool> {
-        let _writing = self.lock();
-        if self.get(id)?.as_ref() != Some(entry) {
-            return Ok(false);
-        }
-        self.db.delete(key(id))?;
-        Ok(true)
     }
 
     /// Writes all changes or none.
@@ -175,8 +152,8 @@ impl Index {
         Ok(self.db.write_opt(changes.0, &options)?)
     }
 
-    fn decode(&self, value: &[u8]) -> Option<Entry> {
-        let entry = Entry::decode(value);
+    fn decode(&self, spot: Spot, value: &[u8]) -> Option<Entry> {
+        let entry = Entry::decode(spot, value);
         if entry.is_none() {
             tracing::warn!("an index entry does not decode");
         }
@@ -197,12 +174,12 @@ impl Index {
 pub(crate) struct Changes(WriteBatch);
 
 impl Changes {
-    pub(crate) fn put(&mut self, id: ObjectId, entry: &Entry) {
-        self.0.put(key(id), entry.encode());
+    pub(crate) fn put(&mut self, entry: &Entry) {
+        self.0.put(entry_key(entry.spot), entry.encode());
     }
 
-    pub(crate) fn remove(&mut self, id: ObjectId) {
-        self.0.delete(key(id));
+    pub(crate) fn remove(&mut self, spot: Spot) {
+        self.0.delete(entry_key(spot));
     }
 
     pub(crate) fn put_segment(&mut self, id: SegmentId, state: &SegmentState) {
@@ -214,18 +191,6 @@ impl Changes {
     }
 }
 
-fn key(id: ObjectId) -> [u8; 33] {
-    let mut key = [0; 33];
-    key[0] = id.kind as u8;
-    key[1..].copy_from_slice(&id.hash.0);
-    key
-}
-
-fn id_of(key: &[u8]) -> Option<ObjectId> {
-    let (&kind, hash) = key.split_first()?;
-    Some(ObjectId { kind: ObjectKind::from_u8(kind)?, hash: BlockHash(hash.try_into().ok()?) })
-}
-
 fn segment_key(id: SegmentId) -> [u8; 9] {
     let mut key = [SEGMENT_PREFIX; 9];
     key[1..].copy_from_slice(&id.0.to_be_bytes());
@@ -234,7 +199,6 @@ fn segment_key(id: SegmentId) -> [u8; 9] {
 
 fn open_db(path: &Path) -> std::result::Result<DB, rocksdb::Error> {
     let mut table = BlockBasedOptions::default();
-    table.set_bloom_filter(10.0, false);
     table.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
     let mut options = Options::default();
     options.create_if_missing(true);

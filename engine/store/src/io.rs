@@ -89,7 +89,6 @@ pub enum OpKind {
 }
 
 /// A transfer. Offset and buffer length are multiples of [`PAGE`].
-#[derive(Debug)]
 pub struct Op {
     /// The file.
     pub file: FileId,
@@ -104,23 +103,37 @@ pub struct Op {
     /// Share of a byte budget, held until the completion is dropped.
     pub permit: Option<Permit>,
     /// Where the completion goes; `None` once it went.
-    pub reply: Option<Sender<Completion>>,
+    pub reply: Option<Box<dyn Deliver>>,
+}
+
+/// Where completions go.
+pub trait Deliver: Send {
+    /// Takes a completion, on a thread of the disk; must not block.
+    fn deliver(&self, completion: Completion);
+}
+
+impl Deliver for Sender<Completion> {
+    fn deliver(&self, completion: Completion) {
+        // A requester that went away loses the buffer back to its pool.
+        let _ = self.send(completion);
+    }
 }
 
 impl Op {
     /// Reads `buf.len()` bytes at `offset`.
-    pub fn read(file: FileId, offset: u64, buf: AlignedBuf, tag: u64, reply: &Sender<Completion>) -> Self {
+    pub fn read(file: FileId, offset: u64, buf: AlignedBuf, tag: u64, reply: &(impl Deliver + Clone + 'static)) -> Self {
         Self::transfer(OpKind::Read, file, offset, buf, tag, reply)
     }
 
     /// Writes `buf` at `offset`.
-    pub fn write(file: FileId, offset: u64, buf: AlignedBuf, tag: u64, reply: &Sender<Completion>) -> Self {
+    pub fn write(file: FileId, offset: u64, buf: AlignedBuf, tag: u64, reply: &(impl Deliver + Clone + 'static)) -> Self {
         Self::transfer(OpKind::Write, file, offset, buf, tag, reply)
     }
 
     /// Flushes `file`.
-    pub fn sync(file: FileId, tag: u64, reply: &Sender<Completion>) -> Self {
-        Self { file, kind: OpKind::Sync, offset: 0, buf: None, tag, permit: None, reply: Some(reply.clone()) }
+    pub fn sync(file: FileId, tag: u64, reply: &(impl Deliver + Clone + 'static)) -> Self {
+        let reply: Option<Box<dyn Deliver>> = Some(Box::new(reply.clone()));
+        Self { file, kind: OpKind::Sync, offset: 0, buf: None, tag, permit: None, reply }
     }
 
     fn transfer(
@@ -129,11 +142,11 @@ impl Op {
         offset: u64,
         buf: AlignedBuf,
         tag: u64,
-        reply: &Sender<Completion>,
+        reply: &(impl Deliver + Clone + 'static),
     ) -> Self {
         assert!(offset.is_multiple_of(PAGE as u64), "offset {offset} is not page-aligned");
         assert!(buf.len().is_multiple_of(PAGE), "length {} is not whole pages", buf.len());
-        Self { file, kind, offset, buf: Some(buf), tag, permit: None, reply: Some(reply.clone()) }
+        Self { file, kind, offset, buf: Some(buf), tag, permit: None, reply: Some(Box::new(reply.clone())) }
     }
 
     /// Bytes to move.
@@ -150,7 +163,7 @@ impl Op {
         let wanted_bytes = self.len_bytes();
         let Some(reply) = self.reply.take() else { return };
         let (buf, permit) = (self.buf.take(), self.permit.take());
-        let _ = reply.send(Completion { tag: self.tag, wanted_bytes, result, buf, permit });
+        reply.deliver(Completion { tag: self.tag, wanted_bytes, result, buf, permit });
     }
 }
 

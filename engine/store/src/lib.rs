@@ -27,6 +27,7 @@ mod settings;
 mod shared;
 mod stats;
 mod store;
+mod table;
 mod verify;
 
 #[cfg(test)]
@@ -37,7 +38,7 @@ mod tests;
 
 pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
-pub use object::{PutObject, PutOutcome, PutPlane};
+pub use object::{PutObject, PutOutcome, PutPlane, TtlClass};
 #[cfg(any(test, feature = "testing"))]
 pub use settings::Sabotage;
 pub use settings::StoreSettings;

@@ -18,10 +18,31 @@ pub struct PutObject {
     pub namespace: NamespaceId,
     /// Scope it belongs to.
     pub scope: ScopeTag,
+    /// How long it is kept.
+    pub class: TtlClass,
     /// Length in tokens of the prefix that it completes.
     pub tokens: u64,
     /// Its planes, in restore order.
     pub planes: Vec<PutPlane>,
+}
+
+/// How long an object is kept after its last use: a position in [`StoreSettings::ttl_classes`]. Objects of a class
+/// lie in segments of their own, so that what expires together is freed together.
+///
+/// [`StoreSettings::ttl_classes`]: crate::StoreSettings::ttl_classes
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TtlClass(pub u8);
+
+impl TtlClass {
+    /// Never expires and is never evicted: what the store needs to understand the rest.
+    pub const PERMANENT: Self = Self(0xff);
+}
+
+impl Default for TtlClass {
+    /// 24 hours, unless settings say otherwise.
+    fn default() -> Self {
+        Self(2)
+    }
 }
 
 /// A plane to store.
@@ -54,6 +75,7 @@ impl PutObject {
             parent,
             namespace: object.namespace(),
             scope: object.scope(),
+            class: TtlClass::default(),
             tokens: object.tokens(),
             planes: pair(layout, ObjectKind::Block, object.into_planes()),
         }
@@ -66,6 +88,7 @@ impl PutObject {
             parent: Some(ObjectId { kind: ObjectKind::Block, hash: object.id().hash }),
             namespace: object.namespace(),
             scope: object.scope(),
+            class: TtlClass::default(),
             tokens: object.tokens(),
             planes: pair(layout, ObjectKind::State, object.into_planes()),
         }
@@ -80,9 +103,15 @@ impl PutObject {
             parent: None,
             namespace,
             scope: ScopeTag([0; 16]),
+            class: TtlClass::PERMANENT,
             tokens: 0,
             planes: vec![PutPlane { spec, shape: None, bytes }],
         }
+    }
+
+    /// The same object, kept for as long as `class` says.
+    pub fn with_class(self, class: TtlClass) -> Self {
+        Self { class, ..self }
     }
 
     /// Raw bytes of all planes.

@@ -8,7 +8,7 @@
 //!   8   2  version, 1
 //!  10   1  kind of the object
 //!  11   1  kind of the parent, 0 for a root
-//!  12   1  TTL class, 0
+//!  12   1  TTL class
 //!  13   1  zero
 //!  14   2  number of planes, n
 //!  16   4  header length in bytes, 256 + 64 n
@@ -49,6 +49,7 @@ use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, Scop
 
 use crate::fields::{Reader, Writer, narrow};
 use crate::io::{PAGE, page_ceil};
+use crate::TtlClass;
 use crate::segment::{Place, SegmentId};
 
 pub(crate) const MAGIC: &[u8; 8] = b"EskrRec\0";
@@ -88,6 +89,7 @@ pub(crate) struct RecordHeader {
     pub(crate) parent: Option<ObjectId>,
     pub(crate) namespace: NamespaceId,
     pub(crate) scope: ScopeTag,
+    pub(crate) class: TtlClass,
     pub(crate) tokens: u64,
     pub(crate) planes: Vec<Plane>,
 }
@@ -127,6 +129,15 @@ pub(crate) enum NotAHeader {
     Damaged,
 }
 
+impl HeaderChecksum {
+    /// What the resident table keeps of it.
+    pub(crate) fn half(&self) -> u64 {
+        let mut half = [0; 8];
+        half.copy_from_slice(&self.0[..8]);
+        u64::from_le_bytes(half)
+    }
+}
+
 impl RecordHeader {
     pub(crate) fn header_bytes(&self) -> usize {
         header_bytes(self.planes.len())
@@ -152,7 +163,7 @@ impl RecordHeader {
         let planes = u16::try_from(self.planes.len()).expect("checked against MAX_PLANES");
         let mut writer = Writer::new(out);
         writer.bytes(MAGIC).u16(VERSION).u8(self.id.kind as u8);
-        writer.u8(self.parent.map_or(0, |parent| parent.kind as u8)).u8(0).u8(0);
+        writer.u8(self.parent.map_or(0, |parent| parent.kind as u8)).u8(self.class.0).u8(0);
         writer.u16(planes).u32(narrow(self.header_bytes())).u32(record_pages);
         writer.u64(sequence).u64(place.segment.0).u64(place.generation).u64(place.offset);
         writer.u64(self.tokens).u64(self.raw_bytes()).u64(0);
@@ -182,7 +193,7 @@ impl PlacedHeader {
         let mut reader = Reader::new(bytes);
         reader.bytes::<8>();
         let version = reader.u16();
-        let [kind, parent_kind, _ttl_class, _] = reader.bytes();
+        let [kind, parent_kind, class, _] = reader.bytes();
         let planes = usize::from(reader.u16());
         let (header_len, record_pages) = (reader.u32() as usize, reader.u32());
         if version != VERSION || planes > MAX_PLANES || header_len != header_bytes(planes) {
@@ -226,7 +237,8 @@ impl PlacedHeader {
                 Some(ObjectId { kind, hash: parent_hash })
             }
         };
-        let header = RecordHeader { id: ObjectId { kind, hash }, parent, namespace, scope, tokens, planes };
+        let (id, class) = (ObjectId { kind, hash }, TtlClass(class));
+        let header = RecordHeader { id, parent, namespace, scope, class, tokens, planes };
         if header.raw_bytes() != raw_bytes
             || header.content_digest() != digest
             || header.record_bytes() != record_bytes

@@ -4,20 +4,20 @@
 //! page, so that a torn or damaged one ends nothing; of two with one id the one with the higher sequence holds. What
 //! lies in an unsealed segment may never have been flushed, so its payload is verified and the segment flushed before
 //! anything of it is indexed; a sealed segment's headers are enough. Damage never prevents a start.
+//!
+//! When the index is right, the resident table is filled from it.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use esker_prefix::{ObjectId, ObjectKind};
-
 use crate::commit::{Position, Tail};
-use crate::index::{Changes, Entry, Phase, SegmentState};
-use crate::io::{Op, PAGE, read_exact, wait};
+use crate::index::{Changes, Phase, SegmentState};
+use crate::io::{FileId, Op, PAGE, read_exact, wait};
 use crate::scan::{Scan, Scanned};
 use crate::segment::{OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage};
 use crate::shared::Shared;
 use crate::stats::MissCounts;
-use crate::{Result, StoreError};
+use crate::{Result, StoreError, TtlClass};
 
 /// Entries compared and written at a time.
 const APPLY_ENTRIES: usize = 1024;
@@ -29,6 +29,8 @@ pub(crate) struct Recovery {
     pub(crate) records_dropped: MissCounts,
     pub(crate) entries_dropped: u64,
     pub(crate) unreadable_segments: Vec<String>,
+    /// The index could not be read to its end, and is marked for it.
+    pub(crate) index_damaged: bool,
 }
 
 /// Opens all segments, brings the index up to date and finds where writing goes on.
@@ -39,8 +41,7 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
     ids.sort_unstable();
 
     let mut work = Worker { shared, dir, report: Recovery::default(), sequence: 0 };
-    let mut tail = None;
-    let mut shrunk = false;
+    let mut tails: Vec<Tail> = Vec::new();
     for &id in &ids {
         let state = known.remove(&id);
         work.sequence = work.sequence.max(state.map_or(0, |state| state.sequence));
@@ -52,20 +53,20 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
                 continue;
             }
         };
-        let found = Found { id, segment: OpenSegment { file, len_bytes }, state };
-        shrunk |= state.is_some_and(|state| state.watermark > len_bytes);
-        // Only the newest segment may be appended to; an older one that was left open is closed.
-        if let Some(open) = tail.take() {
-            work.seal(&open);
+        let found = Found { id, file, len_bytes, state };
+        let Some(tail) = work.segment(&found)? else { continue };
+        // Of each class only the newest segment may be appended to; an older one that was left open is closed.
+        if let Some(open) = tails.iter_mut().find(|open| open.class == tail.class) {
+            work.seal(&std::mem::replace(open, tail));
+        } else {
+            tails.push(tail);
         }
-        tail = work.segment(&found)?;
     }
-    shrunk |= !known.is_empty();
-    if shrunk {
-        work.drop_unreachable(known.into_keys())?;
-    }
+    let mut changes = Changes::default();
+    known.into_keys().for_each(|missing| changes.remove_segment(missing));
+    work.load(changes)?;
     let last = ids.last().map_or(0, |id| id.0);
-    let position = Position { tail, next_segment: SegmentId(last + 1), next_sequence: work.sequence + 1 };
+    let position = Position { tails, next_segment: SegmentId(last + 1), next_sequence: work.sequence + 1 };
     Ok((position, work.report))
 }
 
@@ -79,18 +80,19 @@ struct Worker<'a> {
 
 struct Found {
     id: SegmentId,
-    segment: OpenSegment,
+    file: FileId,
+    len_bytes: u64,
     state: Option<SegmentState>,
 }
 
 impl Worker<'_> {
     /// Takes one segment in. Returns it as the tail if it may be appended to.
     fn segment(&mut self, found: &Found) -> Result<Option<Tail>> {
-        let &Found { id, segment, state } = found;
+        let &Found { id, file, len_bytes, state } = found;
         let header = self.page(found, 0, PageKind::Header)?;
         // Only of a segment known to have its full length is it known where its seal is or goes.
-        let whole = header.is_some_and(|header| header.extent_bytes == segment.len_bytes);
-        let last_page = segment.len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64;
+        let whole = header.is_some_and(|header| header.extent_bytes == len_bytes);
+        let last_page = len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64;
         let seal = self.page(found, last_page, PageKind::Seal)?;
         let seal = seal.filter(|seal| header.is_none_or(|header| header.generation == seal.generation));
         let generation = header.or(seal).map(|page| page.generation).or(state.map(|state| state.generation));
@@ -101,9 +103,9 @@ impl Worker<'_> {
             Some(seal) => seal.extent_bytes.min(last_page),
             None if suspect => from,
             None if whole => last_page,
-            None => segment.len_bytes,
+            None => len_bytes,
         };
-        let scan = Scan { shared: self.shared, segment, id, generation, verify_payload: seal.is_none() };
+        let scan = Scan { shared: self.shared, file, id, generation, verify_payload: seal.is_none() };
         let scanned = scan.run(from, to);
         for (kind, count) in scanned.dropped.iter() {
             tracing::warn!(segment = %id, %kind, count, "bad records passed over");
@@ -111,7 +113,7 @@ impl Worker<'_> {
         self.report.records_dropped.merge(&scanned.dropped);
 
         let Some(generation) = scanned.generation else {
-            if scanned.clean && header.is_none() && segment.len_bytes > 0 && self.is_blank(found) {
+            if scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(found) {
                 // Made, and never written to.
                 let removed = self.shared.disk.remove(&id.file_name());
                 removed.map_err(StoreError::io("removing", self.dir.join(id.file_name())))?;
@@ -121,30 +123,31 @@ impl Worker<'_> {
             }
             return Ok(None);
         };
-        self.shared.segments.insert(id, segment);
-        let append_at = scanned.end;
-        let mut tail = Tail { id, generation, file: segment.file, len_bytes: segment.len_bytes, append_at };
+        let class = header.or(seal).map_or(TtlClass::default(), |page| page.class);
+        self.shared.segments.insert(id, OpenSegment { file, len_bytes, generation, class });
+        let mut tail = Tail { id, class, generation, file, len_bytes, append_at: 0, published_at: 0 };
+        tail.end_at(scanned.end);
         if suspect {
             return Ok(None);
         }
         if seal.is_none()
             && !scanned.records.is_empty()
-            && let Err(error) = wait(self.shared.disk.as_ref(), |reply| Op::sync(segment.file, 0, reply))
+            && let Err(error) = wait(self.shared.disk.as_ref(), |reply| Op::sync(file, 0, reply))
         {
             tracing::error!(segment = %id, %error, "a segment cannot be flushed; what it may have lost is not indexed");
-            tail.append_at = from;
+            tail.end_at(from);
             self.remember(&tail, Phase::Suspect)?;
             return Ok(None);
         }
         self.apply(&scanned)?;
         if let Some(unread_at) = scanned.unread_at {
             // The device may read it next time: scanned again from there, neither appended to nor sealed.
-            tail.append_at = unread_at;
+            tail.end_at(unread_at);
             self.remember(&tail, Phase::Open)?;
             return Ok(None);
         }
         let Some(seal) = seal else {
-            tail.append_at = tail.append_at.min(to.max(from));
+            tail.end_at(scanned.end.min(to.max(from)));
             self.remember(&tail, Phase::Open)?;
             let appendable = whole && scanned.clean;
             if !appendable && whole {
@@ -153,48 +156,37 @@ impl Worker<'_> {
             return Ok(appendable.then_some(tail));
         };
         self.sequence = self.sequence.max(seal.sequence);
-        tail.append_at = seal.extent_bytes;
+        tail.end_at(seal.extent_bytes);
         self.remember(&tail, Phase::Sealed)?;
         Ok(None)
     }
 
     /// A header or seal page, if it is there, sound and this segment's.
     fn page(&self, found: &Found, offset: u64, kind: PageKind) -> Result<Option<SegmentPage>> {
-        let Found { id, segment, .. } = found;
+        let Found { id, file, .. } = found;
         let path = self.dir.join(id.file_name());
-        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, segment.file, offset, PAGE);
+        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, *file, offset, PAGE);
         let Ok(page) = read else { return Ok(None) };
         Ok(SegmentPage::decode(kind, &page, &path)?.filter(|page| page.id == *id))
     }
 
     fn is_blank(&self, found: &Found) -> bool {
-        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, found.segment.file, 0, PAGE);
+        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, found.file, 0, PAGE);
         read.is_ok_and(|page| page.iter().all(|&byte| byte == 0))
     }
 
-    /// Adds what a scan found to the index, unless a later record of the same id is there.
+    /// Adds what a scan found to the index. Which of two records with one name holds is decided when the table is
+    /// filled.
     fn apply(&mut self, scanned: &Scanned) -> Result<()> {
         for some in scanned.records.chunks(APPLY_ENTRIES) {
-            let mut newest: HashMap<ObjectId, &Entry> = HashMap::with_capacity(some.len());
-            for (id, entry) in some {
-                let holder = newest.entry(*id).or_insert(entry);
-                if holder.sequence < entry.sequence {
-                    *holder = entry;
-                }
-                self.sequence = self.sequence.max(entry.sequence);
-            }
-            let ids: Vec<ObjectId> = newest.keys().copied().collect();
             let mut changes = Changes::default();
-            for (id, known) in ids.iter().zip(self.shared.index.get_many(&ids)) {
-                let entry = newest[id];
-                // An entry that cannot be read is replaced, and the index marked for a rebuild.
-                if known.ok().flatten().is_none_or(|known| known.sequence < entry.sequence) {
-                    changes.put(*id, entry);
-                    self.report.records_indexed += 1;
-                }
+            for entry in some {
+                changes.put(entry);
+                self.sequence = self.sequence.max(entry.sequence);
             }
             self.shared.index.write(changes)?;
         }
+        self.report.records_indexed += scanned.records.len() as u64;
         Ok(())
     }
 
@@ -210,22 +202,34 @@ impl Worker<'_> {
         }
     }
 
-    /// Removes entries that point behind the end of a segment or into a missing one.
-    fn drop_unreachable(&mut self, missing: impl Iterator<Item = SegmentId>) -> Result<()> {
-        for kind in [ObjectKind::Block, ObjectKind::State, ObjectKind::Layout] {
-            let mut changes = Changes::default();
-            for item in self.shared.index.of_kind(kind) {
-                let (id, entry) = item?;
-                let segment = self.shared.segments.get(entry.place.segment);
-                if segment.is_none_or(|segment| entry.end() > segment.len_bytes) {
-                    changes.remove(id);
-                    self.report.entries_dropped += 1;
-                }
+    /// Fills the table, and removes entries from the index that point behind the end of a segment, into a missing one,
+    /// or at a record that a later one replaces.
+    fn load(&mut self, mut changes: Changes) -> Result<()> {
+        for entry in self.shared.index.entries() {
+            let Ok(entry) = entry else {
+                self.report.index_damaged = true;
+                break;
+            };
+            let segment = self.shared.segments.get(entry.spot.segment);
+            if segment.is_none_or(|segment| entry.end() > segment.len_bytes) {
+                changes.remove(entry.spot);
+                self.report.entries_dropped += 1;
+                continue;
             }
-            self.shared.index.write(changes)?;
+            let Some(before) = self.shared.table.insert(&entry) else { continue };
+            let earlier = self.shared.index.get(before)?.filter(|before| before.sequence > entry.sequence);
+            if let Some(later) = earlier {
+                self.shared.table.insert(&later);
+            }
+            changes.remove(if earlier.is_some() { entry.spot } else { before });
+            self.report.records_indexed = self.report.records_indexed.saturating_sub(1);
         }
-        let mut changes = Changes::default();
-        missing.for_each(|id| changes.remove_segment(id));
         self.shared.index.write(changes)
+    }
+}
+
+impl Tail {
+    fn end_at(&mut self, end: u64) {
+        (self.append_at, self.published_at) = (end, end);
     }
 }

@@ -1,11 +1,9 @@
 //! Scanning a segment for records, without an index and past any damage.
 
-use esker_prefix::ObjectId;
-
 use crate::index::Entry;
-use crate::io::{AlignedBuf, PAGE, page_ceil, read_exact};
+use crate::io::{AlignedBuf, FileId, PAGE, page_ceil, read_exact};
 use crate::record::{MAGIC, MAX_HEADER_BYTES, NotAHeader, PlacedHeader};
-use crate::segment::{OpenSegment, RECORDS_AT, SegmentId};
+use crate::segment::{RECORDS_AT, SegmentId};
 use crate::shared::{Shared, miss_of};
 use crate::stats::MissCounts;
 use crate::{MissKind, verify};
@@ -18,7 +16,7 @@ const HEADER_READ_BYTES: usize = 64 << 10;
 /// A scan to be run.
 pub(crate) struct Scan<'a> {
     pub(crate) shared: &'a Shared,
-    pub(crate) segment: OpenSegment,
+    pub(crate) file: FileId,
     pub(crate) id: SegmentId,
     /// If not known, the record right behind the header page is trusted with it.
     pub(crate) generation: Option<u64>,
@@ -28,7 +26,7 @@ pub(crate) struct Scan<'a> {
 /// What a scan found.
 #[derive(Default)]
 pub(crate) struct Scanned {
-    pub(crate) records: Vec<(ObjectId, Entry)>,
+    pub(crate) records: Vec<Entry>,
     /// End of the last sound record; where the scan started if there was none.
     pub(crate) end: u64,
     /// Whether everything behind `end` is zero.
@@ -76,7 +74,7 @@ impl Scan<'_> {
                     scanned.end = at;
                     scanned.clean = true;
                     scanned.generation = Some(found.place.generation);
-                    scanned.records.push((found.header.id, Entry::of(&found)));
+                    scanned.records.push(Entry::of(&found));
                 }
                 Err(kind) => scanned.pass_over(&mut at, kind),
             }
@@ -148,7 +146,7 @@ impl Window<'_> {
 
     fn read(&self, at: u64, len: usize) -> Result<AlignedBuf, MissKind> {
         let Shared { disk, pool, counters, .. } = self.scan.shared;
-        let read = read_exact(disk.as_ref(), pool, self.scan.segment.file, at, len);
+        let read = read_exact(disk.as_ref(), pool, self.scan.file, at, len);
         read.inspect(|buf| counters.read_bytes.add(buf.len() as u64)).map_err(|error| miss_of(&error))
     }
 }

@@ -15,7 +15,7 @@
 //! ```text
 //!   0   8  magic: "EskrSeg\0" header, "EskrEnd\0" seal
 //!   8   2  version, 1                       } a later version keeps these three where they are, so that this
-//!  10   1  TTL class, 0                     } build can tell "newer" from "damaged"
+//!  10   1  TTL class                        } build can tell "newer" from "damaged"
 //!  11   5  zero
 //!  16   8  segment id
 //!  24   8  generation: random, written into every record. Bytes that a client stored to look like a record cannot
@@ -34,7 +34,7 @@ use std::sync::{PoisonError, RwLock};
 
 use crate::fields::{Reader, Writer};
 use crate::io::{FileId, PAGE};
-use crate::{Result, StoreError};
+use crate::{Result, StoreError, TtlClass};
 
 const HEADER_MAGIC: &[u8; 8] = b"EskrSeg\0";
 const SEAL_MAGIC: &[u8; 8] = b"EskrEnd\0";
@@ -57,6 +57,26 @@ pub(crate) struct Place {
     pub(crate) offset: u64,
 }
 
+/// Where a record is, while its segment is known to be the one meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Spot {
+    pub(crate) segment: SegmentId,
+    /// In bytes.
+    pub(crate) offset: u64,
+}
+
+impl Place {
+    pub(crate) fn spot(&self) -> Spot {
+        Spot { segment: self.segment, offset: self.offset }
+    }
+}
+
+impl Spot {
+    pub(crate) fn in_generation(&self, generation: u64) -> Place {
+        Place { segment: self.segment, generation, offset: self.offset }
+    }
+}
+
 impl SegmentId {
     pub(crate) fn file_name(self) -> String {
         format!("{:08}.seg", self.0)
@@ -64,7 +84,8 @@ impl SegmentId {
 
     pub(crate) fn from_file_name(name: &str) -> Option<Self> {
         let digits = name.strip_suffix(".seg")?;
-        let id = Self(digits.parse().ok()?);
+        // The resident table has room for 32 bits, which are an exbibyte of segments.
+        let id = Self(digits.parse::<u32>().ok()?.into());
         (id.file_name() == name).then_some(id)
     }
 }
@@ -86,6 +107,7 @@ pub(crate) enum PageKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SegmentPage {
     pub(crate) id: SegmentId,
+    pub(crate) class: TtlClass,
     pub(crate) generation: u64,
     /// Header: length of the segment. Seal: end of the last record. In bytes.
     pub(crate) extent_bytes: u64,
@@ -98,7 +120,7 @@ impl SegmentPage {
     pub(crate) fn encode(&self, kind: PageKind, page: &mut [u8]) {
         page.fill(0);
         let mut writer = Writer::new(page);
-        writer.bytes(kind.magic()).u16(VERSION).bytes(&[0; 6]);
+        writer.bytes(kind.magic()).u16(VERSION).u8(self.class.0).bytes(&[0; 5]);
         writer.u64(self.id.0).u64(self.generation).u64(self.extent_bytes).u64(self.sequence);
         let checksum = checksum(page);
         page[CHECKED_BYTES..CHECKED_BYTES + 16].copy_from_slice(&checksum);
@@ -118,8 +140,10 @@ impl SegmentPage {
         if found > VERSION {
             return Err(StoreError::NewerFormat { path: path.to_owned(), found, supported: VERSION });
         }
-        reader.bytes::<6>();
+        let class = TtlClass(reader.u8());
+        reader.bytes::<5>();
         Ok(Some(Self {
+            class,
             id: SegmentId(reader.u64()),
             generation: reader.u64(),
             extent_bytes: reader.u64(),
@@ -157,6 +181,8 @@ pub(crate) struct SegmentTable(RwLock<HashMap<SegmentId, OpenSegment>>);
 pub(crate) struct OpenSegment {
     pub(crate) file: FileId,
     pub(crate) len_bytes: u64,
+    pub(crate) generation: u64,
+    pub(crate) class: TtlClass,
 }
 
 impl SegmentTable {
@@ -182,6 +208,7 @@ mod tests {
     fn page() -> SegmentPage {
         SegmentPage {
             id: SegmentId(7),
+            class: TtlClass(0),
             generation: 0x0102_0304_0506_0708,
             extent_bytes: 1 << 20,
             sequence: 0,

@@ -17,6 +17,8 @@ pub struct StoreSettings {
     pub segment_bytes: u64,
     /// Bytes that all segments together may take; puts beyond are refused as full.
     pub capacity_bytes: u64,
+    /// How long objects of each class are kept after their last use.
+    pub ttl_classes: Vec<Duration>,
     /// zstd level for planes that shrink by at least 3 %; `None` stores every plane raw.
     pub zstd_level: Option<i32>,
     /// Bytes being read ahead by all fetches together. A fetch that gets no share still has one read in flight.
@@ -57,6 +59,7 @@ impl Default for StoreSettings {
         Self {
             segment_bytes: 256 << 20,
             capacity_bytes: u64::MAX,
+            ttl_classes: [5 * 60, 3600, 24 * 3600, 72 * 3600].map(Duration::from_secs).to_vec(),
             zstd_level: Some(1),
             read_bytes_in_flight: 64 << 20,
             fetch_window_bytes: 16 << 20,

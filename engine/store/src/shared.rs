@@ -7,10 +7,13 @@ use std::sync::Arc;
 use esker_prefix::ObjectId;
 
 use crate::commit::Tail;
-use crate::index::{Changes, Entry, Index, Phase};
-use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, read_exact, wait};
-use crate::segment::{PageKind, SegmentPage, SegmentTable};
+use crate::index::{Changes, Index, Phase};
+use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
+use crate::record::ContentDigest;
+use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot};
 use crate::stats::Counters;
+use crate::table::{Located, Table};
+use crate::verify;
 use crate::{MissKind, PutOutcome, Result, StoreError, StoreSettings};
 
 pub(crate) struct Shared {
@@ -18,6 +21,7 @@ pub(crate) struct Shared {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) pool: Arc<BufferPool>,
     pub(crate) index: Index,
+    pub(crate) table: Table,
     pub(crate) segments: SegmentTable,
     pub(crate) counters: Counters,
     pub(crate) reading: Arc<ByteGate>,
@@ -27,38 +31,49 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The entries of objects whose segments can be read. What lies in one that cannot is not stored, so that it
-    /// can be put again.
-    pub(crate) fn known(&self, ids: &[ObjectId]) -> Vec<Result<Option<Entry>>> {
-        let readable = |entry: &Entry| self.segments.get(entry.place.segment).is_some();
-        let entries = self.index.get_many(ids).into_iter();
-        entries.map(|entry| entry.map(|entry| entry.filter(readable))).collect()
+    /// The digest of a stored object's content: from the index, or from the record if the index cannot tell. `None` if
+    /// the record is bad; it is in quarantine then.
+    pub(crate) fn digest_of(&self, id: ObjectId, located: &Located) -> Option<ContentDigest> {
+        if let Ok(Some(entry)) = self.index.get(located.spot)
+            && entry.id == id
+        {
+            return Some(entry.digest);
+        }
+        let segment = self.segments.get(located.spot.segment)?;
+        let read = self.read(located, 0, page_ceil(located.header_bytes as usize));
+        let header = read.and_then(|bytes| verify::header(&bytes, id, located, segment.generation));
+        header
+            .map(|header| header.content_digest())
+            .inspect_err(|&kind| self.quarantine(id, located, kind))
+            .ok()
     }
 
     /// Reads part of a record: `len` bytes from `start`, both in bytes of the record, rounded outward to pages by
     /// the caller.
     pub(crate) fn read(
         &self,
-        entry: &Entry,
+        located: &Located,
         start: usize,
         len: usize,
     ) -> std::result::Result<AlignedBuf, MissKind> {
-        let segment = self.segments.get(entry.place.segment).ok_or(MissKind::Absent)?;
-        let offset = entry.place.offset + start as u64;
+        let segment = self.segments.get(located.spot.segment).ok_or(MissKind::Absent)?;
+        let offset = located.spot.offset + start as u64;
         let read = read_exact(self.disk.as_ref(), &self.pool, segment.file, offset, len);
         read.inspect(|buf| self.counters.read_bytes.add(buf.len() as u64)).map_err(|error| miss_of(&error))
     }
 
-    /// Takes a bad record out of the index, unless the entry has come to mean another one.
-    pub(crate) fn quarantine(&self, id: ObjectId, entry: &Entry, kind: MissKind) {
-        match self.index.remove_if(id, entry) {
-            Ok(true) => {
-                self.counters.quarantined.add(1);
-                let place = entry.place;
-                tracing::warn!(?id, %kind, segment = %place.segment, offset = place.offset, "bad record quarantined");
-            }
-            Ok(false) => {}
-            Err(error) => tracing::error!(?id, %kind, %error, "a bad record could not be quarantined"),
+    /// Forgets a bad record, unless its name has come to mean another one.
+    pub(crate) fn quarantine(&self, id: ObjectId, located: &Located, kind: MissKind) {
+        let Spot { segment, offset } = located.spot;
+        if !self.table.remove_if(id, located.spot) {
+            return;
+        }
+        self.counters.quarantined.add(1);
+        tracing::warn!(?id, %kind, %segment, offset, "bad record quarantined");
+        let mut changes = Changes::default();
+        changes.remove(located.spot);
+        if let Err(error) = self.index.write(changes) {
+            tracing::error!(?id, %error, "the index still names a bad record");
         }
     }
 
@@ -78,8 +93,8 @@ impl Shared {
 
     /// Closes a segment whose records are all flushed.
     pub(crate) fn seal(&self, tail: &Tail, sequence: u64) -> Result<()> {
-        let page =
-            SegmentPage { id: tail.id, generation: tail.generation, extent_bytes: tail.append_at, sequence };
+        let &Tail { id, class, generation, published_at, .. } = tail;
+        let page = SegmentPage { id, class, generation, extent_bytes: published_at, sequence };
         self.write_segment_page(tail.file, tail.len_bytes - PAGE as u64, PageKind::Seal, &page)
             .and_then(|()| wait(self.disk.as_ref(), |reply| Op::sync(tail.file, 0, reply)))
             .map_err(StoreError::io("sealing", tail.id.file_name()))?;

@@ -130,6 +130,10 @@ pub struct StoreStats {
     pub segment_bytes: u64,
     /// Bytes of all records, headers and padding included; 0 if the index cannot tell.
     pub record_bytes: u64,
+    /// Objects that lookups can find.
+    pub objects: u64,
+    /// Bytes of memory that their resident table takes.
+    pub table_bytes: u64,
     /// Segments given up since a write or flush into them failed.
     pub suspect_segments: u64,
     /// I/O completions that belonged to no operation.

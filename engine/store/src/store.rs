@@ -6,22 +6,20 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use esker_prefix::{KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag};
+use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 
 use crate::commit::{Committer, Submission};
 use crate::encoding::Hashed;
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
-use crate::index::{Entry, Index};
+use crate::index::Index;
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine};
 use crate::recovery;
 use crate::segment::{RECORDS_AT, SegmentTable};
 use crate::shared::Shared;
 use crate::stats::Counters;
+use crate::table::{Located, Table};
 use crate::{OpenReport, PutObject, PutOutcome, Result, StoreError, StoreSettings, StoreStats};
 
-/// First and largest number of ids that a lookup asks the index for at once: a miss at the start costs little, a
-/// long prefix few calls.
-const LOOKUP_BATCH: std::ops::RangeInclusive<usize> = 16..=1024;
 /// Between two attempts at the folder's lock.
 const LOCK_POLL: Duration = Duration::from_millis(10);
 
@@ -47,7 +45,7 @@ pub struct Found {
     pub namespace: NamespaceId,
     /// Scope it belongs to.
     pub scope: ScopeTag,
-    pub(crate) entry: Entry,
+    pub(crate) located: Located,
 }
 
 impl Store {
@@ -78,19 +76,32 @@ impl Store {
         let lock = lock(dir, settings.lock_wait)?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(StoreError::io("flushing", dir))?;
         let (disk, refused_engines) = disk(&segments)?;
-        let (index, rebuilt) = Index::open(dir)?;
-        let shared = Arc::new(Shared {
-            pool: BufferPool::new(settings.pool_bytes),
-            reading: ByteGate::new(settings.read_bytes_in_flight),
-            putting: ByteGate::new(settings.put_bytes_in_flight),
-            settings,
-            disk,
-            index,
-            segments: SegmentTable::default(),
-            counters: Counters::default(),
-            _lock: lock,
-        });
-        let (position, recovery) = recovery::recover(&shared, &segments)?;
+        let share = |index| -> Result<Arc<Shared>> {
+            let lock = lock.try_clone().map_err(StoreError::io("keeping the lock of", dir))?;
+            Ok(Arc::new(Shared {
+                pool: BufferPool::new(settings.pool_bytes),
+                reading: ByteGate::new(settings.read_bytes_in_flight),
+                putting: ByteGate::new(settings.put_bytes_in_flight),
+                settings: settings.clone(),
+                disk: Arc::clone(&disk),
+                index,
+                table: Table::default(),
+                segments: SegmentTable::default(),
+                counters: Counters::default(),
+                _lock: lock,
+            }))
+        };
+        let (index, mut rebuilt) = Index::open(dir)?;
+        let mut shared = share(index)?;
+        let (mut position, mut recovery) = recovery::recover(&shared, &segments)?;
+        if recovery.index_damaged {
+            tracing::error!("the index cannot be read to its end and is built anew");
+            drop(shared);
+            let (index, _) = Index::open(dir)?;
+            rebuilt = true;
+            shared = share(index)?;
+            (position, recovery) = recovery::recover(&shared, &segments)?;
+        }
         let (segment_count, _) = shared.segments.totals();
         let report = OpenReport {
             engine: shared.disk.engine(),
@@ -141,26 +152,15 @@ impl Store {
     }
 
     /// The longest leading run of `ids` that is present, in order.
-    pub fn lookup(&self, ids: &[ObjectId]) -> Result<Vec<Found>> {
-        let mut run = Vec::new();
-        let mut batch = *LOOKUP_BATCH.start();
-        while run.len() < ids.len() {
-            let next = &ids[run.len()..ids.len().min(run.len() + batch)];
-            for (&id, entry) in next.iter().zip(self.shared.known(next)) {
-                match self.known(id, entry) {
-                    Some(found) => run.push(found),
-                    None => return Ok(run),
-                }
-            }
-            batch = (batch * 4).min(*LOOKUP_BATCH.end());
-        }
-        Ok(run)
+    pub fn lookup(&self, ids: &[ObjectId]) -> Vec<Found> {
+        let run = self.shared.table.run(ids);
+        ids.iter().zip(run).map(|(&id, located)| Found::new(id, located)).collect()
     }
 
     /// Each of `ids`, whether the others are present or not.
-    pub fn get(&self, ids: &[ObjectId]) -> Result<Vec<Option<Found>>> {
-        let entries = self.shared.known(ids);
-        Ok(ids.iter().zip(entries).map(|(&id, entry)| self.known(id, entry)).collect())
+    pub fn get(&self, ids: &[ObjectId]) -> Vec<Option<Found>> {
+        let all = self.shared.table.many(ids);
+        ids.iter().zip(all).map(|(&id, located)| Some(Found::new(id, located?))).collect()
     }
 
     /// Fetches planes. Nothing is read before the first call of `next`.
@@ -170,11 +170,12 @@ impl Store {
 
     /// All layouts stored, verified.
     pub fn layouts(&self) -> Vec<(NamespaceId, KvLayout)> {
-        let found = self.shared.index.of_kind(ObjectKind::Layout).filter_map(|item| {
-            let (id, entry) = item.inspect_err(|error| self.index_error(error)).ok()?;
-            Some(Found::new(id, entry))
-        });
-        let objects: Vec<Found> = found.collect();
+        let layout = |namespace: &NamespaceId| ObjectId {
+            kind: ObjectKind::Layout,
+            hash: BlockHash(*namespace.as_bytes()),
+        };
+        let ids: Vec<ObjectId> = self.shared.table.layouts().iter().map(layout).collect();
+        let objects: Vec<Found> = self.get(&ids).into_iter().flatten().collect();
         let namespaces: Vec<NamespaceId> = objects.iter().map(|found| found.namespace).collect();
         let request = FetchRequest {
             objects,
@@ -194,7 +195,10 @@ impl Store {
     pub fn stats(&self) -> StoreStats {
         let counters = &self.shared.counters;
         let (segments, segment_bytes) = self.shared.segments.totals();
+        let (objects, table_bytes) = self.shared.table.size();
         StoreStats {
+            objects,
+            table_bytes,
             stored: counters.stored.get(),
             present: counters.present.get(),
             content_mismatch: counters.content_mismatch.get(),
@@ -231,17 +235,13 @@ impl Store {
     /// Hashes an object and skips it if these very bytes are known.
     fn prepare(&self, object: PutObject) -> Result<Prepared> {
         let hashed = Hashed::new(object, self.shared.settings.segment_bytes)?;
-        match self.shared.known(&[hashed.id()]).pop().transpose()?.flatten() {
+        let id = hashed.id();
+        let known = self.shared.table.get(id).and_then(|located| self.shared.digest_of(id, &located));
+        match known {
             None => Ok(Prepared::New(hashed)),
-            Some(entry) if entry.digest == hashed.digest() => Ok(Prepared::Known(PutOutcome::Present)),
-            Some(_) => Err(StoreError::ContentMismatch { id: hashed.id() }),
+            Some(digest) if digest == hashed.digest() => Ok(Prepared::Known(PutOutcome::Present)),
+            Some(_) => Err(StoreError::ContentMismatch { id }),
         }
-    }
-
-    /// An index that cannot be read knows nothing.
-    fn known(&self, id: ObjectId, entry: Result<Option<Entry>>) -> Option<Found> {
-        let entry = entry.inspect_err(|error| self.index_error(error)).ok()?;
-        entry.map(|entry| Found::new(id, entry))
     }
 
     fn index_error(&self, error: &StoreError) {
@@ -256,15 +256,15 @@ enum Prepared {
 }
 
 impl Found {
-    pub(crate) fn new(id: ObjectId, entry: Entry) -> Self {
+    fn new(id: ObjectId, located: Located) -> Self {
         Self {
             id,
-            tokens: entry.tokens,
-            raw_bytes: entry.raw_bytes,
-            stored_bytes: entry.record_bytes() as u64,
-            namespace: entry.namespace,
-            scope: entry.scope,
-            entry,
+            tokens: located.tokens,
+            raw_bytes: located.raw_bytes,
+            stored_bytes: located.record_bytes() as u64,
+            namespace: located.namespace,
+            scope: located.scope,
+            located,
         }
     }
 }

@@ -35,13 +35,17 @@ fn flip(file: &File, offset: u64, mask: u8) {
 }
 
 fn entry(store: &Store, id: ObjectId) -> Entry {
-    store.shared.index.get(id).unwrap().unwrap()
+    let located = store.shared.table.get(id).unwrap();
+    store.shared.index.get(located.spot).unwrap().unwrap()
 }
 
+/// Makes the table and the index mean `entry` by `id`.
 fn set_entry(store: &Store, id: ObjectId, entry: &Entry) {
+    let entry = Entry { id, ..*entry };
     let mut changes = Changes::default();
-    changes.put(id, entry);
+    changes.put(&entry);
     store.shared.index.write(changes).unwrap();
+    store.shared.table.insert(&entry);
 }
 
 fn copy_dir(from: &Path, to: &Path) {

@@ -1,6 +1,6 @@
 //! Nothing read from a disk is believed before it has passed here.
 //!
-//! The order: index entry, header against its checksum, header against the entry and the name asked for, stored
+//! The order: place in the table, header against its checksum, header against the table and the name asked for, stored
 //! bytes of a plane against their checksum, decompression bounded by the authenticated length, content against its
 //! digest.
 
@@ -11,18 +11,26 @@ use esker_prefix::ObjectId;
 
 use crate::MissKind;
 use crate::codec;
-use crate::index::Entry;
 use crate::io::{AlignedBuf, BufferPool};
 use crate::record::{Codec, PlacedHeader, Plane, RecordHeader};
+use crate::table::Located;
 
-/// The header at the start of `bytes`, if it is the one that `entry` points at for `id`.
-pub(crate) fn header(bytes: &[u8], id: ObjectId, entry: &Entry) -> Result<RecordHeader, MissKind> {
+/// The header at the start of `bytes`, if it is the one that the table means by `located` for `id`, in a segment of
+/// this generation.
+pub(crate) fn header(
+    bytes: &[u8],
+    id: ObjectId,
+    located: &Located,
+    generation: u64,
+) -> Result<RecordHeader, MissKind> {
     let found = PlacedHeader::decode(bytes).map_err(|_| MissKind::HeaderChecksum)?;
-    // The entry holds every field of the header that is not a function of the plane table, and the checksum over all.
-    if found.header.id != id || Entry::of(&found) != *entry {
-        return Err(MissKind::WrongRecord);
-    }
-    Ok(found.header)
+    // Half a checksum of BLAKE3 over all of the header stands for every field that is not compared.
+    let same = found.header.id == id
+        && found.place == located.spot.in_generation(generation)
+        && found.checksum.half() == located.checksum
+        && found.record_bytes == located.record_bytes()
+        && found.header.header_bytes() == located.header_bytes as usize;
+    if same { Ok(found.header) } else { Err(MissKind::WrongRecord) }
 }
 
 /// The content of a plane from its stored bytes: `None` if the stored bytes are the content.

@@ -38,7 +38,7 @@ fn writers_of_one_key_agree_on_one_copy() {
                             Err(error) => panic!("{error}"),
                         }
                         // What was answered holds at once, for readers too.
-                        let found = store.lookup(&[id(key)]).unwrap();
+                        let found = store.lookup(&[id(key)]);
                         assert!(fetch(store, all(found))[0].is_ok());
                     }
                     won
@@ -50,7 +50,7 @@ fn writers_of_one_key_agree_on_one_copy() {
     let owners: HashMap<u64, u64> = winners.iter().copied().collect();
     assert_eq!((winners.len() as u64, owners.len() as u64), (KEYS, KEYS), "each key stored once");
     for (&key, &writer) in &owners {
-        let found = store.lookup(&[id(key)]).unwrap();
+        let found = store.lookup(&[id(key)]);
         assert_eq!(fetch(&store, all(found)), [Ok(planes(&object(key, seed(writer, key), &lens)))]);
     }
     let stats = store.stats();

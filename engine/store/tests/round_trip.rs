@@ -42,7 +42,7 @@ fn round_trip(settings: &StoreSettings) {
             assert!(!store.open_report().rebuilt);
             assert_eq!(store.open_report().records_indexed, 0);
         }
-        let found = store.lookup(&ids).unwrap();
+        let found = store.lookup(&ids);
         assert_eq!(found.len(), 40);
         assert_eq!(found[3].tokens, 512);
         assert_eq!(found[3].raw_bytes, LENS.iter().sum::<usize>() as u64);
@@ -84,9 +84,9 @@ fn lookup_stops_at_the_first_hole_and_get_does_not() {
     store.put(chain(0, 5, &[100])).into_iter().for_each(|outcome| assert!(outcome.is_ok()));
     store.put(chain(6, 5, &[100])).into_iter().for_each(|outcome| assert!(outcome.is_ok()));
     let ids: Vec<_> = (0..11).map(id).collect();
-    assert_eq!(store.lookup(&ids).unwrap().len(), 5);
-    assert!(store.lookup(&[id(77)]).unwrap().is_empty());
-    let got = store.get(&ids).unwrap();
+    assert_eq!(store.lookup(&ids).len(), 5);
+    assert!(store.lookup(&[id(77)]).is_empty());
+    let got = store.get(&ids);
     assert_eq!(got.iter().filter(|found| found.is_some()).count(), 10);
     assert!(got[5].is_none());
 }
@@ -105,7 +105,7 @@ fn a_second_put_is_present_and_other_bytes_are_refused() {
     assert!(matches!(outcomes[1], Err(StoreError::ContentMismatch { .. })));
     let stats = store.stats();
     assert_eq!((stats.stored, stats.present, stats.content_mismatch), (1, 2, 2));
-    let found = store.lookup(&[id(1)]).unwrap();
+    let found = store.lookup(&[id(1)]);
     assert_eq!(fetch(&store, all(found))[0].as_ref().unwrap(), &planes(&first));
 }
 
@@ -141,7 +141,7 @@ fn planes_of_another_length_than_their_spec_and_objects_larger_than_a_segment_ar
     assert!(messages[1].contains("a record has at most 1040384"), "{}", messages[1]);
     assert!(messages[2].contains("5000 planes"), "{}", messages[2]);
     assert!(outcomes.iter().all(|outcome| outcome.as_ref().unwrap_err().kind() == ErrorKind::Invalid));
-    assert!(store.lookup(&[id(1)]).unwrap().is_empty());
+    assert!(store.lookup(&[id(1)]).is_empty());
     assert_eq!(store.stats().segments, 0);
     // The largest that fits.
     assert!(store.put(vec![object(4, 4, &[(1 << 20) - 3 * 4096])])[0].is_ok());
@@ -152,7 +152,7 @@ fn objects_without_planes_or_with_empty_ones_are_objects() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
     assert!(store.put(vec![object(1, 1, &[]), object(2, 2, &[0, 5, 0])]).iter().all(Result::is_ok));
-    let found = store.lookup(&[id(1), id(2)]).unwrap();
+    let found = store.lookup(&[id(1), id(2)]);
     let got = fetch(&store, all(found));
     assert_eq!(got[0], Ok(Vec::new()));
     assert_eq!(got[1].as_ref().unwrap().iter().map(|plane| plane.len()).collect::<Vec<_>>(), [0, 5, 0]);
@@ -216,7 +216,7 @@ fn planes_of_known_shape_shrink_and_come_back() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
     assert_eq!(store.put(vec![PutObject::block(&layout, block)])[0].as_ref().unwrap(), &PutOutcome::Stored);
-    let found = store.lookup(&[id(1)]).unwrap();
+    let found = store.lookup(&[id(1)]);
     assert!(found[0].stored_bytes * 4 < found[0].raw_bytes * 3, "{found:?}");
     assert_eq!(fetch(&store, all(found))[0].as_ref().unwrap(), &planes);
 }

@@ -149,7 +149,7 @@ fn lookup(
     let usable_tokens = usize::try_from(usable).unwrap_or(tokens.len());
     let (_, hashes) = Chain::hashes(&node.scope, namespace, layout.block_tokens(), &tokens[..usable_tokens]);
     let ids = |kind| hashes.iter().map(move |&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
-    let blocks = node.store.lookup(&ids(ObjectKind::Block)).map_err(|error| from_store(&error))?;
+    let blocks = node.store.lookup(&ids(ObjectKind::Block));
     let history_tokens = blocks.len() as u64 * block_tokens;
 
     let needs_state = !layout.planes(ObjectKind::State).is_empty();
@@ -159,7 +159,6 @@ fn lookup(
         states = node
             .store
             .get(&ids[..blocks.len()])
-            .map_err(|error| from_store(&error))?
             .into_iter()
             .flatten()
             .collect();

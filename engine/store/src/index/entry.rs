@@ -1,23 +1,24 @@
-//! Values of the index.
+//! Keys and values of the index.
 //!
-//! Numbers are little-endian.
+//! Numbers are little-endian, except in keys, which must sort.
 //!
 //! ```text
-//! Entry, 160 bytes
-//!   0   4  zero
-//!   4   4  header length in bytes
-//!   8   4  record length in pages
-//!  12   4  zero
-//!  16   8  segment id
-//!  24   8  offset in bytes
-//!  32   8  sequence
-//!  40   8  tokens
-//!  48   8  raw bytes
-//!  56   8  generation of the segment
-//!  64  16  header checksum: another record at this place is noticed, however sound it is
-//!  80  16  scope tag
-//!  96  32  namespace
-//! 128  32  content digest: tells a repeated put from a conflicting one without a read
+//! Key of an entry, 13 bytes: 0x01 | segment id u64 BE | page of the segment u32 BE
+//! Entry, 208 bytes
+//!   0   1  kind of the object
+//!   1   1  kind of the parent, 0 for a root
+//!   2   2  number of planes
+//!   4   4  record length in pages
+//!   8   8  raw bytes
+//!  16   8  sequence
+//!  24   8  tokens
+//!  32  16  header checksum: another record at this place is noticed, however sound it is
+//!  48  32  hash of the object
+//!  80  32  hash of the parent, zero for a root
+//! 112  16  scope tag
+//! 128  32  namespace
+//! 160  32  content digest: tells a repeated put from a conflicting one without a read
+//! 192  16  zero
 //!
 //! SegmentState, 26 bytes
 //!   0   1  1 open, 2 sealed, 3 suspect
@@ -27,21 +28,25 @@
 //!  18   8  highest sequence before the watermark
 //! ```
 
-use esker_prefix::{NamespaceId, ScopeTag};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 
 use crate::fields::{Reader, Writer, narrow};
 use crate::io::PAGE;
-use crate::record::{ContentDigest, HeaderChecksum, PlacedHeader};
-use crate::segment::{Place, SegmentId};
+use crate::record::{ContentDigest, HeaderChecksum, MAX_PLANES, PlacedHeader, header_bytes};
+use crate::segment::{SegmentId, Spot};
 
-const ENTRY_BYTES: usize = 160;
+const ENTRY_PREFIX: u8 = 0x01;
+const ENTRY_KEY_BYTES: usize = 13;
+const ENTRY_BYTES: usize = 208;
 const STATE_BYTES: usize = 26;
 
-/// Where an object's record is, and enough to know it again.
+/// Where an object's record is, and all that can be said of it without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
-    pub(crate) place: Place,
-    pub(crate) header_bytes: u32,
+    pub(crate) id: ObjectId,
+    pub(crate) parent: Option<ObjectId>,
+    pub(crate) spot: Spot,
+    pub(crate) planes: u16,
     pub(crate) record_pages: u32,
     pub(crate) sequence: u64,
     pub(crate) tokens: u64,
@@ -57,8 +62,10 @@ impl Entry {
     pub(crate) fn of(found: &PlacedHeader) -> Self {
         let header = &found.header;
         Self {
-            place: found.place,
-            header_bytes: narrow(header.header_bytes()),
+            id: header.id,
+            parent: header.parent,
+            spot: found.place.spot(),
+            planes: u16::try_from(header.planes.len()).expect("checked against MAX_PLANES"),
             record_pages: narrow(found.record_bytes / PAGE),
             sequence: found.sequence,
             tokens: header.tokens,
@@ -70,53 +77,78 @@ impl Entry {
         }
     }
 
-    pub(crate) fn record_bytes(&self) -> usize {
-        self.record_pages as usize * PAGE
-    }
-
     /// End of the record in its segment.
     pub(crate) fn end(&self) -> u64 {
-        self.place.offset.saturating_add(self.record_bytes() as u64)
+        self.spot.offset.saturating_add(u64::from(self.record_pages) * PAGE as u64)
     }
 
     pub(crate) fn encode(&self) -> [u8; ENTRY_BYTES] {
         let mut bytes = [0; ENTRY_BYTES];
         let mut writer = Writer::new(&mut bytes);
-        writer.u32(0).u32(self.header_bytes).u32(self.record_pages).u32(0);
-        writer.u64(self.place.segment.0).u64(self.place.offset).u64(self.sequence);
-        writer.u64(self.tokens).u64(self.raw_bytes).u64(self.place.generation);
-        writer.bytes(&self.checksum.0).bytes(&self.scope.0).bytes(&self.namespace.0).bytes(&self.digest.0);
+        writer.u8(self.id.kind as u8).u8(self.parent.map_or(0, |parent| parent.kind as u8));
+        writer.u16(self.planes).u32(self.record_pages);
+        writer.u64(self.raw_bytes).u64(self.sequence).u64(self.tokens).bytes(&self.checksum.0);
+        writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
+        writer.bytes(&self.scope.0).bytes(&self.namespace.0).bytes(&self.digest.0);
         bytes
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn decode(spot: Spot, bytes: &[u8]) -> Option<Self> {
         if bytes.len() != ENTRY_BYTES {
             return None;
         }
         let mut reader = Reader::new(bytes);
-        let (_, header_bytes, record_pages, _) = (reader.u32(), reader.u32(), reader.u32(), reader.u32());
-        let (segment, offset, sequence) = (SegmentId(reader.u64()), reader.u64(), reader.u64());
-        let (tokens, raw_bytes, generation) = (reader.u64(), reader.u64(), reader.u64());
+        let (kind, parent_kind) = (reader.u8(), reader.u8());
+        let (planes, record_pages) = (reader.u16(), reader.u32());
+        let (raw_bytes, sequence, tokens) = (reader.u64(), reader.u64(), reader.u64());
+        let checksum = HeaderChecksum(reader.bytes());
+        let (hash, parent_hash) = (BlockHash(reader.bytes()), BlockHash(reader.bytes()));
+        let parent = match parent_kind {
+            0 => None,
+            kind => Some(ObjectId { kind: ObjectKind::from_u8(kind)?, hash: parent_hash }),
+        };
         let entry = Self {
-            place: Place { segment, generation, offset },
-            header_bytes,
+            id: ObjectId { kind: ObjectKind::from_u8(kind)?, hash },
+            parent,
+            spot,
+            planes,
             record_pages,
             sequence,
             tokens,
             raw_bytes,
-            checksum: HeaderChecksum(reader.bytes()),
+            checksum,
             scope: ScopeTag(reader.bytes()),
             namespace: NamespaceId(reader.bytes()),
             digest: ContentDigest(reader.bytes()),
         };
         // What a read is sized by is checked before it is believed.
-        let sound = offset.is_multiple_of(PAGE as u64)
-            && header_bytes as usize <= entry.record_bytes()
-            && header_bytes as usize <= crate::record::MAX_HEADER_BYTES
-            && entry.record_bytes() as u64 <= crate::settings::MAX_SEGMENT_BYTES;
+        let record_bytes = u64::from(record_pages) * PAGE as u64;
+        let sound = usize::from(planes) <= MAX_PLANES
+            && header_bytes(usize::from(planes)) as u64 <= record_bytes
+            && record_bytes <= crate::settings::MAX_SEGMENT_BYTES
+            && raw_bytes <= crate::settings::MAX_SEGMENT_BYTES;
         sound.then_some(entry)
     }
 }
+
+/// The key of the entry of the record at `spot`.
+pub(super) fn entry_key(spot: Spot) -> [u8; ENTRY_KEY_BYTES] {
+    let mut key = [ENTRY_PREFIX; ENTRY_KEY_BYTES];
+    key[1..9].copy_from_slice(&spot.segment.0.to_be_bytes());
+    key[9..].copy_from_slice(&narrow(usize::try_from(spot.offset / PAGE as u64).unwrap_or(usize::MAX)).to_be_bytes());
+    key
+}
+
+/// The spot of a key, if it is an entry's.
+pub(super) fn spot_of(key: &[u8]) -> Option<Spot> {
+    let (&[ENTRY_PREFIX], rest) = key.split_first_chunk()? else { return None };
+    let (segment, page) = rest.split_first_chunk()?;
+    let page = u32::from_be_bytes(page.try_into().ok()?);
+    Some(Spot { segment: SegmentId(u64::from_be_bytes(*segment)), offset: u64::from(page) * PAGE as u64 })
+}
+
+/// First key behind all entries.
+pub(super) const ENTRIES_END: [u8; 1] = [ENTRY_PREFIX + 1];
 
 /// How far the index knows a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,7 +168,6 @@ pub(crate) enum Phase {
     /// A write or flush failed: what lies behind the watermark may be in memory only, whatever a read says.
     Suspect = 3,
 }
-
 impl SegmentState {
     pub(crate) fn encode(&self) -> [u8; STATE_BYTES] {
         let mut bytes = [0; STATE_BYTES];
@@ -167,9 +198,12 @@ mod tests {
 
     #[test]
     fn entries_and_states_round_trip_and_nonsense_is_none() {
+        let spot = Spot { segment: SegmentId(1), offset: 3 * PAGE as u64 };
         let entry = Entry {
-            place: Place { segment: SegmentId(1), generation: 2, offset: 3 * PAGE as u64 },
-            header_bytes: 384,
+            id: ObjectId { kind: ObjectKind::State, hash: BlockHash([13; 32]) },
+            parent: Some(ObjectId { kind: ObjectKind::Block, hash: BlockHash([14; 32]) }),
+            spot,
+            planes: 2,
             record_pages: 5,
             sequence: 6,
             tokens: 7,
@@ -180,18 +214,21 @@ mod tests {
             digest: ContentDigest([12; 32]),
         };
         let bytes = entry.encode();
-        assert_eq!(bytes[..16], [0, 0, 0, 0, 0x80, 1, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(bytes[16..32], [1, 0, 0, 0, 0, 0, 0, 0, 0, 0x30, 0, 0, 0, 0, 0, 0]);
-        assert_eq!((bytes[32], bytes[40], bytes[48], bytes[56]), (6, 7, 8, 2));
-        assert_eq!((bytes[64], bytes[80], bytes[96], bytes[128]), (9, 10, 11, 12));
-        assert_eq!(Entry::decode(&bytes), Some(entry));
-        assert_eq!(Entry::decode(&bytes[1..]), None);
-        // Lengths that would size a read are checked: header over record, record over segment, offset off a page.
-        for (at, byte) in [(6, 1), (11, 0x80), (24, 1)] {
+        assert_eq!(bytes[..16], [2, 1, 2, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!((bytes[16], bytes[24], bytes[32], bytes[48]), (6, 7, 9, 13));
+        assert_eq!((bytes[80], bytes[112], bytes[128], bytes[160]), (14, 10, 11, 12));
+        assert_eq!(bytes[192..], [0; 16]);
+        assert_eq!(Entry::decode(spot, &bytes), Some(entry));
+        assert_eq!(Entry::decode(spot, &bytes[1..]), None);
+        // Lengths that would size a read are checked: header over record, record and content over segment.
+        for (at, byte) in [(3, 0xff), (7, 0x80), (12, 1)] {
             let mut bytes = bytes;
             bytes[at] = byte;
-            assert_eq!(Entry::decode(&bytes), None, "byte {at}");
+            assert_eq!(Entry::decode(spot, &bytes), None, "byte {at}");
         }
+        assert_eq!(entry_key(spot), [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 3]);
+        assert_eq!(spot_of(&entry_key(spot)), Some(spot));
+        assert_eq!(spot_of(&[0xff]), None);
         let state = SegmentState { phase: Phase::Suspect, generation: 1, watermark: 2, sequence: 3 };
         let bytes = state.encode();
         assert_eq!((bytes[0], bytes[2], bytes[10], bytes[18]), (3, 1, 2, 3));

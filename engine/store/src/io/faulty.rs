@@ -109,7 +109,7 @@ impl FaultyDisk {
     fn run(&self, op: &mut Op, offset: u64) -> io::Result<usize> {
         let (reply, completions) = mpsc::channel();
         let (file, kind, buf) = (op.file, op.kind, op.buf.take());
-        self.inner.submit(Op { file, kind, offset, buf, tag: 0, permit: None, reply: Some(reply) });
+        self.inner.submit(Op { file, kind, offset, buf, tag: 0, permit: None, reply: Some(Box::new(reply)) });
         let completion = completions.recv().map_err(io::Error::other)?;
         op.buf = completion.buf;
         completion.result

@@ -16,6 +16,7 @@ fn header() -> RecordHeader {
         id: ObjectId { kind: ObjectKind::Block, hash: BlockHash([0x11; 32]) },
         parent: Some(ObjectId { kind: ObjectKind::Block, hash: BlockHash([0x22; 32]) }),
         namespace: NamespaceId([0x33; 32]),
+        class: crate::TtlClass(0),
         scope: ScopeTag([0x44; 16]),
         tokens: 256,
         planes: vec![

@@ -10,7 +10,7 @@ use super::{buffered, copy_dir, entry, flip, segment, segment_path, set_entry};
 use crate::codec::{Column, PlaneShape};
 use crate::io::PAGE;
 use crate::segment::{PageKind, RECORDS_AT, SegmentPage};
-use crate::{MissKind, PutObject, Sabotage, Store, StoreError, StoreSettings};
+use crate::{MissKind, PutObject, PutOutcome, Sabotage, Store, StoreError, StoreSettings};
 
 const LENS: [usize; 2] = [700, 4500];
 
@@ -19,18 +19,18 @@ fn flip_every_byte(settings: StoreSettings, put: &PutObject) -> (Vec<MissKind>, 
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings).unwrap();
     assert!(store.put(vec![put.clone()])[0].is_ok());
-    let found = store.lookup(&[id(1)]).unwrap();
+    let found = store.lookup(&[id(1)]);
     let entry = entry(&store, id(1));
     let file = segment(dir.path(), 1);
     let (mut kinds, mut wrong) = (Vec::new(), 0);
-    for offset in entry.place.offset..entry.end() {
+    for offset in entry.spot.offset..entry.end() {
         let mask = 1 << (offset % 8);
         flip(&file, offset, mask);
         match &fetch(&store, all(found.clone()))[0] {
             Ok(bytes) => wrong += usize::from(*bytes != planes(put)),
             Err(kind) => {
                 kinds.push(*kind);
-                assert!(store.lookup(&[id(1)]).unwrap().is_empty(), "quarantined");
+                assert!(store.lookup(&[id(1)]).is_empty(), "quarantined");
                 set_entry(&store, id(1), &entry);
             }
         }
@@ -98,7 +98,7 @@ fn flipped_bytes_under_a_rebuild_never_become_other_bytes() {
         fs::remove_dir_all(dir.path().join("index")).unwrap();
         let store = Store::open(dir.path(), buffered()).unwrap();
         for (number, object) in objects.iter().enumerate() {
-            let found: Vec<_> = store.get(&[id(number as u64)]).unwrap().into_iter().flatten().collect();
+            let found: Vec<_> = store.get(&[id(number as u64)]).into_iter().flatten().collect();
             for got in fetch(&store, all(found)).into_iter().flatten() {
                 assert_eq!(got, planes(object), "byte {offset}");
             }
@@ -119,14 +119,14 @@ fn an_entry_that_points_at_another_sound_record_is_a_miss() {
     let (one, two) = (entry(&store, id(1)), entry(&store, id(2)));
     // Wholly the other's entry, and an entry of its own with the other's place.
     let mut misplaced = one;
-    misplaced.place = two.place;
+    misplaced.spot = two.spot;
     for wrong in [two, misplaced] {
         set_entry(&store, id(1), &wrong);
-        let found = store.lookup(&[id(1)]).unwrap();
+        let found = store.lookup(&[id(1)]);
         assert_eq!(fetch(&store, all(found)), [Err(MissKind::WrongRecord)]);
     }
     // Quarantine left the sound record's own entry alone.
-    assert!(fetch(&store, all(store.lookup(&[id(2)]).unwrap()))[0].is_ok());
+    assert!(fetch(&store, all(store.lookup(&[id(2)])))[0].is_ok());
 }
 
 #[test]
@@ -135,19 +135,19 @@ fn quarantine_spares_an_entry_that_has_come_to_mean_another_record() {
     let store = Store::open(dir.path(), settings()).unwrap();
     let put = object(1, 1, &LENS);
     assert!(store.put(vec![put.clone()])[0].is_ok());
-    let old = store.lookup(&[id(1)]).unwrap();
-    flip(&segment(dir.path(), 1), old[0].entry.place.offset + 400, 1);
+    let old = store.lookup(&[id(1)]);
+    flip(&segment(dir.path(), 1), old[0].located.spot.offset + 400, 1);
     assert_eq!(fetch(&store, all(old.clone())), [Err(MissKind::Digest)]);
     // The block is usable again after it was put again, and the old handle cannot harm it.
     assert!(store.put(vec![put.clone()])[0].is_ok());
     assert_eq!(fetch(&store, all(old)), [Err(MissKind::Digest)]);
-    let found = store.lookup(&[id(1)]).unwrap();
+    let found = store.lookup(&[id(1)]);
     assert_eq!(fetch(&store, all(found)), [Ok(planes(&put))]);
     // Also to a rebuild the later record is the one that counts.
     store.close().unwrap();
     fs::remove_dir_all(dir.path().join("index")).unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
-    let found = store.lookup(&[id(1)]).unwrap();
+    let found = store.lookup(&[id(1)]);
     assert_eq!(fetch(&store, all(found)), [Ok(planes(&put))]);
 }
 
@@ -169,14 +169,14 @@ fn a_segment_cut_anywhere_keeps_exactly_its_whole_records() {
             }
             let store = Store::open(copy.path(), buffered()).unwrap();
             let whole = ends.iter().filter(|end| **end <= cut).count();
-            let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+            let found = store.lookup(&[id(0), id(1), id(2)]);
             assert_eq!(found.len(), whole, "cut at {cut}, index kept: {keep_index}");
             for (got, put) in fetch(&store, all(found)).into_iter().zip(&objects) {
                 assert_eq!(got, Ok(planes(put)));
             }
             // What was lost can be put again.
             assert!(store.put(objects.clone()).iter().all(Result::is_ok));
-            assert_eq!(store.lookup(&[id(0), id(1), id(2)]).unwrap().len(), 3);
+            assert_eq!(store.lookup(&[id(0), id(1), id(2)]).len(), 3);
         }
     }
 }
@@ -186,8 +186,8 @@ fn a_cut_under_an_open_store_is_a_miss() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
     assert!(store.put(chain(0, 3, &LENS)).iter().all(Result::is_ok));
-    let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
-    segment(dir.path(), 1).set_len(found[1].entry.end() - 512).unwrap();
+    let found = store.lookup(&[id(0), id(1), id(2)]);
+    segment(dir.path(), 1).set_len(entry(&store, id(1)).end() - 512).unwrap();
     let got = fetch(&store, all(found));
     assert!(got[0].is_ok());
     assert_eq!(got[1..], [Err(MissKind::Truncated), Err(MissKind::Truncated)]);
@@ -199,9 +199,9 @@ fn a_damaged_record_ends_nothing() {
     let store = Store::open(dir.path(), settings()).unwrap();
     assert!(store.put((0..6).map(|n| object(n, n, &LENS)).collect()).iter().all(Result::is_ok));
     let file = segment(dir.path(), 1);
-    flip(&file, entry(&store, id(1)).place.offset + 3, 1); // magic
-    flip(&file, entry(&store, id(2)).place.offset + 90, 1); // header
-    flip(&file, entry(&store, id(4)).place.offset + 400, 1); // payload
+    flip(&file, entry(&store, id(1)).spot.offset + 3, 1); // magic
+    flip(&file, entry(&store, id(2)).spot.offset + 90, 1); // header
+    flip(&file, entry(&store, id(4)).spot.offset + 400, 1); // payload
     store.close().unwrap();
     fs::remove_dir_all(dir.path().join("index")).unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
@@ -211,7 +211,7 @@ fn a_damaged_record_ends_nothing() {
     assert_eq!(report.records_dropped.get(MissKind::HeaderChecksum), 1);
     assert_eq!(report.records_dropped.get(MissKind::Digest), 1);
     let ids: Vec<_> = (0..6).map(id).collect();
-    let present: Vec<bool> = store.get(&ids).unwrap().iter().map(Option::is_some).collect();
+    let present: Vec<bool> = store.get(&ids).iter().map(Option::is_some).collect();
     assert_eq!(present, [true, false, false, true, false, true]);
 }
 
@@ -247,7 +247,7 @@ fn an_index_that_is_gone_or_garbage_costs_a_rebuild() {
     for (number, damage) in damage.iter().enumerate() {
         damage(&index);
         let store = Store::open(dir.path(), settings()).unwrap();
-        let found = store.lookup(&objects.iter().map(|object| object.id).collect::<Vec<_>>()).unwrap();
+        let found = store.lookup(&objects.iter().map(|object| object.id).collect::<Vec<_>>());
         assert_eq!(found.len(), 30, "damage {number}");
         for (got, put) in fetch(&store, all(found)).into_iter().zip(&objects) {
             assert_eq!(got, Ok(planes(put)));
@@ -258,29 +258,50 @@ fn an_index_that_is_gone_or_garbage_costs_a_rebuild() {
     }
 }
 
+/// Overwrites part of the data blocks of each of RocksDB's tables.
+fn damage_tables(dir: &std::path::Path) -> usize {
+    let items = fs::read_dir(dir.join("index")).unwrap().map(Result::unwrap);
+    let tables: Vec<_> = items.filter(|item| item.file_name().to_string_lossy().ends_with(".sst")).collect();
+    for table in &tables {
+        let table = fs::File::options().write(true).open(table.path()).unwrap();
+        table.write_all_at(&[0x5a; 64], 1000).unwrap();
+    }
+    tables.len()
+}
+
 #[test]
-fn an_index_that_turns_out_damaged_while_open_gives_misses_and_is_built_anew_next_time() {
+fn an_index_that_cannot_be_read_to_its_end_is_built_anew_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let objects = chain(0, 30, &LENS);
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
     let store = Store::open(dir.path(), settings()).unwrap();
     assert!(store.put(objects.clone()).iter().all(Result::is_ok));
     store.close().unwrap();
-    // Opening turns the log into a table, whose data blocks nobody reads before they are asked for.
+    // Opening turns the log into a table.
     Store::open(dir.path(), settings()).unwrap().close().unwrap();
-    for item in fs::read_dir(dir.path().join("index")).unwrap().map(Result::unwrap) {
-        if item.file_name().to_string_lossy().ends_with(".sst") {
-            let table = fs::File::options().write(true).open(item.path()).unwrap();
-            table.write_all_at(&[0x5a; 64], 1000).unwrap();
-        }
-    }
-    let store = Store::open(dir.path(), settings()).unwrap();
-    let found = store.get(&objects.iter().map(|object| object.id).collect::<Vec<_>>()).unwrap();
-    assert!(found.iter().any(Option::is_none));
-    assert!(store.stats().index_errors > 0);
-    drop(store);
+    assert!(damage_tables(dir.path()) > 0);
     let store = Store::open(dir.path(), settings()).unwrap();
     assert!(store.open_report().rebuilt);
-    let found = store.lookup(&objects.iter().map(|object| object.id).collect::<Vec<_>>()).unwrap();
+    assert_eq!(store.open_report().records_indexed, 30);
+    let found = store.lookup(&ids);
+    assert_eq!(fetch(&store, all(found)).into_iter().filter(Result::is_ok).count(), 30);
+}
+
+#[test]
+fn an_index_that_is_damaged_while_open_costs_nothing_that_is_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = chain(0, 30, &LENS);
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    Store::open(dir.path(), settings()).unwrap().put(objects.clone());
+    Store::open(dir.path(), settings()).unwrap().close().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert!(damage_tables(dir.path()) > 0);
+    // The digests of known objects come from their records then, and a conflict is still a conflict.
+    let again = store.put(objects.clone());
+    assert!(again.iter().all(|outcome| matches!(outcome, Ok(PutOutcome::Present))), "{again:?}");
+    let other = object(1, 99, &LENS);
+    assert!(matches!(store.put(vec![other])[0], Err(StoreError::ContentMismatch { .. })));
+    let found = store.lookup(&ids);
     assert_eq!(fetch(&store, all(found)).into_iter().filter(Result::is_ok).count(), 30);
 }
 
@@ -295,11 +316,11 @@ fn what_lies_in_a_segment_that_cannot_be_opened_can_be_put_again() {
     fs::create_dir(segment_path(dir.path(), 1)).unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
     assert_eq!(store.open_report().unreadable_segments, ["00000001.seg"]);
-    assert!(store.lookup(&[id(0)]).unwrap().is_empty());
+    assert!(store.lookup(&[id(0)]).is_empty());
     for outcome in store.put(objects.clone()) {
         assert_eq!(outcome.unwrap(), crate::PutOutcome::Stored);
     }
-    let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+    let found = store.lookup(&[id(0), id(1), id(2)]);
     assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
 }
 
@@ -322,11 +343,11 @@ fn lost_segments_and_foreign_files_are_survived() {
     assert_eq!(report.unreadable_segments, ["00000900.seg", "00000902.seg"]);
     assert!(!segment_path(dir.path(), 901).exists(), "a segment never written to goes away");
     let ids: Vec<_> = (0..30).map(id).collect();
-    let found: Vec<_> = store.get(&ids).unwrap().into_iter().flatten().collect();
+    let found: Vec<_> = store.get(&ids).into_iter().flatten().collect();
     assert_eq!(found.len() as u64 + report.entries_dropped, 30);
     assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
     assert!(store.put(chain(0, 30, &[100_000, 3000])).iter().all(Result::is_ok));
-    assert_eq!(store.lookup(&ids).unwrap().len(), 30);
+    assert_eq!(store.lookup(&ids).len(), 30);
 }
 
 #[test]
@@ -335,12 +356,12 @@ fn a_record_smuggled_in_as_content_is_not_a_record() {
     let store = Store::open(dir.path(), StoreSettings { zstd_level: None, ..settings() }).unwrap();
     assert!(store.put(vec![object(1, 1, &[100])])[0].is_ok());
     let victim = entry(&store, id(1));
-    let mut image = vec![0; victim.record_bytes()];
-    segment(dir.path(), 1).read_exact_at(&mut image, victim.place.offset).unwrap();
+    let mut image = vec![0; victim.record_pages as usize * 4096];
+    segment(dir.path(), 1).read_exact_at(&mut image, victim.spot.offset).unwrap();
     // A client that knows the format but not the generation, and hits the place by luck.
     let mut forged = crate::record::PlacedHeader::decode(&image).unwrap();
     forged.header.id = id(666);
-    let place = crate::segment::Place { generation: 1, offset: victim.end() + 4096, ..victim.place };
+    let place = crate::segment::Place { generation: 1, offset: victim.end() + 4096, segment: victim.spot.segment };
     forged.header.encode(place, 1000, &mut image);
     let mut carrier = object(2, 2, &[64 << 10]);
     let mut bytes = carrier.planes[0].bytes.to_vec();
@@ -348,14 +369,14 @@ fn a_record_smuggled_in_as_content_is_not_a_record() {
     carrier.planes[0].bytes = bytes.into();
     assert!(store.put(vec![carrier])[0].is_ok());
     let carrier = entry(&store, id(2));
-    assert_eq!(carrier.place.offset + 4096, place.offset);
-    flip(&segment(dir.path(), 1), carrier.place.offset, 1);
+    assert_eq!(carrier.spot.offset + 4096, place.offset);
+    flip(&segment(dir.path(), 1), carrier.spot.offset, 1);
     store.close().unwrap();
     fs::remove_dir_all(dir.path().join("index")).unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
     assert_eq!(store.open_report().records_dropped.get(MissKind::WrongRecord), 1);
-    assert!(store.lookup(&[id(666)]).unwrap().is_empty());
-    assert_eq!(store.lookup(&[id(1)]).unwrap().len(), 1);
+    assert!(store.lookup(&[id(666)]).is_empty());
+    assert_eq!(store.lookup(&[id(1)]).len(), 1);
 }
 
 #[test]
@@ -388,13 +409,13 @@ fn a_lost_header_page_loses_no_record() {
             fs::remove_dir_all(dir.path().join("index")).unwrap();
         }
         let store = Store::open(dir.path(), settings()).unwrap();
-        let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+        let found = store.lookup(&[id(0), id(1), id(2)]);
         assert_eq!(found.len(), 3);
-        assert_eq!(found[0].entry.place.offset, RECORDS_AT);
+        assert_eq!(found[0].located.spot.offset, RECORDS_AT);
         assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
         // Not appended to: what cannot be read as a header is not built upon.
         assert!(store.put(vec![object(50 + u64::from(keep_index), 1, &LENS)])[0].is_ok());
-        assert_ne!(entry(&store, id(50 + u64::from(keep_index))).place.segment.0, 1);
+        assert_ne!(entry(&store, id(50 + u64::from(keep_index))).spot.segment.0, 1);
     }
 }
 
@@ -415,7 +436,7 @@ fn a_full_segment_is_sealed_and_rebuilt_from_headers_alone() {
     fs::remove_dir_all(dir.path().join("index")).unwrap();
     let store = Store::open(dir.path(), settings()).unwrap();
     assert_eq!(store.open_report().records_indexed, 8);
-    let found = store.lookup(&(0..8).map(id).collect::<Vec<_>>()).unwrap();
+    let found = store.lookup(&(0..8).map(id).collect::<Vec<_>>());
     let got = fetch(&store, all(found));
     assert_eq!(got[0], Err(MissKind::Digest));
     assert!(got[1..].iter().all(Result::is_ok));

@@ -91,7 +91,7 @@ fn no_put_is_acknowledged_before_its_flush() {
 fn every_acknowledged_is_served(store: &Store, outcomes: &[Result<PutOutcome, StoreError>]) {
     for (number, _) in outcomes.iter().enumerate().filter(|(_, outcome)| outcome.is_ok()) {
         let put = object(number as u64, number as u64, &LENS);
-        let found = store.lookup(&[put.id]).unwrap();
+        let found = store.lookup(&[put.id]);
         assert_eq!(fetch(store, all(found)), [Ok(planes(&put))]);
     }
 }
@@ -138,7 +138,7 @@ fn a_segment_whose_flush_failed_is_abandoned_and_after_three_writes_are_refused(
     // One failure: the put goes elsewhere.
     disk.arm(&once(OpKind::Sync, 0, Fault::Errno(libc::EIO)));
     assert_eq!(*store.put(vec![object(10, 10, &LENS)])[0].as_ref().unwrap(), PutOutcome::Stored);
-    assert_eq!(super::entry(&store, id(10)).place.segment.0, 2);
+    assert_eq!(super::entry(&store, id(10)).spot.segment.0, 2);
     assert_eq!(store.stats().suspect_segments, 1);
     // Two more: the device is not trusted any longer, even though it would work again.
     disk.arm(&always(OpKind::Sync, Fault::Errno(libc::EIO)));
@@ -148,14 +148,14 @@ fn a_segment_whose_flush_failed_is_abandoned_and_after_three_writes_are_refused(
     let error = store.put(vec![object(12, 12, &LENS)]).remove(0).unwrap_err();
     assert_eq!(error.to_string(), "writes are refused after 3 failed writes or flushes; reads go on");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
-    let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+    let found = store.lookup(&[id(0), id(1), id(2)]);
     assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
-    assert!(store.lookup(&[id(11)]).unwrap().is_empty());
+    assert!(store.lookup(&[id(11)]).is_empty());
     // After a restart writes are tried again; what lies unflushed in a suspect segment is not taken in.
     drop((store, disk));
     let (store, _disk) = open(dir.path(), settings());
-    assert!(store.lookup(&[id(11)]).unwrap().is_empty());
-    assert_eq!(store.lookup(&[id(0), id(1), id(2)]).unwrap().len(), 3);
+    assert!(store.lookup(&[id(11)]).is_empty());
+    assert_eq!(store.lookup(&[id(0), id(1), id(2)]).len(), 3);
     assert!(store.put(vec![object(11, 11, &LENS)])[0].is_ok());
 }
 
@@ -172,7 +172,7 @@ fn a_full_disk_refuses_puts_and_serves_reads_until_there_is_room() {
     for outcome in &outcomes[stored..] {
         assert_eq!(outcome.as_ref().unwrap_err().kind(), ErrorKind::Full, "{outcome:?}");
     }
-    let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+    let found = store.lookup(&[id(0), id(1), id(2)]);
     assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
     assert_eq!(store.stats().suspect_segments, 0);
     disk.fail_create(None);
@@ -212,7 +212,7 @@ fn a_read_that_fails_once_is_repeated_and_one_that_keeps_failing_is_a_miss() {
         let (store, disk) = open(dir.path(), settings());
         let put = object(1, 1, &LENS);
         assert!(store.put(vec![put.clone()])[0].is_ok());
-        let found = store.lookup(&[id(1)]).unwrap();
+        let found = store.lookup(&[id(1)]);
         disk.arm(&once(OpKind::Read, 0, fault));
         assert_eq!(fetch(&store, all(found.clone())), [Ok(planes(&put))], "{fault:?}");
         assert_eq!(disk.seen(OpKind::Read), 2);
@@ -220,7 +220,7 @@ fn a_read_that_fails_once_is_repeated_and_one_that_keeps_failing_is_a_miss() {
         assert_eq!(fetch(&store, all(found)), [Err(kind)]);
         assert_eq!(disk.seen(OpKind::Read), 2, "no retry storm");
         assert_eq!(store.stats().misses.get(kind), 1);
-        assert!(store.lookup(&[id(1)]).unwrap().is_empty());
+        assert!(store.lookup(&[id(1)]).is_empty());
     }
 }
 
@@ -243,7 +243,7 @@ fn fetches_on_a_failing_disk_never_give_wrong_bytes() {
     for round in 0..200_u64 {
         disk.arm(&[]);
         assert!(store.put(objects.clone()).iter().all(Result::is_ok), "whole again");
-        let found = store.lookup(&ids).unwrap();
+        let found = store.lookup(&ids);
         let fault = faults[(round % 5) as usize];
         // Every third read or so, so that some of the repeated ones fail as well.
         let bad = (0..500_u64).filter(|read| (read * 2_654_435_761 + round * 40_503) % 1000 < 330);
@@ -288,11 +288,11 @@ fn reads_that_fail_during_recovery_lose_nothing_for_good() {
         let store = Store::open_on(dir.path(), small.clone(), disk.clone()).unwrap();
         let met = disk.seen(OpKind::Read) > number;
         disk.arm(&[]);
-        let found: Vec<_> = store.get(&ids).unwrap().into_iter().flatten().collect();
+        let found: Vec<_> = store.get(&ids).into_iter().flatten().collect();
         assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
         drop((store, disk));
         let (store, _disk) = open(dir.path(), small.clone());
-        assert_eq!(store.lookup(&ids).unwrap().len(), 12, "read {number}");
+        assert_eq!(store.lookup(&ids).len(), 12, "read {number}");
         if !met {
             break;
         }
@@ -308,7 +308,7 @@ fn writes_that_the_disk_lost_or_put_elsewhere_are_misses() {
         disk.arm(&once(OpKind::Write, 0, fault));
         assert!(store.put(vec![object(1, 1, &LENS)])[0].is_ok(), "the disk said so");
         assert!(store.put(vec![object(2, 2, &LENS)])[0].is_ok());
-        let found = store.lookup(&[id(0), id(1), id(2)]).unwrap();
+        let found = store.lookup(&[id(0), id(1), id(2)]);
         let got = fetch(&store, all(found));
         assert_eq!(got[0], Ok(planes(&object(0, 0, &LENS))));
         assert!(got[1].is_err(), "{fault:?}");

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
 use esker_store::{
     FetchEvent, FetchOrder, FetchRequest, Found, MissKind, PlaneSelection, PutObject, PutPlane, Store,
-    StoreSettings,
+    StoreSettings, TtlClass,
 };
 
 /// Small segments, so that tests cross their borders.
@@ -46,6 +46,7 @@ pub fn object(number: u64, seed: u64, lens: &[usize]) -> PutObject {
         parent: None,
         namespace: NamespaceId([7; 32]),
         scope: ScopeTag([9; 16]),
+        class: TtlClass::default(),
         tokens: 128,
         planes: lens.iter().enumerate().map(plane).collect(),
     }

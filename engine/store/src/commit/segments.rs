@@ -1,0 +1,140 @@
+//! Making and sealing segments on a thread of their own: both wait for the file system's journal, and neither should
+//! keep a commit waiting.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
+
+use super::{Event, Tail};
+use crate::TtlClass;
+use crate::io::FileId;
+use crate::segment::{OpenSegment, PageKind, SegmentId, SegmentPage, random_generation};
+use crate::shared::Shared;
+
+/// Handle of the thread.
+pub(super) struct Maker {
+    shared: Arc<Shared>,
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    events: Sender<Event>,
+    ordered: bool,
+}
+
+enum Job {
+    Make,
+    Seal(Tail, u64),
+}
+
+/// What an order came to.
+pub(super) enum Made {
+    Segment(Blank),
+    Not(io::Error),
+}
+
+/// A segment file of zeros that has no class yet.
+pub(super) struct Blank {
+    id: SegmentId,
+    file: FileId,
+    len_bytes: u64,
+}
+
+impl Maker {
+    pub(super) fn start(shared: Arc<Shared>, next: SegmentId, events: Sender<Event>) -> io::Result<Self> {
+        let (jobs, received) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("esker-segments".into()).spawn({
+            let (shared, events) = (Arc::clone(&shared), events.clone());
+            move || run(&shared, next, &received, &events)
+        })?;
+        Ok(Self { shared, jobs: Some(jobs), thread: Some(thread), events, ordered: false })
+    }
+
+    /// Orders a segment, unless one is being made. It comes as an event.
+    pub(super) fn order(&mut self) {
+        if !std::mem::replace(&mut self.ordered, true) {
+            self.send(Job::Make);
+        }
+    }
+
+    /// Takes note that an order came.
+    pub(super) fn delivered(&mut self) {
+        self.ordered = false;
+    }
+
+    /// Closes a segment for good. One that cannot be sealed is scanned at the next opening, nothing worse.
+    pub(super) fn seal(&self, tail: Tail, sequence: u64) {
+        self.send(Job::Seal(tail, sequence));
+    }
+
+    /// Ends the thread when it has done everything, and removes a segment that was made and never used.
+    pub(super) fn stop(&mut self, spare: Option<Made>) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the segment thread panicked");
+        }
+        if let Some(Made::Segment(blank)) = spare {
+            blank.remove(&self.shared);
+        }
+    }
+
+    fn send(&self, job: Job) {
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        if !sent {
+            let error = io::Error::other("the segment thread is gone");
+            let _ = self.events.send(Event::Made(Made::Not(error)));
+        }
+    }
+}
+
+fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Sender<Event>) {
+    for job in jobs {
+        match job {
+            Job::Make => {
+                let made = make(shared, &mut next);
+                if let Err(refused) = events.send(Event::Made(made))
+                    && let Event::Made(Made::Segment(blank)) = refused.0
+                {
+                    blank.remove(shared);
+                }
+            }
+            Job::Seal(tail, sequence) => {
+                if let Err(error) = shared.seal(&tail, sequence) {
+                    tracing::warn!(segment = %tail.id, %error, "a segment could not be sealed");
+                }
+            }
+        }
+    }
+}
+
+fn make(shared: &Shared, next: &mut SegmentId) -> Made {
+    let (id, len_bytes) = (*next, shared.settings.segment_bytes);
+    let created = shared.disk.create(&id.file_name(), len_bytes);
+    // A number is used up only by a file that exists.
+    if created.as_ref().err().is_none_or(|error| error.kind() == io::ErrorKind::AlreadyExists) {
+        *next = SegmentId(id.0 + 1);
+    }
+    match created {
+        Ok(file) => Made::Segment(Blank { id, file, len_bytes }),
+        Err(error) => Made::Not(error),
+    }
+}
+
+impl Blank {
+    /// Gives the segment its class and its header, which is flushed with its first records.
+    pub(super) fn begin(self, shared: &Shared, class: TtlClass) -> io::Result<Tail> {
+        let Self { id, file, len_bytes } = self;
+        let generation = random_generation();
+        shared.segments.insert(id, OpenSegment { file, len_bytes, generation, class });
+        let header = SegmentPage { id, class, generation, extent_bytes: len_bytes, sequence: 0 };
+        shared.write_segment_page(file, 0, PageKind::Header, &header)?;
+        Ok(Tail::empty(id, class, generation, file, len_bytes))
+    }
+
+    fn remove(self, shared: &Shared) {
+        if let Err(error) = shared.disk.remove(&self.id.file_name()) {
+            tracing::warn!(segment = %self.id, %error, "an unused segment could not be removed");
+        }
+    }
+}
