@@ -1,16 +1,26 @@
-//! Benchmarks of Esker: one criterion bench per hot path, run as commands.
+//! Benchmarks of Esker.
+//!
+//! `esker bench store` and its like call this crate; criterion benches of single hot paths lie beside it:
 //!
 //! ```text
 //! cargo bench -p esker-server -p esker-benches --bench chain_hash
-//! cargo bench -p esker-server -p esker-benches --bench store
 //! ```
 //!
 //! Selecting `esker-server` too keeps cargo's feature set, and with it the RocksDB that is already built.
+
+#![allow(clippy::cast_possible_truncation)]
+
+mod floor;
+mod measure;
+pub mod store;
 
 use bytes::Bytes;
 use esker_prefix::{BlockObject, Chain, KvLayout, Namespace, NamespaceId, ObjectKind, RootSecret, RowFormat};
 use esker_prefix::{ScopeKey, ScopeKind, TokenId};
 use esker_store::PutObject;
+
+/// Tokens of a block.
+pub(crate) const BLOCK_TOKENS: u32 = 128;
 
 /// The schedule of V4-Flash: the layout whose blocks have 449,824 bytes.
 pub fn v4_flash() -> KvLayout {
@@ -21,7 +31,7 @@ pub fn v4_flash() -> KvLayout {
         r#"{{"model_type":"deepseek_v4","num_hidden_layers":43,"head_dim":512,"qk_rope_head_dim":64,
         "index_head_dim":128,"sliding_window":128,"compress_ratios":{ratios:?}}}"#
     );
-    KvLayout::from_config(&config, RowFormat::Deployed, 128).expect("the published schedule is a layout")
+    KvLayout::from_config(&config, RowFormat::Deployed, BLOCK_TOKENS).expect("the published schedule is a layout")
 }
 
 /// A scope and a namespace of `layout`.

@@ -1,5 +1,6 @@
 //! The subcommands of `esker`, one per file.
 
+pub mod bench;
 pub mod demo;
 pub mod generate;
 pub mod golden;

@@ -23,6 +23,8 @@ enum Command {
     Lookup(command::lookup::Args),
     /// Show it all: a long document cold, SIGKILL, restart, the same document warm, and that nothing changed
     Demo(command::demo::Args),
+    /// Measure this machine
+    Bench(command::bench::Args),
     /// Check the decoder against a folder of golden vectors
     Golden(command::golden::Args),
 }
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => command::generate::run(args),
         Command::Lookup(args) => command::lookup::run(args),
         Command::Demo(args) => command::demo::run(args),
+        Command::Bench(args) => command::bench::run(args),
         Command::Golden(args) => command::golden::run(&args),
     };
     match result {

@@ -145,7 +145,8 @@ struct Writer {
     batches: VecDeque<Batch>,
     /// Objects of `batches`: number of the batch.
     unpublished: HashMap<ObjectId, u64>,
-    /// Segments that are full, each to be sealed when the batch with this number is published.
+    /// Segments that are full, each to be sealed when the batch with this number is published: it may hold their last
+    /// records.
     full: Vec<(u64, Tail)>,
     maker: Maker,
     /// A segment made ahead, or why there is none.
@@ -336,7 +337,6 @@ impl Writer {
                     StoreError::WriteFailed { source: Arc::new(error) }
                 })?;
                 if let Some(full) = self.tails.insert(class, next) {
-                    // What it holds is published before the batch that is being formed.
                     self.full.push((batch, full));
                 }
                 self.room(class, bytes, batch)
@@ -494,7 +494,7 @@ impl Writer {
     /// Closes the full segments whose last batch is published.
     fn seal_full(&mut self) {
         let first = self.batches.front().map_or(self.next_batch, |batch| batch.number);
-        let (done, waiting) = std::mem::take(&mut self.full).into_iter().partition(|(batch, _)| *batch <= first);
+        let (done, waiting) = std::mem::take(&mut self.full).into_iter().partition(|(batch, _)| *batch < first);
         self.full = waiting;
         let sequence = self.next_sequence - 1;
         for (_, tail) in done {

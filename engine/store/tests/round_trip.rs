@@ -220,3 +220,20 @@ fn planes_of_known_shape_shrink_and_come_back() {
     assert!(found[0].stored_bytes * 4 < found[0].raw_bytes * 3, "{found:?}");
     assert_eq!(fetch(&store, all(found))[0].as_ref().unwrap(), &planes);
 }
+
+#[test]
+fn a_put_that_fills_many_segments_survives_the_loss_of_the_index() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = StoreSettings { segment_bytes: 64 << 10, ..settings() };
+    let store = Store::open(dir.path(), small.clone()).unwrap();
+    let objects = chain(0, 300, &[700, 4500]);
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    assert!(store.stats().segments > 15);
+    store.close().unwrap();
+    std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+    let store = Store::open(dir.path(), small).unwrap();
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    let found = store.lookup(&ids);
+    assert_eq!(found.len(), 300);
+    assert!(fetch(&store, all(found)).iter().all(Result::is_ok));
+}

@@ -1,0 +1,141 @@
+//! Times of single calls: lookups, the first plane of a fetch, and fetches while others write.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use esker_prefix::{ObjectId, ObjectKind};
+use esker_store::{FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
+use serde_json::{Map, Value};
+
+use super::fetching::fetch_all;
+use super::{Bed, chain};
+use crate::measure::{percentile_us, times};
+use crate::{floor, identity, prefix, v4_flash};
+
+const LOOKUP_BLOCKS: u32 = 8192;
+const LOOKUPS: usize = 2000;
+const FIRST_PLANES: usize = 200;
+/// Blocks of a fetch that is timed beside writers: some 8,000 tokens.
+const MIXED_BLOCKS: usize = 64;
+const MIXED_FETCHES: usize = 200;
+/// Blocks of one put of the writer beside them.
+const TURN_BLOCKS: u32 = 16;
+
+pub(super) fn run(
+    bed: &Bed,
+    prefixes: &[Vec<ObjectId>],
+    figures: &mut Map<String, Value>,
+) -> anyhow::Result<()> {
+    lookup(bed, figures)?;
+    first_plane(bed, prefixes, figures)?;
+    mixed(bed, prefixes, figures)
+}
+
+/// A long chain of blocks without planes, among all others.
+fn lookup(bed: &Bed, figures: &mut Map<String, Value>) -> anyhow::Result<()> {
+    let layout = v4_flash();
+    let (scope, namespace) = identity(&layout);
+    let links = chain(&layout, &scope, namespace, 4000, LOOKUP_BLOCKS);
+    let ids: Vec<ObjectId> =
+        links.iter().map(|link| ObjectId { kind: ObjectKind::Block, hash: link.hash }).collect();
+    let empty = links.iter().map(|link| link.empty()).collect();
+    bed.store.put(empty).into_iter().try_for_each(|outcome| outcome.map(drop))?;
+    let mut times = times(LOOKUPS, || bed.found(&ids).map(drop))?;
+    figures.insert("lookup_p50_us".into(), percentile_us(&mut times, 0.5).into());
+    figures.insert("lookup_p99_us".into(), percentile_us(&mut times, 0.99).into());
+    Ok(())
+}
+
+/// From the call to the first verified plane, against one raw read of the same size.
+fn first_plane(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>) -> anyhow::Result<()> {
+    let plane_bytes = v4_flash().planes(ObjectKind::Block)[0].len_bytes;
+    let read_bytes = usize::try_from(plane_bytes)?.next_multiple_of(esker_store::io::PAGE);
+    let places = floor::segment_extents(&*bed.disk, u64::MAX)?;
+    let (mut raw, mut first) = (Vec::new(), Vec::new());
+    for round in 0..FIRST_PLANES {
+        // Steps that visit all of the drive in an order that no read-ahead foresees.
+        let (file, offset, _) = places[round * 7919 % places.len()];
+        raw.extend(times(1, || floor::read(&*bed.disk, &[(file, offset, read_bytes)], 1).map(drop))?);
+        let ids = &prefixes[round * 31 % prefixes.len()];
+        let from = round * 17 % (ids.len() - MIXED_BLOCKS);
+        let objects = bed.found(&ids[from..from + MIXED_BLOCKS])?;
+        first.extend(times(1, || {
+            let request = FetchRequest {
+                objects: objects.clone(),
+                planes: PlaneSelection::All,
+                order: FetchOrder::ByObject,
+                deadline: None,
+            };
+            let event = bed.store.fetch(request).next();
+            anyhow::ensure!(matches!(event, Some(FetchEvent::Plane { .. })), "a plane is missing");
+            Ok(())
+        })?);
+        // What is still being read ahead would delay the next one.
+        std::thread::sleep(Duration::from_millis(25));
+    }
+    let (raw, first) = (percentile_us(&mut raw, 0.5), percentile_us(&mut first, 0.5));
+    figures.insert("first_plane_raw_read_us_p50".into(), raw.into());
+    figures.insert("first_plane_us_p50".into(), first.into());
+    figures.insert("first_plane_vs_raw_read".into(), (first / raw).into());
+    Ok(())
+}
+
+/// p99 of fetches while puts run at half of what the drive can write, against the p99 without them.
+fn mixed(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>) -> anyhow::Result<()> {
+    let fetches = || {
+        let mut round = 0;
+        times(MIXED_FETCHES, || {
+            let ids = &prefixes[round * 31 % prefixes.len()];
+            let from = round * 17 % (ids.len() - MIXED_BLOCKS);
+            round += 1;
+            fetch_all(&bed.store, bed.found(&ids[from..from + MIXED_BLOCKS])?).map(drop)
+        })
+    };
+    let mut idle = fetches()?;
+    let floor_mb_s = figures.get("write_floor_mb_s").and_then(Value::as_f64).unwrap_or(f64::INFINITY);
+    let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+    let started = Instant::now();
+    let (mut busy, elapsed_s) = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| write_at(bed, floor_mb_s / 2.0, &stop, &written));
+        // The writers reach their speed.
+        std::thread::sleep(Duration::from_millis(300));
+        let busy = fetches();
+        let elapsed_s = started.elapsed().as_secs_f64();
+        stop.store(true, Ordering::Relaxed);
+        writer.join().expect("a writer")?;
+        anyhow::Ok((busy?, elapsed_s))
+    })?;
+    let (idle, busy) = (percentile_us(&mut idle, 0.99), percentile_us(&mut busy, 0.99));
+    figures.insert("idle_read_p99_us".into(), idle.into());
+    figures.insert("mixed_read_p99_us".into(), busy.into());
+    figures.insert("mixed_read_p99_vs_idle".into(), (busy / idle).into());
+    let share = written.load(Ordering::Relaxed) as f64 / elapsed_s / 1e6 / floor_mb_s;
+    figures.insert("mixed_write_share_of_floor".into(), share.into());
+    Ok(())
+}
+
+/// Puts new blocks at `mb_s` until told to stop.
+fn write_at(bed: &Bed, mb_s: f64, stop: &AtomicBool, written: &AtomicU64) -> anyhow::Result<()> {
+    let layout = v4_flash();
+    let (scope, namespace) = identity(&layout);
+    // The same bytes under other names, so that only the store's own work meets the fetches.
+    let planes: Vec<Vec<bytes::Bytes>> = prefix(&layout, 3000, TURN_BLOCKS)
+        .into_iter()
+        .map(|object| object.planes.into_iter().map(|plane| plane.bytes).collect())
+        .collect();
+    let started = Instant::now();
+    for seed in 3001.. {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let links = chain(&layout, &scope, namespace, seed, TURN_BLOCKS);
+        let turn: Vec<_> =
+            links.iter().zip(&planes).map(|(link, planes)| link.object(&layout, planes.clone())).collect();
+        let bytes: u64 = turn.iter().map(esker_store::PutObject::len_bytes).sum();
+        bed.store.put(turn).into_iter().try_for_each(|outcome| outcome.map(drop))?;
+        let total = written.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let due = Duration::from_secs_f64(total as f64 / mb_s / 1e6);
+        std::thread::sleep(due.saturating_sub(started.elapsed()));
+    }
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! `esker bench store`.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use esker_benches::store::{Options, RealBlocks};
+use esker_decoder::{BlockIdentity, KvFormat, Logits, Sequence};
+use esker_prefix::{BlockHash, NamespaceId, ScopeTag};
+
+use crate::bundled;
+
+/// Tokens of the demo's document whose latents stand for real ones.
+const REAL_TOKENS: usize = 4096;
+
+/// What to measure
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A folder on the drive to be measured; some 10 GB are written to a folder of its own in it, and removed
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    dir: PathBuf,
+    /// Small blocks of the store whose opening is timed
+    #[arg(long, default_value_t = 1_000_000, value_name = "N")]
+    blocks: u64,
+    /// Only these parts: chain, codec, put, fetch, latency, open
+    #[arg(long, value_delimiter = ',', value_name = "PART")]
+    only: Vec<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    eprintln!("real latents of the bundled model");
+    let options =
+        Options { dir: &args.dir, real: real_blocks()?, small_blocks: args.blocks, only: args.only.clone() };
+    let figures = esker_benches::store::run(&options, &|part| eprintln!("{part}"))?;
+    if args.json {
+        println!("{}", serde_json::Value::Object(figures));
+        return Ok(());
+    }
+    for (key, value) in figures {
+        match value.as_f64() {
+            Some(number) => println!("{key:<36} {number:>14.3}"),
+            None => println!("{key:<36} {value}"),
+        }
+    }
+    Ok(())
+}
+
+/// Decodes the start of the demo's document.
+fn real_blocks() -> anyhow::Result<RealBlocks> {
+    let loaded = bundled::load(KvFormat::Bf16, 128)?;
+    let tokens = loaded.tokenizer.encode(bundled::DEMO_DOCUMENT).context("the demo's document")?;
+    let mut sequence = Sequence::new(&loaded.model);
+    sequence.prefill(&loaded.model, &tokens[..REAL_TOKENS.min(tokens.len())], Logits::Last)?;
+    let layout = loaded.model.layout().clone();
+    let identity = BlockIdentity {
+        namespace: NamespaceId([0; 32]),
+        scope: ScopeTag([0; 16]),
+        parent: BlockHash([0; 32]),
+        hash: BlockHash([0; 32]),
+    };
+    let count = sequence.tokens() / layout.block_tokens() as usize;
+    let blocks = (0..count)
+        .map(|index| Ok(sequence.block(&loaded.model, index, identity)?.into_planes()))
+        .collect::<anyhow::Result<_>>()?;
+    Ok(RealBlocks { layout, blocks })
+}
