@@ -14,9 +14,10 @@ mod floor;
 mod measure;
 pub mod store;
 
+use std::ops::Range;
+
 use bytes::Bytes;
-use esker_prefix::{BlockObject, Chain, KvLayout, Namespace, NamespaceId, ObjectKind, RootSecret, RowFormat};
-use esker_prefix::{ScopeKey, ScopeKind, TokenId};
+use esker_prefix::{KvLayout, Namespace, NamespaceId, ObjectKind, RootSecret, RowFormat, ScopeKey, ScopeKind};
 use esker_store::PutObject;
 
 /// Tokens of a block.
@@ -42,27 +43,20 @@ pub fn identity(layout: &KvLayout) -> (ScopeKey, NamespaceId) {
     (scope, namespace.id())
 }
 
-/// `blocks` blocks of one prefix with incompressible bytes, all different, made from `seed`.
-pub fn prefix(layout: &KvLayout, seed: u32, blocks: u32) -> Vec<PutObject> {
+/// Blocks of one prefix with incompressible bytes, all different, made from `seed`.
+pub fn prefix(layout: &KvLayout, seed: u32, blocks: Range<u32>) -> Vec<PutObject> {
     let (scope, namespace) = identity(layout);
-    let tokens: Vec<TokenId> =
-        (0..blocks * layout.block_tokens()).map(|i| TokenId(i ^ (seed << 20))).collect();
-    let (genesis, hashes) = Chain::hashes(&scope, namespace, layout.block_tokens(), &tokens);
-    let mut parent = genesis;
-    let mut objects = Vec::new();
-    for (hash, end) in hashes.into_iter().zip(1_u64..) {
+    let links = store::chain(layout, &scope, namespace, seed, blocks.end);
+    let object = |link: &store::Link| {
         let planes = layout.planes(ObjectKind::Block).iter().zip(0_u64..).map(|(plane, index)| {
             let len = usize::try_from(plane.len_bytes).expect("planes fit in memory");
             let mut bytes = vec![0; len];
             let mut hasher = blake3::Hasher::new();
-            hasher.update(hash.as_bytes()).update(&index.to_le_bytes());
+            hasher.update(link.hash.as_bytes()).update(&index.to_le_bytes());
             hasher.finalize_xof().fill(&mut bytes);
             Bytes::from(bytes)
         });
-        let tokens = end * u64::from(layout.block_tokens());
-        let block = BlockObject::new(layout, namespace, scope.tag(), parent, hash, tokens, planes.collect());
-        objects.push(PutObject::block(layout, block.expect("made from the layout's own table")));
-        parent = hash;
-    }
-    objects
+        link.object(layout, planes.collect())
+    };
+    links[blocks.start as usize..].iter().map(object).collect()
 }

@@ -20,6 +20,7 @@ const MIXED_BLOCKS: usize = 64;
 const MIXED_FETCHES: usize = 200;
 /// Blocks of one put of the writer beside them.
 const TURN_BLOCKS: u32 = 16;
+const WRITERS: u32 = 4;
 
 pub(super) fn run(
     bed: &Bed,
@@ -96,13 +97,19 @@ fn mixed(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>
     let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
     let started = Instant::now();
     let (mut busy, elapsed_s) = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| write_at(bed, floor_mb_s / 2.0, &stop, &written));
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|writer| {
+                let (stop, written) = (&stop, &written);
+                let mb_s = floor_mb_s / 2.0 / f64::from(WRITERS);
+                scope.spawn(move || write_at(bed, 3000 + writer * 250, mb_s, stop, written))
+            })
+            .collect();
         // The writers reach their speed.
         std::thread::sleep(Duration::from_millis(300));
         let busy = fetches();
         let elapsed_s = started.elapsed().as_secs_f64();
         stop.store(true, Ordering::Relaxed);
-        writer.join().expect("a writer")?;
+        writers.into_iter().try_for_each(|writer| writer.join().expect("a writer"))?;
         anyhow::Ok((busy?, elapsed_s))
     })?;
     let (idle, busy) = (percentile_us(&mut idle, 0.99), percentile_us(&mut busy, 0.99));
@@ -115,16 +122,17 @@ fn mixed(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>
 }
 
 /// Puts new blocks at `mb_s` until told to stop.
-fn write_at(bed: &Bed, mb_s: f64, stop: &AtomicBool, written: &AtomicU64) -> anyhow::Result<()> {
+fn write_at(bed: &Bed, first_seed: u32, mb_s: f64, stop: &AtomicBool, written: &AtomicU64) -> anyhow::Result<()> {
     let layout = v4_flash();
     let (scope, namespace) = identity(&layout);
     // The same bytes under other names, so that only the store's own work meets the fetches.
-    let planes: Vec<Vec<bytes::Bytes>> = prefix(&layout, 3000, TURN_BLOCKS)
+    let planes: Vec<Vec<bytes::Bytes>> = prefix(&layout, first_seed, 0..TURN_BLOCKS)
         .into_iter()
         .map(|object| object.planes.into_iter().map(|plane| plane.bytes).collect())
         .collect();
     let started = Instant::now();
-    for seed in 3001.. {
+    let mut mine = 0;
+    for seed in first_seed + 1.. {
         if stop.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -133,8 +141,9 @@ fn write_at(bed: &Bed, mb_s: f64, stop: &AtomicBool, written: &AtomicU64) -> any
             links.iter().zip(&planes).map(|(link, planes)| link.object(&layout, planes.clone())).collect();
         let bytes: u64 = turn.iter().map(esker_store::PutObject::len_bytes).sum();
         bed.store.put(turn).into_iter().try_for_each(|outcome| outcome.map(drop))?;
-        let total = written.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        let due = Duration::from_secs_f64(total as f64 / mb_s / 1e6);
+        written.fetch_add(bytes, Ordering::Relaxed);
+        mine += bytes;
+        let due = Duration::from_secs_f64(mine as f64 / mb_s / 1e6);
         std::thread::sleep(due.saturating_sub(started.elapsed()));
     }
     Ok(())

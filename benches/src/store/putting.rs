@@ -13,16 +13,18 @@ const BLOCKS_PER_PUT: usize = 16;
 /// Each writes its share of the blocks in this many rounds, each beside a measurement of the floor.
 const ROUNDS: u32 = 4;
 
-/// Writes one prefix for each round and writer; returns the names of their blocks.
+/// Writes one prefix for each writer; returns the names of their blocks.
 pub(super) fn run(bed: &Bed, figures: &mut Map<String, Value>) -> anyhow::Result<Vec<Vec<ObjectId>>> {
     let layout = v4_flash();
     let (mut put, mut write_floor) = (Rate::default(), Rate::default());
-    let mut prefixes = Vec::new();
+    let mut prefixes = vec![Vec::new(); WRITERS as usize];
     for round in 0..ROUNDS {
-        let made: Vec<_> = (0..WRITERS)
-            .map(|writer| prefix(&layout, round * WRITERS + writer, BLOCKS / WRITERS * 2))
-            .collect();
-        prefixes.extend(made.iter().map(|objects| objects.iter().map(|object| object.id).collect::<Vec<_>>()));
+        let share = BLOCKS.div_ceil(ROUNDS);
+        let blocks = round * share..BLOCKS.min((round + 1) * share);
+        let made: Vec<_> = (0..WRITERS).map(|writer| prefix(&layout, writer, blocks.clone())).collect();
+        for (ids, objects) in prefixes.iter_mut().zip(&made) {
+            ids.extend(objects.iter().map(|object| object.id));
+        }
         let bytes: u64 = made.iter().flatten().map(esker_store::PutObject::len_bytes).sum();
         put.measure(|| {
             std::thread::scope(|scope| {

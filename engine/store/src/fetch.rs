@@ -1,30 +1,35 @@
 //! Fetch: planes of many objects, verified, in the order asked for.
 //!
-//! A fetch plans its reads in the order of delivery, joins neighbours, keeps several in flight and yields each plane
-//! as soon as it is verified, on the thread that asks for it. Whole objects take one read each or less, since header
-//! and planes are contiguous; a selection of planes, or the order by plane, reads the headers of all objects first.
+//! A fetch plans its reads in the order of delivery, joins neighbours, keeps several in flight, has them verified by the
+//! store's threads, and yields the planes in order. Whole objects take one read each or less, since header and planes
+//! are contiguous, but for the start of the first, which is read alone; a selection of planes, or the order by plane,
+//! reads the headers of all objects first.
 //!
 //! Invariants: a plane is yielded only after it passed `verify.rs`; an object that fails yields one miss and nothing
 //! after it; a bad read is repeated once per object; dropping the fetch frees everything, what is in flight as it completes.
 
 mod plan;
+mod verifying;
 
 use std::collections::VecDeque;
 use std::iter::FusedIterator;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
 use esker_prefix::PlaneSpec;
 
-use crate::io::{Completion, Op, Permit};
-use crate::record::{Plane, RecordHeader};
+use crate::io::{Op, Permit};
+use crate::record::Plane;
 use crate::segment::SegmentId;
-use crate::shared::{Shared, miss_of};
-use crate::{Found, MissKind, verify};
+use crate::shared::Shared;
+use crate::{Found, MissKind};
 use plan::{Item, Part, Read};
+pub(crate) use verifying::Verifiers;
+use verifying::{Arrival, Context, HEAD_BYTES, Route, Step, Taken, Target};
 
 /// What to fetch.
 #[derive(Clone, Debug)]
@@ -83,27 +88,31 @@ pub enum FetchEvent {
 /// A running fetch. See the module.
 pub struct Fetch {
     shared: Arc<Shared>,
-    targets: Vec<Target>,
-    planes: PlaneSelection,
+    context: Arc<Context>,
     order: FetchOrder,
     deadline: Option<Instant>,
     phase: Phase,
+    /// How far each object is.
+    fates: Vec<Fate>,
     /// Reads to be submitted.
     planned: VecDeque<Read>,
     /// Reads submitted, in the order of delivery.
     in_flight: VecDeque<InFlight>,
-    in_flight_bytes: usize,
-    /// Buffers being taken apart; a repeated read lies above the one that it repeats.
-    open: Vec<OpenRead>,
+    /// What is being yielded; a repeated read lies above the one that it repeats.
+    current: Vec<Taken>,
+    /// Bytes of both.
+    held_bytes: usize,
     next_tag: u64,
-    reply: Sender<Completion>,
-    completions: Receiver<Completion>,
+    reply: Sender<Arrival>,
+    arrivals: Receiver<Arrival>,
     /// Misses found without a read.
     misses: VecDeque<FetchEvent>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
+    /// Reading the start of the first record, all records after that.
+    Head,
     /// Reading whole records.
     Records,
     /// Reading headers, planes after that.
@@ -112,10 +121,8 @@ enum Phase {
     Over,
 }
 
-/// An object and how far it is.
-struct Target {
-    found: Found,
-    header: Option<RecordHeader>,
+#[derive(Clone, Copy, Default)]
+struct Fate {
     planes_left: Option<usize>,
     retried: bool,
     missed: bool,
@@ -123,56 +130,69 @@ struct Target {
 
 struct InFlight {
     tag: u64,
-    read: Read,
-    arrived: Option<OpenRead>,
-}
-
-/// A read that arrived, and what is still to be taken from it.
-struct OpenRead {
-    /// Its bytes, or why there are none.
-    bytes: Result<Bytes, MissKind>,
-    /// Where they start in the segment.
-    start: u64,
-    items: VecDeque<Item>,
-    _permit: Option<Permit>,
+    len_bytes: usize,
+    arrived: Option<Taken>,
 }
 
 impl Fetch {
     pub(crate) fn new(shared: Arc<Shared>, request: FetchRequest) -> Self {
         let FetchRequest { objects, planes, order, deadline } = request;
-        let target = |found| Target { found, header: None, planes_left: None, retried: false, missed: false };
-        let (reply, completions) = mpsc::channel();
+        let target = |found: Found| Target {
+            generation: shared.segments.get(found.located.spot.segment).map(|segment| segment.generation),
+            found,
+            header: OnceLock::new(),
+        };
         let whole = planes == PlaneSelection::All && (order == FetchOrder::ByObject || objects.len() < 2);
-        let mut fetch = Self {
-            shared,
+        let context = Arc::new(Context {
             targets: objects.into_iter().map(target).collect(),
             planes,
+            pool: Arc::clone(&shared.pool),
+            skip_verification: shared.settings.skips_verification(),
+            cancelled: AtomicBool::new(false),
+        });
+        let (reply, arrivals) = mpsc::channel();
+        let count = context.targets.len();
+        let large = context.targets.first().is_some_and(|first| {
+            let located = &first.found.located;
+            located.record_bytes() > 2 * HEAD_BYTES && located.header_bytes as usize <= HEAD_BYTES
+        });
+        let mut fetch = Self {
+            shared,
+            context,
             order,
             deadline,
-            phase: if whole { Phase::Records } else { Phase::Headers },
+            phase: match whole {
+                true if large => Phase::Head,
+                true => Phase::Records,
+                false => Phase::Headers,
+            },
+            fates: vec![Fate::default(); count],
             planned: VecDeque::new(),
             in_flight: VecDeque::new(),
-            in_flight_bytes: 0,
-            open: Vec::new(),
+            current: Vec::new(),
+            held_bytes: 0,
             next_tag: 0,
             reply,
-            completions,
+            arrivals,
             misses: VecDeque::new(),
         };
-        let part = if whole { Part::Record } else { Part::Header };
-        let items = (0..fetch.targets.len()).map(|object| Item { object, part }).collect();
-        fetch.plan(items);
+        let items = |objects: Range<usize>, part| objects.map(|object| Item { object, part }).collect();
+        fetch.plan(match fetch.phase {
+            Phase::Head => items(0..1, Part::Head),
+            Phase::Records => items(0..count, Part::Record),
+            _ => items(0..count, Part::Header),
+        });
         fetch
     }
 
     /// Bytes being read ahead for this fetch.
     pub fn in_flight_bytes(&self) -> usize {
-        self.in_flight_bytes
+        self.held_bytes
     }
 
     fn plan(&mut self, items: Vec<Item>) {
         let merge_bytes = self.shared.settings.read_merge_bytes;
-        let targets = &self.targets;
+        let targets = &self.context.targets;
         self.planned = plan::join(items, merge_bytes, |item| {
             let (segment, start, len) = targets[item.object].extent(item.part);
             (segment, start..start + len)
@@ -183,12 +203,15 @@ impl Fetch {
     fn top_up(&mut self) {
         while let Some(read) = self.planned.front() {
             let bytes = read.len_bytes();
-            let idle = self.in_flight.is_empty() && self.open.is_empty();
-            let fits = self.in_flight_bytes + bytes <= self.shared.settings.fetch_window_bytes;
+            let idle = self.in_flight.is_empty() && self.current.is_empty();
+            let fits = self.held_bytes + bytes <= self.shared.settings.fetch_window_bytes;
+            if !fits && !idle {
+                return;
+            }
             let permit = match self.shared.reading.try_acquire(bytes) {
-                Some(permit) if fits || idle => permit,
-                _ if idle => self.shared.reading.force(bytes),
-                _ => return,
+                Some(permit) => permit,
+                None if idle => self.shared.reading.force(bytes),
+                None => return,
             };
             let Some(read) = self.planned.pop_front() else { return };
             self.submit(read, permit);
@@ -196,172 +219,165 @@ impl Fetch {
     }
 
     fn submit(&mut self, read: Read, permit: Permit) {
-        let tag = self.next_tag;
+        let (tag, len_bytes) = (self.next_tag, read.len_bytes());
         self.next_tag += 1;
+        self.held_bytes += len_bytes;
         let mut arrived = None;
         match self.shared.segments.get(read.segment) {
             Some(segment) => {
-                let buf = self.shared.pool.take(read.len_bytes());
-                let mut op = Op::read(segment.file, read.range.start, buf, tag, &self.reply);
+                let buf = self.shared.pool.take(len_bytes);
+                let threads = (self.phase != Phase::Head).then(|| self.shared.verifiers.jobs());
+                let start = read.range.start;
+                let (context, fetch) = (Arc::clone(&self.context), self.reply.clone());
+                let route = Route { context, read: Arc::new(read), threads, fetch };
+                let mut op = Op::read(segment.file, start, buf, tag, &route);
                 op.permit = Some(permit);
-                self.in_flight_bytes += read.len_bytes();
                 self.shared.disk.submit(op);
             }
-            None => arrived = Some(read.open(Err(MissKind::Absent), None)),
+            None => {
+                let steps = self.context.take(&read, Err(MissKind::Absent));
+                arrived = Some(Taken { tag, steps, read_bytes: 0, _permit: Some(permit) });
+            }
         }
-        self.in_flight.push_back(InFlight { tag, read, arrived });
+        self.in_flight.push_back(InFlight { tag, len_bytes, arrived });
     }
 
     /// Waits for the oldest read. `false` if the deadline came first.
     fn await_oldest(&mut self) -> bool {
-        while let Some(oldest) = self.in_flight.front() {
-            if oldest.arrived.is_some() {
-                self.open.extend(self.in_flight.pop_front().and_then(|read| read.arrived));
+        while let Some(oldest) = self.in_flight.front_mut() {
+            if let Some(taken) = oldest.arrived.take() {
+                self.current.push(taken);
                 return true;
             }
-            let completion = match self.deadline {
-                None => self.completions.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            let arrival = match self.deadline {
+                None => self.arrivals.recv().ok(),
                 Some(deadline) => {
-                    self.completions.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+                    self.arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
                 }
             };
-            match completion {
-                Ok(completion) => self.arrive(completion),
-                Err(_) => return false,
+            let taken = match arrival {
+                Some(Arrival::Taken(taken)) => taken,
+                Some(Arrival::Read(job)) => job.take(),
+                None => return false,
+            };
+            self.shared.counters.read_bytes.add(taken.read_bytes as u64);
+            let position = self.in_flight.iter().position(|read| read.tag == taken.tag);
+            if let Some(position) = position {
+                self.in_flight[position].arrived = Some(taken);
             }
         }
         true
     }
 
-    fn arrive(&mut self, mut completion: Completion) {
-        let permit = completion.permit.take();
-        let Some(first) = self.in_flight.front() else { return };
-        let Ok(position) = usize::try_from(completion.tag.wrapping_sub(first.tag)) else { return };
-        let Some(in_flight) = self.in_flight.get_mut(position) else { return };
-        self.in_flight_bytes -= in_flight.read.len_bytes();
-        let bytes = match completion.full() {
-            Ok(Some(buf)) => {
-                self.shared.counters.read_bytes.add(buf.len() as u64);
-                Ok(buf.into_bytes())
-            }
-            Ok(None) => Err(MissKind::ReadError),
-            Err(error) => Err(miss_of(&error)),
-        };
-        in_flight.arrived = Some(in_flight.read.open(bytes, permit));
+    /// Lets go of a read of which everything was yielded.
+    fn let_go(&mut self) {
+        let Some(taken) = self.current.pop() else { return };
+        if self.in_flight.front().is_some_and(|read| read.tag == taken.tag)
+            && let Some(read) = self.in_flight.pop_front()
+        {
+            self.held_bytes -= read.len_bytes;
+        }
     }
 
-    /// Takes one item from the open read.
-    fn take(&mut self, item: Item) -> Option<FetchEvent> {
-        if self.targets[item.object].missed {
+    /// Takes one step of a read.
+    fn step(&mut self, item: Item, outcome: Result<Step, MissKind>) -> Option<FetchEvent> {
+        let fate = &mut self.fates[item.object];
+        if fate.missed {
             return None;
         }
-        let outcome = match item.part {
-            Part::Record | Part::Header => self.take_header(item).map(|()| None),
-            Part::Plane(plane) => self.take_plane(item.object, plane).map(Some),
-        };
-        outcome.unwrap_or_else(|kind| self.repeat_or_miss(item, kind))
-    }
-
-    fn take_header(&mut self, item: Item) -> Result<(), MissKind> {
-        let target = &mut self.targets[item.object];
-        let Some(open) = self.open.last_mut() else { return Err(MissKind::ReadError) };
-        let start = target.found.located.spot.offset;
-        let bytes = open.slice(start, target.found.located.header_bytes as usize)?;
-        let generation = self.shared.segments.get(target.found.located.spot.segment).map(|open| open.generation);
-        let generation = generation.ok_or(MissKind::Absent)?;
-        let header = verify::header(&bytes, target.found.id, &target.found.located, generation)?;
-        let selected = (0..header.planes.len()).filter(|&plane| self.planes.has(&header.planes[plane]));
-        let items: Vec<Item> =
-            selected.map(|plane| Item { object: item.object, part: Part::Plane(plane) }).collect();
-        target.planes_left = Some(items.len());
-        target.header = Some(header);
-        if item.part == Part::Record {
-            items.into_iter().rev().for_each(|item| open.items.push_front(item));
-        }
-        Ok(())
-    }
-
-    fn take_plane(&mut self, object: usize, index: usize) -> Result<FetchEvent, MissKind> {
-        let target = &mut self.targets[object];
-        let plane = *target.plane(index).ok_or(MissKind::WrongRecord)?;
-        let open = self.open.last().ok_or(MissKind::ReadError)?;
-        let start = target.found.located.spot.offset + u64::from(plane.offset);
-        let stored = open.slice(start, plane.stored_bytes as usize)?;
-        let decoded = if self.shared.settings.skips_verification() {
-            match plane.codec {
-                crate::record::Codec::Raw => None,
-                crate::record::Codec::Zstd | crate::record::Codec::Columns => {
-                    Some(verify::decode(&plane, &stored, &self.shared.pool)?)
-                }
+        match outcome {
+            Ok(Step::Header(planes)) => {
+                fate.planes_left = Some(planes);
+                None
             }
-        } else {
-            verify::plane(&plane, &stored, &self.shared.pool)?
-        };
-        let bytes = decoded.map_or(stored, |buf| buf.into_bytes().slice(..plane.raw_bytes as usize));
-        target.planes_left = target.planes_left.map(|left| left - 1);
-        if target.planes_left == Some(0) {
-            self.shared.counters.fetched.add(1);
+            Ok(Step::Plane(event)) => {
+                fate.planes_left = fate.planes_left.map(|left| left.saturating_sub(1));
+                if fate.planes_left == Some(0) {
+                    self.shared.counters.fetched.add(1);
+                }
+                Some(event)
+            }
+            Err(kind) => self.repeat_or_miss(item, kind),
         }
-        Ok(FetchEvent::Plane { object, plane: index, spec: plane.spec(), bytes })
     }
 
     /// Reads a bad item again, once per object; gives the object up after that.
     fn repeat_or_miss(&mut self, item: Item, kind: MissKind) -> Option<FetchEvent> {
-        let target = &mut self.targets[item.object];
-        if !kind.is_damage() || target.retried {
+        let fate = &mut self.fates[item.object];
+        if !kind.is_damage() || fate.retried {
             return Some(self.miss(item.object, kind));
         }
-        target.retried = true;
+        fate.retried = true;
+        let target = &self.context.targets[item.object];
         let (segment, start, len) = target.extent(item.part);
         let range = plan::pages(start..start + len);
         let read = Read { segment, range, items: vec![item] };
         let skip = usize::try_from(read.range.start - target.found.located.spot.offset).unwrap_or(0);
         let bytes = self.shared.read(&target.found.located, skip, read.len_bytes());
-        self.open.push(read.open(bytes.map(|buf| buf.into_bytes()), None));
+        let steps = self.context.take(&read, bytes.map(|buf| buf.into_bytes()));
+        self.current.push(Taken { tag: u64::MAX, steps, read_bytes: 0, _permit: None });
         None
     }
 
     fn miss(&mut self, object: usize, kind: MissKind) -> FetchEvent {
-        let target = &mut self.targets[object];
-        target.missed = true;
+        self.fates[object].missed = true;
         self.shared.counters.miss(kind);
         if kind.is_damage() {
-            self.shared.quarantine(target.found.id, &target.found.located, kind);
+            let found = &self.context.targets[object].found;
+            self.shared.quarantine(found.id, &found.located, kind);
         }
         FetchEvent::Miss { object, kind }
     }
 
     /// Ends the fetch: what is not complete is a miss.
     fn give_up(&mut self, kind: MissKind) {
-        let open: Vec<usize> = (0..self.targets.len())
-            .filter(|&object| !self.targets[object].missed && self.targets[object].planes_left != Some(0))
+        let open: Vec<usize> = (0..self.fates.len())
+            .filter(|&object| !self.fates[object].missed && self.fates[object].planes_left != Some(0))
             .collect();
         for object in open {
             let miss = self.miss(object, kind);
             self.misses.push_back(miss);
         }
+        self.context.cancelled.store(true, Ordering::Relaxed);
         self.planned.clear();
         self.in_flight.clear();
-        self.in_flight_bytes = 0;
-        self.open.clear();
+        self.held_bytes = 0;
+        self.current.clear();
         self.phase = Phase::Over;
     }
 
-    /// Plans the planes when all headers are there. `false` if there is nothing more.
+    /// Plans what follows when all that was planned is done. `false` if nothing does.
     fn advance(&mut self) -> bool {
-        if self.phase != Phase::Headers {
-            self.phase = Phase::Over;
-            return false;
-        }
-        self.phase = Phase::Planes;
-        let mut items = Vec::new();
-        for (object, target) in self.targets.iter().enumerate() {
-            let planes = target.header.iter().flat_map(|header| header.planes.iter().enumerate());
-            let planes = planes.filter(|(_, plane)| !target.missed && self.planes.has(plane));
-            items.extend(planes.map(|(plane, _)| Item { object, part: Part::Plane(plane) }));
-        }
-        if self.order == FetchOrder::ByPlane {
-            items.sort_by_key(|item| (item.part, item.object));
+        let planes_of = |object: usize| {
+            let planes = self.context.selected(object).map(Part::Plane);
+            planes.map(move |part| Item { object, part })
+        };
+        let mut items: Vec<Item> = Vec::new();
+        match self.phase {
+            Phase::Head => {
+                self.phase = Phase::Records;
+                let header = self.context.targets[0].header.get();
+                let behind = |item: &Item| match (item.part, header) {
+                    (Part::Plane(plane), Some(header)) => header.planes[plane].range().end > HEAD_BYTES,
+                    _ => false,
+                };
+                if !self.fates[0].missed {
+                    items.extend(planes_of(0).filter(behind));
+                }
+                items.extend((1..self.fates.len()).map(|object| Item { object, part: Part::Record }));
+            }
+            Phase::Headers => {
+                self.phase = Phase::Planes;
+                let open = (0..self.fates.len()).filter(|&object| !self.fates[object].missed);
+                items.extend(open.flat_map(planes_of));
+                if self.order == FetchOrder::ByPlane {
+                    items.sort_by_key(|item| (item.part, item.object));
+                }
+            }
+            Phase::Records | Phase::Planes | Phase::Over => {
+                self.phase = Phase::Over;
+                return false;
+            }
         }
         self.plan(items);
         true
@@ -379,17 +395,16 @@ impl Iterator for Fetch {
             if self.phase == Phase::Over {
                 return None;
             }
-            self.top_up();
-            while let Some(open) = self.open.last_mut() {
-                let Some(item) = open.items.pop_front() else {
-                    self.open.pop();
+            while let Some(taken) = self.current.last_mut() {
+                let Some((item, outcome)) = taken.steps.pop_front() else {
+                    self.let_go();
                     continue;
                 };
                 if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                     self.give_up(MissKind::Deadline);
                     break;
                 }
-                if let Some(event) = self.take(item) {
+                if let Some(event) = self.step(item, outcome) {
                     return Some(event);
                 }
             }
@@ -410,6 +425,12 @@ impl Iterator for Fetch {
 
 impl FusedIterator for Fetch {}
 
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.context.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
 impl PlaneSelection {
     fn has(&self, plane: &Plane) -> bool {
         let layers = plane.first_layer..plane.first_layer.saturating_add(plane.layers);
@@ -423,43 +444,18 @@ impl PlaneSelection {
 }
 
 impl Target {
-    fn plane(&self, index: usize) -> Option<&Plane> {
-        self.header.as_ref()?.planes.get(index)
-    }
-
     /// Segment, start and length in bytes of a part of the object.
     fn extent(&self, part: Part) -> (SegmentId, u64, u64) {
         let located = &self.found.located;
         let (start, len) = match part {
+            Part::Head => (0, located.record_bytes().min(HEAD_BYTES)),
             Part::Record => (0, located.record_bytes()),
             Part::Header => (0, located.header_bytes as usize),
             Part::Plane(plane) => {
-                self.plane(plane).map_or((0, 0), |plane| (plane.offset as usize, plane.stored_bytes as usize))
+                let plane = self.header.get().and_then(|header| header.planes.get(plane));
+                plane.map_or((0, 0), |plane| (plane.offset as usize, plane.stored_bytes as usize))
             }
         };
         (located.spot.segment, located.spot.offset + start as u64, len as u64)
-    }
-}
-
-impl Read {
-    fn open(&self, bytes: Result<Bytes, MissKind>, permit: Option<Permit>) -> OpenRead {
-        OpenRead {
-            bytes,
-            start: self.range.start,
-            items: self.items.iter().copied().collect(),
-            _permit: permit,
-        }
-    }
-}
-
-impl OpenRead {
-    /// `len` bytes at `at` of the segment.
-    fn slice(&self, at: u64, len: usize) -> Result<Bytes, MissKind> {
-        let bytes = self.bytes.as_ref().map_err(|kind| *kind)?;
-        let start = usize::try_from(at.wrapping_sub(self.start)).unwrap_or(usize::MAX);
-        match start.checked_add(len) {
-            Some(end) if end <= bytes.len() => Ok(bytes.slice(start..end)),
-            _ => Err(MissKind::Truncated),
-        }
     }
 }

@@ -27,6 +27,8 @@ pub struct StoreSettings {
     pub fetch_window_bytes: usize,
     /// Neighbouring planes and records are joined into reads up to this many bytes.
     pub read_merge_bytes: usize,
+    /// Threads that verify and decode what is read.
+    pub verify_threads: usize,
     /// Bytes of encoded records waiting for their commit; putters of more wait.
     pub put_bytes_in_flight: usize,
     /// Bytes of one group commit.
@@ -64,6 +66,7 @@ impl Default for StoreSettings {
             read_bytes_in_flight: 64 << 20,
             fetch_window_bytes: 16 << 20,
             read_merge_bytes: 1 << 20,
+            verify_threads: std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(1, 8)),
             put_bytes_in_flight: 64 << 20,
             commit_bytes: 32 << 20,
             pool_bytes: 64 << 20,

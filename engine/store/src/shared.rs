@@ -7,6 +7,7 @@ use std::sync::Arc;
 use esker_prefix::ObjectId;
 
 use crate::commit::Tail;
+use crate::fetch::Verifiers;
 use crate::index::{Changes, Index, Phase};
 use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
 use crate::record::ContentDigest;
@@ -20,6 +21,7 @@ pub(crate) struct Shared {
     pub(crate) settings: StoreSettings,
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) pool: Arc<BufferPool>,
+    pub(crate) verifiers: Verifiers,
     pub(crate) index: Index,
     pub(crate) table: Table,
     pub(crate) segments: SegmentTable,

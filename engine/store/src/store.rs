@@ -10,7 +10,7 @@ use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, Scope
 
 use crate::commit::{Committer, Submission};
 use crate::encoding::Hashed;
-use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
+use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::index::Index;
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine};
 use crate::recovery;
@@ -80,6 +80,8 @@ impl Store {
             let lock = lock.try_clone().map_err(StoreError::io("keeping the lock of", dir))?;
             Ok(Arc::new(Shared {
                 pool: BufferPool::new(settings.pool_bytes),
+                verifiers: Verifiers::start(settings.verify_threads)
+                    .map_err(StoreError::io("starting the verifying threads of", dir))?,
                 reading: ByteGate::new(settings.read_bytes_in_flight),
                 putting: ByteGate::new(settings.put_bytes_in_flight),
                 settings: settings.clone(),

@@ -19,6 +19,8 @@ pub(super) struct Item {
 /// Part of a record. The order is that of delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
+    /// Its start.
+    Head,
     /// All of it.
     Record,
     Header,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::common::{all, chain, fetch, id, object, planes, settings};
 use crate::io::faulty::{Fault, FaultyDisk, Plan, Trace};
-use crate::io::{FileId, IoEngine, OpKind};
+use crate::io::{FileId, IoEngine, OpKind, PAGE};
 use crate::{
     ErrorKind, FetchEvent, FetchOrder, FetchRequest, MissKind, PutOutcome, Sabotage, Store, StoreError,
     StoreSettings,
@@ -30,6 +30,11 @@ fn always(kind: OpKind, fault: Fault) -> [Plan; 1] {
     [Plan { kind, first: 0, count: u64::MAX, fault }]
 }
 
+/// Length of the segments here, in bytes.
+const SEGMENT_BYTES: u64 = 64 << 10;
+/// Where a seal goes, which no acknowledgement waits for.
+const SEAL_AT: u64 = SEGMENT_BYTES - PAGE as u64;
+
 /// Every acknowledgement comes after a successful flush of every write before it, abandoned files apart.
 fn every_ack_is_flushed(trace: &[Trace]) -> Result<(), String> {
     let mut dirty: HashSet<FileId> = HashSet::new();
@@ -40,6 +45,7 @@ fn every_ack_is_flushed(trace: &[Trace]) -> Result<(), String> {
             Trace::Done(OpKind::Write, file, _, true) if failed.contains(&file) => {
                 return Err(format!("{position}: a write into a file after it failed"));
             }
+            Trace::Done(OpKind::Write, _, SEAL_AT, true) => {}
             Trace::Done(OpKind::Write, file, _, true) => drop(dirty.insert(file)),
             Trace::Done(OpKind::Write | OpKind::Sync, file, _, false) => {
                 dirty.remove(&file);
@@ -80,7 +86,7 @@ fn no_put_is_acknowledged_before_its_flush() {
         let dir = tempfile::tempdir().unwrap();
         let sabotage = Sabotage { skip_flush, ..Sabotage::default() };
         let (store, disk) =
-            open(dir.path(), StoreSettings { sabotage, segment_bytes: 64 << 10, ..settings() });
+            open(dir.path(), StoreSettings { sabotage, segment_bytes: SEGMENT_BYTES, ..settings() });
         assert!(put_and_trace(&store, &disk, 0..20).iter().all(Result::is_ok));
         let verdict = every_ack_is_flushed(&disk.trace());
         // The control: without the flush the oracle must object.
@@ -108,7 +114,7 @@ fn any_one_failed_write_or_flush_loses_nothing_that_was_acknowledged() {
     for (kind, fault) in faults {
         for number in 0.. {
             let dir = tempfile::tempdir().unwrap();
-            let small = StoreSettings { segment_bytes: 64 << 10, ..settings() };
+            let small = StoreSettings { segment_bytes: SEGMENT_BYTES, ..settings() };
             let (store, disk) = open(dir.path(), small.clone());
             disk.arm(&once(kind, number, fault));
             let outcomes = put_and_trace(&store, &disk, 0..12);

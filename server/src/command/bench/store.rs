@@ -14,7 +14,7 @@ const REAL_TOKENS: usize = 4096;
 
 /// What to measure
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// A folder on the drive to be measured; some 10 GB are written to a folder of its own in it, and removed
     #[arg(long, default_value = ".", value_name = "DIR")]
     dir: PathBuf,
