@@ -15,6 +15,8 @@ use crate::{floor, identity, prefix, v4_flash};
 const LOOKUP_BLOCKS: u32 = 8192;
 const LOOKUPS: usize = 2000;
 const FIRST_PLANES: usize = 200;
+/// Between two reads that are timed alone.
+const SETTLE: Duration = Duration::from_millis(20);
 /// Blocks of a fetch that is timed beside writers: some 8,000 tokens.
 const MIXED_BLOCKS: usize = 64;
 const MIXED_FETCHES: usize = 200;
@@ -57,6 +59,7 @@ fn first_plane(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, 
         // Steps that visit all of the drive in an order that no read-ahead foresees.
         let (file, offset, _) = places[round * 7919 % places.len()];
         raw.extend(times(1, || floor::read(&*bed.disk, &[(file, offset, read_bytes)], 1).map(drop))?);
+        std::thread::sleep(SETTLE);
         let ids = &prefixes[round * 31 % prefixes.len()];
         let from = round * 17 % (ids.len() - MIXED_BLOCKS);
         let objects = bed.found(&ids[from..from + MIXED_BLOCKS])?;
@@ -72,7 +75,7 @@ fn first_plane(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, 
             Ok(())
         })?);
         // What is still being read ahead would delay the next one.
-        std::thread::sleep(Duration::from_millis(25));
+        std::thread::sleep(SETTLE);
     }
     let (raw, first) = (percentile_us(&mut raw, 0.5), percentile_us(&mut first, 0.5));
     figures.insert("first_plane_raw_read_us_p50".into(), raw.into());

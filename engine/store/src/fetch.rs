@@ -26,10 +26,11 @@ use crate::io::{Op, Permit};
 use crate::record::Plane;
 use crate::segment::SegmentId;
 use crate::shared::Shared;
+use crate::table::Located;
 use crate::{Found, MissKind};
 use plan::{Item, Part, Read};
 pub(crate) use verifying::Verifiers;
-use verifying::{Arrival, Context, HEAD_BYTES, Route, Step, Taken, Target};
+use verifying::{Arrival, Context, Route, Step, Taken, Target};
 
 /// What to fetch.
 #[derive(Clone, Debug)]
@@ -152,9 +153,10 @@ impl Fetch {
         });
         let (reply, arrivals) = mpsc::channel();
         let count = context.targets.len();
+        // The first plane should not wait for a mebibyte.
         let large = context.targets.first().is_some_and(|first| {
-            let located = &first.found.located;
-            located.record_bytes() > 2 * HEAD_BYTES && located.header_bytes as usize <= HEAD_BYTES
+            let Located { head_bytes, header_bytes, .. } = first.found.located;
+            header_bytes <= head_bytes && first.found.located.record_bytes() > 2 * head_bytes as usize
         });
         let mut fetch = Self {
             shared,
@@ -356,9 +358,10 @@ impl Fetch {
         match self.phase {
             Phase::Head => {
                 self.phase = Phase::Records;
-                let header = self.context.targets[0].header.get();
+                let first = &self.context.targets[0];
+                let (header, head_bytes) = (first.header.get(), first.found.located.head_bytes as usize);
                 let behind = |item: &Item| match (item.part, header) {
-                    (Part::Plane(plane), Some(header)) => header.planes[plane].range().end > HEAD_BYTES,
+                    (Part::Plane(plane), Some(header)) => header.planes[plane].range().end > head_bytes,
                     _ => false,
                 };
                 if !self.fates[0].missed {
@@ -448,7 +451,7 @@ impl Target {
     fn extent(&self, part: Part) -> (SegmentId, u64, u64) {
         let located = &self.found.located;
         let (start, len) = match part {
-            Part::Head => (0, located.record_bytes().min(HEAD_BYTES)),
+            Part::Head => (0, located.record_bytes().min(located.head_bytes as usize)),
             Part::Record => (0, located.record_bytes()),
             Part::Header => (0, located.header_bytes as usize),
             Part::Plane(plane) => {

@@ -34,7 +34,7 @@ use crate::{Result, StoreError};
 
 const SEGMENT_PREFIX: u8 = 0xF0;
 const FORMAT_KEY: [u8; 1] = [0xFF];
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 /// The resident table answers lookups; this serves duplicates and quarantine.
 const BLOCK_CACHE_BYTES: usize = 8 << 20;
 /// Read ahead when all entries are.

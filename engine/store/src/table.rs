@@ -37,6 +37,8 @@ pub(crate) struct Located {
     pub(crate) checksum: u64,
     pub(crate) header_bytes: u32,
     pub(crate) record_pages: u32,
+    /// Bytes from the start of the record to the end of its first plane.
+    pub(crate) head_bytes: u32,
     pub(crate) tokens: u64,
     pub(crate) raw_bytes: u64,
     pub(crate) namespace: NamespaceId,
@@ -62,6 +64,7 @@ struct Slot {
     raw_bytes: u32,
     realm: u32,
     planes: u16,
+    head_pages: u8,
     /// 0 in a slot that is free.
     kind: u8,
 }
@@ -117,6 +120,7 @@ impl Table {
             raw_bytes: u32::try_from(entry.raw_bytes).expect("bounded by the segment"),
             realm: inner.realms.id_of(entry.namespace, entry.scope),
             planes: entry.planes,
+            head_pages: entry.head_pages,
             kind: entry.id.kind as u8,
         };
         if let Some(known) = inner.find(entry.id) {
@@ -194,6 +198,7 @@ impl Inner {
             checksum: slot.checksum,
             header_bytes: narrow(header_bytes(usize::from(slot.planes))),
             record_pages: slot.record_pages,
+            head_bytes: u32::from(slot.head_pages) * narrow(PAGE),
             tokens: slot.tokens,
             raw_bytes: u64::from(slot.raw_bytes),
             namespace,

@@ -166,7 +166,7 @@ impl Context {
         let target = &self.targets[item.object];
         for plane in self.selected(item.object) {
             let end = target.header.get().map_or(0, |header| header.planes[plane].range().end);
-            if item.part == Part::Record || end <= HEAD_BYTES {
+            if item.part == Part::Record || end <= target.found.located.head_bytes as usize {
                 let part = Item { object: item.object, part: Part::Plane(plane) };
                 steps.push_back((part, self.plane(item.object, plane, piece)));
             }
@@ -207,9 +207,6 @@ impl Context {
         planes.iter().enumerate().filter(|(_, plane)| self.planes.has(plane)).map(|(index, _)| index)
     }
 }
-
-/// Bytes at the start of the first record that are read alone: the first plane should not wait for a mebibyte.
-pub(super) const HEAD_BYTES: usize = 32 << 10;
 
 /// What was read, and where it starts in its segment.
 #[derive(Clone, Copy)]

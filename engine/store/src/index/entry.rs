@@ -18,7 +18,8 @@
 //! 112  16  scope tag
 //! 128  32  namespace
 //! 160  32  content digest: tells a repeated put from a conflicting one without a read
-//! 192  16  zero
+//! 192   1  pages up to the end of the first plane, at most 255
+//! 193  15  zero
 //!
 //! SegmentState, 26 bytes
 //!   0   1  1 open, 2 sealed, 3 suspect
@@ -32,7 +33,7 @@ use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 
 use crate::fields::{Reader, Writer, narrow};
 use crate::io::PAGE;
-use crate::record::{ContentDigest, HeaderChecksum, MAX_PLANES, PlacedHeader, header_bytes};
+use crate::record::{ContentDigest, HeaderChecksum, MAX_PLANES, PlacedHeader, RecordHeader, header_bytes};
 use crate::segment::{SegmentId, Spot};
 
 const ENTRY_PREFIX: u8 = 0x01;
@@ -55,6 +56,8 @@ pub(crate) struct Entry {
     pub(crate) scope: ScopeTag,
     pub(crate) namespace: NamespaceId,
     pub(crate) digest: ContentDigest,
+    /// Pages from the start of the record to the end of its first plane, at most 255: what is read first.
+    pub(crate) head_pages: u8,
 }
 
 impl Entry {
@@ -74,6 +77,7 @@ impl Entry {
             scope: header.scope,
             namespace: header.namespace,
             digest: header.content_digest(),
+            head_pages: head_pages(header),
         }
     }
 
@@ -90,6 +94,7 @@ impl Entry {
         writer.u64(self.raw_bytes).u64(self.sequence).u64(self.tokens).bytes(&self.checksum.0);
         writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
         writer.bytes(&self.scope.0).bytes(&self.namespace.0).bytes(&self.digest.0);
+        writer.u8(self.head_pages);
         bytes
     }
 
@@ -120,6 +125,7 @@ impl Entry {
             scope: ScopeTag(reader.bytes()),
             namespace: NamespaceId(reader.bytes()),
             digest: ContentDigest(reader.bytes()),
+            head_pages: reader.u8(),
         };
         // What a read is sized by is checked before it is believed.
         let record_bytes = u64::from(record_pages) * PAGE as u64;
@@ -129,6 +135,11 @@ impl Entry {
             && raw_bytes <= crate::settings::MAX_SEGMENT_BYTES;
         sound.then_some(entry)
     }
+}
+
+fn head_pages(header: &RecordHeader) -> u8 {
+    let end = header.planes.first().map_or(header.header_bytes(), |plane| plane.range().end);
+    u8::try_from(end.div_ceil(PAGE)).unwrap_or(u8::MAX)
 }
 
 /// The key of the entry of the record at `spot`.
@@ -212,12 +223,13 @@ mod tests {
             scope: ScopeTag([10; 16]),
             namespace: NamespaceId([11; 32]),
             digest: ContentDigest([12; 32]),
+            head_pages: 15,
         };
         let bytes = entry.encode();
         assert_eq!(bytes[..16], [2, 1, 2, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!((bytes[16], bytes[24], bytes[32], bytes[48]), (6, 7, 9, 13));
         assert_eq!((bytes[80], bytes[112], bytes[128], bytes[160]), (14, 10, 11, 12));
-        assert_eq!(bytes[192..], [0; 16]);
+        assert_eq!(bytes[192..], [15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(Entry::decode(spot, &bytes), Some(entry));
         assert_eq!(Entry::decode(spot, &bytes[1..]), None);
         // Lengths that would size a read are checked: header over record, record and content over segment.
