@@ -21,6 +21,7 @@ pub mod io;
 mod object;
 mod record;
 mod recovery;
+mod retention;
 mod scan;
 mod segment;
 mod settings;
@@ -39,6 +40,7 @@ mod tests;
 pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
 pub use object::{PutObject, PutOutcome, PutPlane, TtlClass};
+pub use retention::{Candidate, Context, Retention, RetentionSettings};
 #[cfg(any(test, feature = "testing"))]
 pub use settings::Sabotage;
 pub use settings::StoreSettings;
