@@ -12,6 +12,7 @@
 
 mod floor;
 mod measure;
+pub mod replay;
 pub mod store;
 
 use std::ops::Range;

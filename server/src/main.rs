@@ -27,6 +27,8 @@ enum Command {
     Bench(command::bench::Args),
     /// Check the decoder against a folder of golden vectors
     Golden(command::golden::Args),
+    /// Measure: replay traces
+    Bench(command::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => command::demo::run(args),
         Command::Bench(args) => command::bench::run(args),
         Command::Golden(args) => command::golden::run(&args),
+        Command::Bench(args) => command::bench::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,6 @@
 //! `esker bench`: measurements, as commands.
 
+mod replay;
 mod store;
 
 /// Measure this machine
@@ -11,6 +12,8 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Bench {
+    /// Replay a trace of requests: token hit ratio and bytes written, beside other policies and the best possible
+    Replay(replay::Args),
     /// The store against the drive itself: puts, fetches, lookups, opening; ratios of one run
     Store(store::Args),
 }
@@ -18,6 +21,7 @@ enum Bench {
 /// Runs the bench that was asked for.
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.bench {
+        Bench::Replay(args) => replay::run(args),
         Bench::Store(args) => store::run(&args),
     }
 }

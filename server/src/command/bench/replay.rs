@@ -1,0 +1,191 @@
+//! `esker bench replay`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use esker_benches::replay::{Policy, Run, Table, Trace, replay_all};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+/// Shares of a trace's distinct blocks that are tried where no size is given, percent.
+const SHARES_PERCENT: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
+
+/// Arguments of `esker bench replay`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+A trace has one request per line, as JSON, zstd-compressed or not. Three kinds of lines are known:
+  {\"timestamp\": MS, \"input_length\": TOKENS, \"output_length\": TOKENS, \"hash_ids\": [ID, ...]}    blocks of 512 tokens
+  the same with \"runs\": [[FIRST_ID, COUNT], ...] for \"hash_ids\"                               blocks of 64 tokens
+  either with \"block_tokens\": TOKENS                                                          any other trace
+Ids name the blocks of the prompt in order; equal ids behind equal prefixes are one block. Times may not go back.
+
+No block is read or written: what is replayed is which blocks would be. A request finds the leading run of its blocks
+that are stored, and puts the rest.
+
+Examples:
+  esker bench replay conversation_trace.jsonl
+  esker bench replay trace.jsonl.zst --policy esker,lru-leaf --share 5
+  esker bench replay trace.jsonl.zst --bytes 200GiB --bytes-per-token 35136 --json")]
+pub struct Args {
+    /// The trace
+    trace: PathBuf,
+    /// Policies, separated by commas: esker, lru-leaf, lru, fifo, s3-fifo, clairvoyant, infinite, or all
+    #[arg(long, value_name = "POLICY", value_delimiter = ',', default_value = "all", value_parser = policies)]
+    policy: Vec<Policies>,
+    /// Size of the cache; may be repeated. K, M, G, T or KiB, MiB, GiB, TiB for powers of 1024; KB, MB, GB, TB of 1000
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = bytes)]
+    bytes: Vec<u64>,
+    /// Size of the cache as percent of the trace's distinct blocks; may be repeated [default: 1,2,5,10,20]
+    #[arg(long, value_name = "PERCENT", value_delimiter = ',', value_parser = percent)]
+    share: Vec<f64>,
+    /// Bytes that a token takes on the drive; the default is that of DeepSeek V4-Flash
+    #[arg(long, value_name = "N", default_value_t = 3514, value_parser = clap::value_parser!(u32).range(1..))]
+    bytes_per_token: u32,
+    /// Print one JSON object per run instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Policies(Vec<Policy>);
+
+/// Reads the trace, runs the policies, prints what came of it.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let trace = read(&args.trace)?;
+    let capacities = capacities(&args, &trace)?;
+    let policies: Vec<Policy> = Policy::ALL
+        .into_iter()
+        .filter(|policy| args.policy.iter().any(|named| named.0.contains(policy)))
+        .collect();
+    let finite = policies.iter().filter(|policy| **policy != Policy::Infinite).count();
+    let runs = finite * capacities.len() + policies.len() - finite;
+    let bar = progress_bar(runs * trace.requests.len(), "{bar:40} {pos}/{len} requests, {eta} left");
+    let runs = replay_all(&trace, &policies, &capacities, || bar.inc(1));
+    bar.finish_and_clear();
+    if args.json {
+        for run in &runs {
+            println!("{}", line(run, &trace, &args));
+        }
+        return Ok(());
+    }
+    println!(
+        "{}: {} requests, {} tokens, {} distinct blocks of {} tokens",
+        args.trace.display(),
+        trace.requests.len(),
+        trace.input_tokens(),
+        trace.blocks(),
+        trace.block_tokens
+    );
+    print!("{}", Table { trace: &trace, runs: &runs, bytes_per_token: u64::from(args.bytes_per_token) });
+    Ok(())
+}
+
+fn read(path: &Path) -> anyhow::Result<Trace> {
+    let len = std::fs::metadata(path).with_context(|| format!("no trace at {}", path.display()))?.len();
+    let bar = progress_bar(usize::try_from(len)?, "reading the trace {bar:40} {bytes}/{total_bytes}");
+    let trace = Trace::read(path, |bytes| bar.set_position(bytes))?;
+    bar.finish_and_clear();
+    Ok(trace)
+}
+
+/// The sizes asked for, in blocks, each once.
+fn capacities(args: &Args, trace: &Trace) -> anyhow::Result<Vec<u32>> {
+    let block_bytes = u64::from(args.bytes_per_token) * u64::from(trace.block_tokens);
+    let mut capacities = Vec::new();
+    for bytes in &args.bytes {
+        let blocks = bytes / block_bytes;
+        if blocks == 0 {
+            bail!("{bytes} bytes do not hold one block of {block_bytes} bytes");
+        }
+        capacities.push(u32::try_from(blocks).unwrap_or(u32::MAX));
+    }
+    let default = if args.bytes.is_empty() { &SHARES_PERCENT[..] } else { &[] };
+    let shares = if args.share.is_empty() { default } else { &args.share };
+    capacities.extend(shares.iter().map(|share| trace.share_blocks(*share)));
+    capacities.sort_unstable();
+    capacities.dedup();
+    Ok(capacities)
+}
+
+fn line(run: &Run, trace: &Trace, args: &Args) -> serde_json::Value {
+    let block_bytes = u64::from(args.bytes_per_token) * u64::from(trace.block_tokens);
+    let bounded = run.policy != Policy::Infinite;
+    json!({
+        "trace": args.trace.display().to_string(),
+        "policy": run.policy.name(),
+        "capacity_blocks": bounded.then_some(run.capacity_blocks),
+        "capacity_bytes": bounded.then_some(u64::from(run.capacity_blocks) * block_bytes),
+        "distinct_blocks": trace.blocks(),
+        "block_tokens": trace.block_tokens,
+        "input_tokens": run.input_tokens,
+        "hit_tokens": run.hit_tokens,
+        "token_hit_ratio": run.hit_ratio(),
+        "written_blocks": run.written_blocks,
+        "written_bytes": run.written_blocks * block_bytes,
+        "evicted_blocks": run.evicted_blocks,
+        "seconds": run.wall_s,
+    })
+}
+
+/// A bar on standard error; nothing where that is no terminal.
+fn progress_bar(len: usize, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("the template is fixed");
+    ProgressBar::new(len as u64).with_style(style)
+}
+
+fn policies(text: &str) -> Result<Policies, String> {
+    if text == "all" {
+        return Ok(Policies(Policy::ALL.to_vec()));
+    }
+    let found = Policy::ALL.into_iter().find(|policy| policy.name() == text);
+    found.map(|policy| Policies(vec![policy])).ok_or_else(|| {
+        let names: Vec<&str> = Policy::ALL.iter().map(|policy| policy.name()).collect();
+        format!("known are {}, all", names.join(", "))
+    })
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let percent = text.trim_end_matches('%').trim().parse::<f64>().ok();
+    percent
+        .filter(|percent| *percent > 0.0 && *percent <= 100.0)
+        .ok_or_else(|| "not above 0 and at most 100".into())
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
+fn bytes(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| "not a number with a unit, such as 200GiB".to_owned())?;
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024.0_f64.powi(2),
+        "g" | "gib" => 1024.0_f64.powi(3),
+        "t" | "tib" => 1024.0_f64.powi(4),
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        other => return Err(format!("{other:?} is no unit of bytes")),
+    };
+    let bytes = number * factor;
+    if (1.0..1e18).contains(&bytes) { Ok(bytes as u64) } else { Err("out of range".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_their_units() {
+        assert_eq!(bytes("200GiB"), Ok(200 << 30));
+        assert_eq!(bytes("1.5 TB"), Ok(1_500_000_000_000));
+        assert_eq!(bytes("4096"), Ok(4096));
+        for wrong in ["", "GiB", "3 apples", "0", "1e40"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(percent("5%"), Ok(5.0));
+        assert!(percent("0").is_err() && percent("101").is_err());
+    }
+}
