@@ -54,7 +54,7 @@ fn assert_close_to_lru_or_better(name: &str, runs: &[Run], loss_max_points: f64)
     for ((points, writes), share) in gains(runs).into_iter().zip(SHARES_PERCENT) {
         println!("{name} at {share} %: {points:+.2} points, {writes:.2} of the writes");
         assert!(
-            points >= -LOSS_MAX_POINTS,
+            points >= -loss_max_points,
             "{name} at {share} %: {points:+.2} points against LRU leaf-first"
         );
     }

@@ -68,5 +68,5 @@ fn run(value: &Value) -> Result<(u64, u64), String> {
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be in range")]
 fn whole(ms: f64) -> Option<u64> {
-    (ms >= 0.0 && ms < 9.0e15).then_some(ms as u64)
+    (0.0..9.0e15).contains(&ms).then_some(ms as u64)
 }

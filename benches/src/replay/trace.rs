@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::hash::BuildHasherDefault;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::format::Line;
@@ -95,6 +95,7 @@ impl Trace {
     /// Other fields are ignored. Times may not go back.
     pub fn read(path: &Path, mut progress: impl FnMut(u64)) -> Result<Self, TraceError> {
         let io = |error| TraceError::Io(path.to_owned(), error);
+        let odd = |line, reason| TraceError::Line { path: path.to_owned(), line, reason };
         let mut file = File::open(path).map_err(io)?;
         let mut magic = [0; 4];
         let compressed = file.read_exact(&mut magic).is_ok() && magic == ZSTD_MAGIC;
@@ -109,7 +110,11 @@ impl Trace {
         let mut text = String::new();
         for line in 1.. {
             text.clear();
-            let bytes = lines.by_ref().take(LINE_BYTES_MAX).read_line(&mut text).map_err(io)?;
+            let read = lines.by_ref().take(LINE_BYTES_MAX).read_line(&mut text);
+            let bytes = read.map_err(|error| match error.kind() {
+                ErrorKind::InvalidData => odd(line, "not UTF-8".to_owned()),
+                _ => io(error),
+            })?;
             if bytes == 0 {
                 break;
             }
@@ -117,7 +122,7 @@ impl Trace {
                 continue;
             }
             let parsed = Line::parse(&text).and_then(|line| builder.push_line(&line));
-            parsed.map_err(|reason| TraceError::Line { path: path.to_owned(), line, reason })?;
+            parsed.map_err(|reason| odd(line, reason))?;
             if line % 256 == 0 {
                 // The decoder's file and `position` share one offset.
                 progress((&position).stream_position().map_err(io)?);

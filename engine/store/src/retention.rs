@@ -321,7 +321,6 @@ impl Retention {
 }
 
 /// 32 bits of a key, spread.
-#[expect(clippy::cast_possible_truncation, reason = "the upper half")]
 fn print(key: u64) -> u32 {
     (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
 }

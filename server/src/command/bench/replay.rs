@@ -13,14 +13,15 @@ const SHARES_PERCENT: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 /// Arguments of `esker bench replay`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A trace has one request per line, as JSON, zstd-compressed or not. Three kinds of lines are known:
-  {\"timestamp\": MS, \"input_length\": TOKENS, \"output_length\": TOKENS, \"hash_ids\": [ID, ...]}    blocks of 512 tokens
-  the same with \"runs\": [[FIRST_ID, COUNT], ...] for \"hash_ids\"                               blocks of 64 tokens
-  either with \"block_tokens\": TOKENS                                                          any other trace
-Ids name the blocks of the prompt in order; equal ids behind equal prefixes are one block. Times may not go back.
+A trace has one request per line, as JSON, zstd-compressed or not:
+  {\"timestamp\": MS, \"input_length\": TOKENS, \"hash_ids\": [ID, ...]}
+  {\"timestamp\": MS, \"input_length\": TOKENS, \"runs\": [[FIRST_ID, COUNT], ...]}
+Ids name the blocks of the prompt in order; equal ids behind equal prefixes are one
+block. Blocks have 512 tokens with hash_ids and 64 with runs, or what the line says as
+\"block_tokens\": TOKENS. Other fields are ignored. Times may not go back.
 
-No block is read or written: what is replayed is which blocks would be. A request finds the leading run of its blocks
-that are stored, and puts the rest.
+No block is read or written: what is replayed is which blocks would be. A request finds
+the leading run of its blocks that are stored, and puts the rest.
 
 Examples:
   esker bench replay conversation_trace.jsonl
