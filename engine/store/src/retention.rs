@@ -203,6 +203,16 @@ impl Retention {
         Candidate { print, class, grade, uses }
     }
 
+    /// A block found on the drive when the store was opened: taken for one seen once. Nothing is counted.
+    pub fn recovered(&self, key: u64, context: Context, bytes: u32, tokens: u32) -> Candidate {
+        let (class, grade) = if self.settings.lru_leaf {
+            (Class::default(), 0)
+        } else {
+            (Class::first(context), self.grade(bytes, tokens))
+        };
+        Candidate { print: print(key), class, grade, uses: 1 }
+    }
+
     /// Whether `candidate` is worth more than what a full store would evict for it: at equal worth the write would be for
     /// nothing. A store with room takes anything.
     pub fn admits(&mut self, candidate: &Candidate, now_s: u32) -> bool {
@@ -211,7 +221,7 @@ impl Retention {
         self.settings.lru_leaf || cheapest.is_some_and(|(_, least)| worth > least)
     }
 
-    /// `candidate` was stored in `slot`, a free one, behind `parent`.
+    /// `candidate` was stored in `slot`, a free one, behind `parent`. `now_s` may not be after the parent's last use.
     pub fn insert(&mut self, slot: u32, parent: Option<u32>, candidate: &Candidate, now_s: u32) {
         if let Some(parent) = parent {
             self.dequeue(parent);
@@ -238,7 +248,8 @@ impl Retention {
         Some(leaf.slot)
     }
 
-    /// The block in `slot`, a leaf, is no longer stored. The slot is free.
+    /// The block in `slot` is no longer stored, and the slot is free. It must be a leaf: what is lost with blocks behind it
+    /// takes those along, from the ends of their paths on. Pins on it are forgotten.
     pub fn remove(&mut self, slot: u32) {
         self.dequeue(slot);
         let node = std::mem::replace(&mut self.nodes[slot as usize], FREE);

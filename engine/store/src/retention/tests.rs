@@ -236,6 +236,16 @@ fn a_full_store_refuses_what_never_returns_for_what_does() {
 }
 
 #[test]
+fn what_was_recovered_goes_like_what_was_put() {
+    let mut retention = Retention::new(settings());
+    let root = retention.recovered(1, retention.context(None), 1280, 128);
+    retention.insert(0, None, &root, 0);
+    let leaf = retention.recovered(2, retention.context(Some(0)), 1280, 128);
+    retention.insert(1, Some(0), &leaf, 0);
+    assert_eq!(retention.victim(5), Some(1));
+}
+
+#[test]
 fn a_node_takes_20_bytes() {
     assert_eq!(size_of::<super::Node>(), 20);
 }
