@@ -124,7 +124,7 @@ impl From<ObjectKind> for v1::ObjectKind {
         match kind {
             ObjectKind::Block => Self::Block,
             ObjectKind::State => Self::State,
-            ObjectKind::Layout => Self::Unspecified,
+            ObjectKind::Layout | ObjectKind::Lease | ObjectKind::Erasure => Self::Unspecified,
         }
     }
 }

@@ -70,7 +70,7 @@ fn run(store: &Store, queue: &Receiver<(PutObject, usize)>, waiting_bytes: &Atom
         }
         for result in store.put(batch) {
             match result {
-                Ok(PutOutcome::Stored | PutOutcome::Present) => {}
+                Ok(PutOutcome::Stored | PutOutcome::Present | PutOutcome::Declined) => {}
                 Err(error) => {
                     tracing::warn!(%error, "a new block was not stored");
                 }

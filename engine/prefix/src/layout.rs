@@ -203,7 +203,7 @@ impl KvLayout {
         match kind {
             ObjectKind::Block => &self.block_planes,
             ObjectKind::State => &self.state_planes,
-            ObjectKind::Layout => &[],
+            ObjectKind::Layout | ObjectKind::Lease | ObjectKind::Erasure => &[],
         }
     }
 

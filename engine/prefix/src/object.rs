@@ -16,12 +16,16 @@ pub enum ObjectKind {
     State = 2,
     /// A namespace's layout table, so that a store can be read without any other file.
     Layout = 3,
+    /// A store's promise to keep some prefixes until a deadline.
+    Lease = 4,
+    /// A store's order that something must never come back.
+    Erasure = 5,
 }
 
 impl ObjectKind {
     /// The kind with this byte on disk.
     pub fn from_u8(byte: u8) -> Option<Self> {
-        [Self::Block, Self::State, Self::Layout].into_iter().find(|kind| *kind as u8 == byte)
+        [Self::Block, Self::State, Self::Layout, Self::Lease, Self::Erasure].into_iter().find(|kind| *kind as u8 == byte)
     }
 }
 

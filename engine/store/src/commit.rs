@@ -12,13 +12,13 @@
 mod batch;
 mod segments;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
-use esker_prefix::ObjectId;
+use esker_prefix::{ObjectId, ObjectKind};
 
 use crate::encoding::Encoded;
 use crate::index::{Changes, Phase, SegmentState};
@@ -33,6 +33,8 @@ use segments::{Made, Maker};
 const MAX_BATCH_RECORDS: usize = 1024;
 /// Batches being written or flushed; one that waits for its turn to be flushed does not keep the disk busy.
 const MAX_BATCHES: usize = 4;
+/// Declined objects that are remembered, so that what hangs on them is declined rather than refused as an orphan.
+const MAX_DECLINED: usize = 64 * 1024;
 
 /// A record on its way to the disk.
 pub(crate) struct Submission {
@@ -96,6 +98,7 @@ impl Committer {
             redo: VecDeque::new(),
             batches: VecDeque::new(),
             unpublished: HashMap::new(),
+            declined: HashSet::new(),
             full: Vec::new(),
             maker,
             spare: None,
@@ -145,6 +148,8 @@ struct Writer {
     batches: VecDeque<Batch>,
     /// Objects of `batches`: number of the batch.
     unpublished: HashMap<ObjectId, u64>,
+    /// Not stored, as not worth it; perhaps not all of them.
+    declined: HashSet<ObjectId>,
     /// Segments that are full, each to be sealed when the batch with this number is published: it may hold their last
     /// records.
     full: Vec<(u64, Tail)>,
@@ -267,28 +272,60 @@ impl Writer {
     fn admit(&mut self, submission: Submission, forming: &mut Batch) -> Option<Pending> {
         let Submission { encoded: Encoded { header, digest, record }, position, reply, permit } = submission;
         let (id, putter) = (header.id, (position, reply));
-        if let Some(&number) = self.unpublished.get(&id) {
-            let mut batches = self.batches.iter_mut().chain([forming]);
+        // What the store writes about itself: the newest of a name holds.
+        let own = matches!(id.kind, ObjectKind::Lease | ObjectKind::Erasure);
+        if !own && let Some(&number) = self.unpublished.get(&id) {
+            let mut batches = self.batches.iter_mut().chain([&mut *forming]);
             if let Some(first) = batches.find(|batch| batch.number == number).and_then(|batch| batch.find(id)) {
                 let same_content = first.digest == digest;
                 first.repeats.push(Repeat { putter, same_content });
                 return None;
             }
         }
-        if let Some(located) = self.shared.table.get(id)
+        if !own
+            && let Some(located) = self.shared.table.get(id)
             && let Some(known) = self.shared.digest_of(id, &located)
         {
             self.answer(putter, compare(id, known == digest));
             return None;
         }
-        if let Some(parent) = header.parent
-            && !self.unpublished.contains_key(&parent)
-            && self.shared.table.get(parent).is_none()
-        {
-            self.answer(putter, Err(StoreError::MissingParent { id, parent }));
+        let mut context = None;
+        if !own && let Some(parent) = header.parent && self.shared.table.get(parent).is_none() {
+            if self.declined.contains(&parent) {
+                self.decline(id, putter);
+                return None;
+            }
+            let Some(unpublished) = self.pending(parent, forming) else {
+                self.answer(putter, Err(StoreError::MissingParent { id, parent }));
+                return None;
+            };
+            context = Some(unpublished.context);
+        }
+        let (now_s, bytes) = (self.shared.time.now_s(), record.len() as u64);
+        let (candidate, context, admits) = self.shared.table.judge(&header, bytes, context, now_s);
+        let permanent = header.class == TtlClass::PERMANENT;
+        if !admits && !permanent && self.shared.settings.admission && !self.shared.has_capacity() {
+            self.decline(id, putter);
             return None;
         }
-        Some(Pending { header, digest, record: Some(record), putter, repeats: Vec::new(), _permit: permit })
+        let (record, repeats) = (Some(record), Vec::new());
+        Some(Pending { header, digest, record, putter, repeats, candidate, context, _permit: permit })
+    }
+
+    /// A record that has no entry yet.
+    fn pending<'a>(&'a mut self, id: ObjectId, forming: &'a mut Batch) -> Option<&'a mut Pending> {
+        let number = *self.unpublished.get(&id)?;
+        let mut batches = self.batches.iter_mut().chain([forming]);
+        batches.find(|batch| batch.number == number).and_then(|batch| batch.find(id))
+    }
+
+    /// Says that an object is not worth its place.
+    fn decline(&mut self, id: ObjectId, putter: Putter) {
+        if self.declined.len() >= MAX_DECLINED {
+            self.declined.clear();
+        }
+        self.declined.insert(id);
+        self.answer(putter, Ok(PutOutcome::Declined));
     }
 
     /// The tail of `class` with room for a record of `bytes`. `None` while a segment is being made.
@@ -303,16 +340,11 @@ impl Writer {
             tail.append_at += bytes;
             self.tails.insert(class, tail);
             // Made ahead, so that nobody waits for it.
-            if tail.append_at > tail.len_bytes / 2 && self.spare.is_none() && self.has_capacity() {
+            if tail.append_at > tail.len_bytes / 2 && self.spare.is_none() {
                 self.ahead = true;
                 self.maker.order();
             }
             return Ok(Some(before));
-        }
-        if !self.has_capacity() {
-            let (_, used_bytes) = self.shared.segments.totals();
-            let reason = format!("{used_bytes} of {} bytes are in segments", settings.capacity_bytes);
-            return Err(StoreError::Full { reason });
         }
         // What failed ahead of time may work now.
         let made = self.spare.take().filter(|made| !(self.ahead && matches!(made, Made::Not(_))));
@@ -344,16 +376,9 @@ impl Writer {
         }
     }
 
-    /// Whether the store may take one more segment.
-    fn has_capacity(&self) -> bool {
-        let settings = &self.shared.settings;
-        let (_, used_bytes) = self.shared.segments.totals();
-        used_bytes.saturating_add(settings.segment_bytes) <= settings.capacity_bytes
-    }
-
     /// Gives the records of a batch their sequence and hands them to the disk.
     fn start(&mut self, mut batch: Batch) {
-        let number = batch.number;
+        let (number, time_s) = (batch.number, self.shared.time.now_s());
         for (run_number, run) in batch.runs.iter_mut().enumerate() {
             for (position, pending) in run.records.iter_mut().enumerate() {
                 let Some(mut record) = pending.record.take() else { continue };
@@ -362,8 +387,8 @@ impl Writer {
                     generation: run.tail.generation,
                     offset: run.end,
                 };
-                let checksum = pending.header.encode(place, self.next_sequence, &mut record);
-                run.entries.push(pending.entry(place, self.next_sequence, checksum, record.len()));
+                let checksum = pending.header.encode(place, self.next_sequence, time_s, &mut record);
+                run.entries.push(pending.entry(place, self.next_sequence, time_s, checksum, record.len()));
                 run.sequence = self.next_sequence;
                 self.next_sequence += 1;
                 run.end += record.len() as u64;
@@ -479,16 +504,24 @@ impl Writer {
         let mut changes = Changes::default();
         for run in &batch.runs {
             run.entries.iter().for_each(|entry| changes.put(entry));
-            changes.put_segment(run.tail.id, &run.state(Phase::Open));
+            changes.put_segment(run.tail.id, &run.state(Phase::Open, self.shared.used_s(run.tail.id)));
         }
         self.shared
             .index
             .write(changes)
             .inspect_err(|error| tracing::error!(%error, "the index refused a batch"))?;
-        for entry in batch.runs.iter().flat_map(|run| &run.entries) {
-            self.shared.table.insert(entry);
+        let mut replaced = Vec::new();
+        for run in &batch.runs {
+            for (entry, record) in run.entries.iter().zip(&run.records) {
+                replaced.extend(self.shared.table.insert(entry, Some(record.candidate)));
+            }
+            let live_bytes = run.end - run.tail.append_at;
+            self.shared.segments.update(run.tail.id, |segment| {
+                segment.live_bytes += live_bytes;
+                segment.used_s = segment.used_s.max(run.entries.last().map_or(0, |entry| entry.time_s));
+            });
         }
-        Ok(())
+        self.shared.free(&replaced)
     }
 
     /// Closes the full segments whose last batch is published.
@@ -534,7 +567,8 @@ impl Writer {
         self.tails.retain(|_, open| open.id != segment);
         self.full.retain(|(_, full)| full.id != segment);
         let mut changes = Changes::default();
-        changes.put_segment(segment, &tail.state(Phase::Suspect, self.next_sequence - 1));
+        let used_s = self.shared.used_s(segment);
+        changes.put_segment(segment, &tail.state(Phase::Suspect, self.next_sequence - 1, used_s));
         if let Err(error) = self.shared.index.write_durably(changes) {
             tracing::error!(%segment, %error, "a suspect segment could not be marked");
         }
@@ -605,15 +639,15 @@ impl Tail {
         self.len_bytes - PAGE as u64
     }
 
-    pub(crate) fn state(&self, phase: Phase, sequence: u64) -> SegmentState {
-        SegmentState { phase, generation: self.generation, watermark: self.published_at, sequence }
+    pub(crate) fn state(&self, phase: Phase, sequence: u64, used_s: u32) -> SegmentState {
+        SegmentState { phase, generation: self.generation, watermark: self.published_at, sequence, used_s }
     }
 }
 
 impl Run {
-    fn state(&self, phase: Phase) -> SegmentState {
+    fn state(&self, phase: Phase, used_s: u32) -> SegmentState {
         let (generation, sequence) = (self.tail.generation, self.sequence);
-        SegmentState { phase, generation, watermark: self.end, sequence }
+        SegmentState { phase, generation, watermark: self.end, sequence, used_s }
     }
 }
 

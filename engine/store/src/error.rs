@@ -112,6 +112,30 @@ pub enum StoreError {
         /// Segments that were given up since the store was opened.
         failures: u64,
     },
+    /// A lease would hold more than leases may.
+    #[error("a lease of {bytes} bytes does not fit: {leased_bytes} of {limit_bytes} bytes are leased")]
+    LeaseBudget {
+        /// Bytes of the records that it would hold.
+        bytes: u64,
+        /// Bytes that other leases hold.
+        leased_bytes: u64,
+        /// Bytes that leases may hold.
+        limit_bytes: u64,
+    },
+    /// A lease names what is not stored.
+    #[error("{id:?} is not stored, so it cannot be leased")]
+    NotStored {
+        /// What is not there.
+        id: ObjectId,
+    },
+    /// A lease names too many prefixes.
+    #[error("a lease has at most {limit} ends, {got} were given")]
+    LeaseEnds {
+        /// Ends given.
+        got: usize,
+        /// Ends of a lease.
+        limit: usize,
+    },
     /// The store is closing.
     #[error("store is closed")]
     Closed,
@@ -137,10 +161,14 @@ impl StoreError {
     /// What the caller can do.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::BadSetting { .. } | Self::PlaneLength { .. } | Self::TooLarge { .. } => ErrorKind::Invalid,
+            Self::BadSetting { .. }
+            | Self::PlaneLength { .. }
+            | Self::TooLarge { .. }
+            | Self::NotStored { .. }
+            | Self::LeaseEnds { .. } => ErrorKind::Invalid,
             Self::MissingParent { .. } => ErrorKind::MissingParent,
             Self::ContentMismatch { .. } => ErrorKind::ContentMismatch,
-            Self::Full { .. } => ErrorKind::Full,
+            Self::Full { .. } | Self::LeaseBudget { .. } => ErrorKind::Full,
             _ => ErrorKind::Unavailable,
         }
     }

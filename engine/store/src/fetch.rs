@@ -323,9 +323,12 @@ impl Fetch {
 
     fn miss(&mut self, object: usize, kind: MissKind) -> FetchEvent {
         self.fates[object].missed = true;
+        let found = &self.context.targets[object].found;
+        // What was evicted or erased meanwhile reads as zeros, and is no damage.
+        let gone = kind.is_damage() && !self.shared.table.is_at(found.id, found.located.spot);
+        let kind = if gone { MissKind::Absent } else { kind };
         self.shared.counters.miss(kind);
         if kind.is_damage() {
-            let found = &self.context.targets[object].found;
             self.shared.quarantine(found.id, &found.located, kind);
         }
         FetchEvent::Miss { object, kind }

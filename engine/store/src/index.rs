@@ -34,7 +34,7 @@ use crate::{Result, StoreError};
 
 const SEGMENT_PREFIX: u8 = 0xF0;
 const FORMAT_KEY: [u8; 1] = [0xFF];
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// The resident table answers lookups; this serves duplicates and quarantine.
 const BLOCK_CACHE_BYTES: usize = 8 << 20;
 /// Read ahead when all entries are.
@@ -120,6 +120,23 @@ impl Index {
             }
             Ok((key, value)) => self.decode(spot_of(&key)?, &value).map(Ok),
         })
+    }
+
+    /// The entries of one segment, in the order of their places.
+    pub(crate) fn entries_of(&self, id: SegmentId) -> impl Iterator<Item = Result<Entry>> {
+        let first = entry_key(Spot { segment: id, offset: 0 });
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(entry_key(Spot { segment: SegmentId(id.0 + 1), offset: 0 }));
+        let entries = self.db.iterator_opt(IteratorMode::From(&first, rocksdb::Direction::Forward), options);
+        entries.filter_map(|item| match item {
+            Err(error) => Some(Err(error.into())),
+            Ok((key, value)) => self.decode(spot_of(&key)?, &value).map(Ok),
+        })
+    }
+
+    /// What is known of one segment.
+    pub(crate) fn segment(&self, id: SegmentId) -> Result<Option<SegmentState>> {
+        Ok(self.db.get(segment_key(id))?.and_then(|value| SegmentState::decode(&value)))
     }
 
     /// What is known of each segment.

@@ -46,6 +46,11 @@ pub trait Disk: Send + Sync + 'static {
     fn list(&self) -> io::Result<Vec<String>>;
     /// Removes a file, durably. Ops in flight on it still complete.
     fn remove(&self, name: &str) -> io::Result<()>;
+    /// Gives back the space of `[offset, offset + len)`, whole pages, which reads as zeros from then on. `Unsupported` if
+    /// the file system cannot do that.
+    fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()>;
+    /// Bytes that a file takes on the device; less than its length where it was punched.
+    fn allocated_bytes(&self, file: FileId) -> io::Result<u64>;
     /// Starts an op. Blocks only while the disk's bound on ops in flight is reached.
     fn submit(&self, op: Op);
     /// Which engine this is.

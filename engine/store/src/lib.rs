@@ -10,15 +10,19 @@
 //! DIR/index/                RocksDB, derived from the segments (index.rs)
 //! ```
 
+pub mod clock;
 pub mod codec;
 mod commit;
 mod encoding;
+mod erasure;
 mod error;
 mod fetch;
 mod fields;
 mod index;
 pub mod io;
+mod lease;
 mod object;
+mod reclaim;
 mod record;
 mod recovery;
 mod retention;
@@ -37,8 +41,10 @@ extern crate self as esker_store;
 #[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 mod tests;
 
+pub use erasure::Erase;
 pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
+pub use lease::{Lease, LeaseId};
 pub use object::{PutObject, PutOutcome, PutPlane, TtlClass};
 pub use retention::{Candidate, Context, Retention, RetentionSettings};
 #[cfg(any(test, feature = "testing"))]

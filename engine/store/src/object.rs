@@ -63,6 +63,8 @@ pub enum PutOutcome {
     Stored,
     /// These very bytes were stored before, durably.
     Present,
+    /// Not stored: the store is full, and the object is not expected to be worth what would go for it.
+    Declined,
 }
 
 impl PutObject {

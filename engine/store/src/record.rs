@@ -19,7 +19,8 @@
 //!  48   8  offset in the segment, in bytes
 //!  56   8  tokens
 //!  64   8  raw bytes of all planes
-//!  72   8  zero
+//!  72   4  store time of the put, in seconds (clock.rs)
+//!  76   4  zero
 //!  80  32  hash of the object
 //! 112  32  hash of the parent, zero for a root
 //! 144  32  namespace
@@ -114,6 +115,7 @@ pub(crate) struct PlacedHeader {
     pub(crate) header: RecordHeader,
     pub(crate) place: Place,
     pub(crate) sequence: u64,
+    pub(crate) time_s: u32,
     pub(crate) record_bytes: usize,
     pub(crate) checksum: HeaderChecksum,
 }
@@ -157,7 +159,13 @@ impl RecordHeader {
     }
 
     /// Writes the header to the start of `record`.
-    pub(crate) fn encode(&self, place: Place, sequence: u64, record: &mut [u8]) -> HeaderChecksum {
+    pub(crate) fn encode(
+        &self,
+        place: Place,
+        sequence: u64,
+        time_s: u32,
+        record: &mut [u8],
+    ) -> HeaderChecksum {
         let out = &mut record[..self.header_bytes()];
         let record_pages = narrow(self.record_bytes() / PAGE);
         let planes = u16::try_from(self.planes.len()).expect("checked against MAX_PLANES");
@@ -166,7 +174,7 @@ impl RecordHeader {
         writer.u8(self.parent.map_or(0, |parent| parent.kind as u8)).u8(self.class.0).u8(0);
         writer.u16(planes).u32(narrow(self.header_bytes())).u32(record_pages);
         writer.u64(sequence).u64(place.segment.0).u64(place.generation).u64(place.offset);
-        writer.u64(self.tokens).u64(self.raw_bytes()).u64(0);
+        writer.u64(self.tokens).u64(self.raw_bytes()).u32(time_s).u32(0);
         writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
         writer.bytes(&self.namespace.0).bytes(&self.scope.0).bytes(&self.content_digest().0);
         writer.bytes(&[0; 16]).bytes(&[0; 16]);
@@ -210,7 +218,7 @@ impl PlacedHeader {
         let sequence = reader.u64();
         let place =
             Place { segment: SegmentId(reader.u64()), generation: reader.u64(), offset: reader.u64() };
-        let (tokens, raw_bytes, _) = (reader.u64(), reader.u64(), reader.u64());
+        let (tokens, raw_bytes, time_s, _) = (reader.u64(), reader.u64(), reader.u32(), reader.u32());
         let (hash, parent_hash) = (BlockHash(reader.bytes()), BlockHash(reader.bytes()));
         let (namespace, scope) = (NamespaceId(reader.bytes()), ScopeTag(reader.bytes()));
         let digest = ContentDigest(reader.bytes());
@@ -245,7 +253,7 @@ impl PlacedHeader {
         {
             return Err(NotAHeader::Damaged);
         }
-        Ok(Self { header, place, sequence, record_bytes, checksum: found })
+        Ok(Self { header, place, sequence, time_s, record_bytes, checksum: found })
     }
 }
 

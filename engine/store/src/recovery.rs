@@ -10,8 +10,11 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use esker_prefix::ObjectKind;
+
 use crate::commit::{Position, Tail};
-use crate::index::{Changes, Phase, SegmentState};
+use crate::erasure::Erase;
+use crate::index::{Changes, Entry, Phase, SegmentState};
 use crate::io::{FileId, Op, PAGE, read_exact, wait};
 use crate::scan::{Scan, Scanned};
 use crate::segment::{OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage};
@@ -31,6 +34,8 @@ pub(crate) struct Recovery {
     pub(crate) unreadable_segments: Vec<String>,
     /// The index could not be read to its end, and is marked for it.
     pub(crate) index_damaged: bool,
+    /// Leases and erasures.
+    pub(crate) own: Vec<Entry>,
 }
 
 /// Opens all segments, brings the index up to date and finds where writing goes on.
@@ -124,10 +129,13 @@ impl Worker<'_> {
             return Ok(None);
         };
         let class = header.or(seal).map_or(TtlClass::default(), |page| page.class);
-        self.shared.segments.insert(id, OpenSegment { file, len_bytes, generation, class });
+        let used_s = state.map_or_else(|| self.shared.time.now_s(), |state| state.used_s);
+        self.shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
         let mut tail = Tail { id, class, generation, file, len_bytes, append_at: 0, published_at: 0 };
         tail.end_at(scanned.end);
         if suspect {
+            // Nothing will be added to it, and its space returns with its last record.
+            self.shared.segments.update(id, |segment| segment.sealed = true);
             return Ok(None);
         }
         if seal.is_none()
@@ -192,7 +200,8 @@ impl Worker<'_> {
 
     fn remember(&self, tail: &Tail, phase: Phase) -> Result<()> {
         let mut changes = Changes::default();
-        changes.put_segment(tail.id, &tail.state(phase, self.sequence));
+        changes.put_segment(tail.id, &tail.state(phase, self.sequence, self.shared.used_s(tail.id)));
+        self.shared.segments.update(tail.id, |segment| segment.sealed = phase == Phase::Sealed);
         self.shared.index.write(changes)
     }
 
@@ -205,6 +214,9 @@ impl Worker<'_> {
     /// Fills the table, and removes entries from the index that point behind the end of a segment, into a missing one,
     /// or at a record that a later one replaces.
     fn load(&mut self, mut changes: Changes) -> Result<()> {
+        let mut erasures = Vec::new();
+        let mut live_bytes: HashMap<SegmentId, u64> = HashMap::new();
+        let mut newest_s = 0;
         for entry in self.shared.index.entries() {
             let Ok(entry) = entry else {
                 self.report.index_damaged = true;
@@ -216,15 +228,52 @@ impl Worker<'_> {
                 self.report.entries_dropped += 1;
                 continue;
             }
-            let Some(before) = self.shared.table.insert(&entry) else { continue };
-            let earlier = self.shared.index.get(before)?.filter(|before| before.sequence > entry.sequence);
-            if let Some(later) = earlier {
-                self.shared.table.insert(&later);
+            newest_s = newest_s.max(entry.time_s);
+            *live_bytes.entry(entry.spot.segment).or_default() += entry.end() - entry.spot.offset;
+            if let Some(before) = self.shared.table.insert(&entry, None) {
+                let earlier = self.shared.index.get(before.spot)?;
+                let earlier = earlier.filter(|before| before.sequence > entry.sequence);
+                if let Some(later) = earlier {
+                    self.shared.table.insert(&later, None);
+                }
+                let (loser, len_bytes) = match earlier {
+                    Some(_) => (entry.spot, entry.end() - entry.spot.offset),
+                    None => (before.spot, before.record_bytes),
+                };
+                changes.remove(loser);
+                *live_bytes.entry(loser.segment).or_default() -= len_bytes;
+                self.report.records_indexed = self.report.records_indexed.saturating_sub(1);
             }
-            changes.remove(if earlier.is_some() { entry.spot } else { before });
-            self.report.records_indexed = self.report.records_indexed.saturating_sub(1);
+            match entry.id.kind {
+                ObjectKind::Lease => self.report.own.push(entry),
+                ObjectKind::Erasure => erasures.extend(Erase::of(&entry).map(|erase| (erase, entry.sequence))),
+                _ => {}
+            }
         }
-        self.shared.index.write(changes)
+        self.shared.index.write(changes)?;
+        self.shared.time.advance_to(newest_s);
+        for (id, bytes) in live_bytes {
+            self.shared.segments.update(id, |segment| segment.live_bytes = bytes);
+        }
+        self.report.own.retain(|entry| self.shared.table.is_at(entry.id, entry.spot));
+        for (erase, sequence) in erasures {
+            self.shared.erase(erase, sequence)?;
+        }
+        self.account()
+    }
+
+    /// Learns how much of each segment was given back before, and gives back those of which nothing is left.
+    fn account(&self) -> Result<()> {
+        for (id, segment) in self.shared.segments.all() {
+            if segment.sealed && segment.live_bytes == 0 {
+                self.shared.remove_segment(id);
+                continue;
+            }
+            // Without an answer the segment counts in full.
+            let taken = self.shared.disk.allocated_bytes(segment.file).unwrap_or(segment.len_bytes);
+            self.shared.segments.update(id, |open| open.punched_bytes = open.len_bytes.saturating_sub(taken));
+        }
+        Ok(())
     }
 }
 

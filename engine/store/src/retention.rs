@@ -128,6 +128,11 @@ impl Retention {
         }
     }
 
+    /// When `slot` was used last.
+    pub fn last_s(&self, slot: u32) -> u32 {
+        self.nodes[slot as usize].last_s
+    }
+
     /// The path that ends in `tip` was read. Every block of it was used.
     pub fn touch(&mut self, tip: u32, now_s: u32) {
         self.dequeue(tip);
@@ -148,6 +153,42 @@ impl Retention {
         }
         self.enqueue(tip);
         self.appraise_in_time(now_s);
+    }
+
+    /// Something behind `slot` is used at `now_s`: no block of the path is older than that. Counts as no use.
+    pub fn renew(&mut self, slot: u32, now_s: u32) {
+        self.dequeue(slot);
+        let mut at = slot;
+        while at != NO_PARENT && self.nodes[at as usize].last_s < now_s {
+            self.nodes[at as usize].last_s = now_s;
+            at = self.nodes[at as usize].parent;
+        }
+        self.enqueue(slot);
+    }
+
+    /// The stored block before `slot`.
+    pub fn parent(&self, slot: u32) -> Option<u32> {
+        Some(self.nodes[slot as usize].parent).filter(|&parent| parent != NO_PARENT)
+    }
+
+    /// Whether nothing stored comes behind `slot`.
+    pub fn is_leaf(&self, slot: u32) -> bool {
+        self.nodes[slot as usize].children == 0
+    }
+
+    /// How many stored blocks come right behind `slot`.
+    pub fn children(&self, slot: u32) -> u32 {
+        self.nodes[slot as usize].children
+    }
+
+    /// Bytes of memory per block, leaves and all; what is remembered of others is bounded and not counted.
+    pub fn memory_bytes(&self) -> usize {
+        self.nodes.capacity() * size_of::<Node>() + self.leaves.len() * size_of::<Leaf>()
+    }
+
+    /// Whether `slot` is pinned itself.
+    pub fn is_pinned(&self, slot: u32) -> bool {
+        self.nodes[slot as usize].pins > 0
     }
 
     /// Keeps `slot`, and so its path, until it is unpinned as often.

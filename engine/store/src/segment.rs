@@ -176,13 +176,21 @@ fn checksum(page: &[u8]) -> [u8; 16] {
 #[derive(Debug, Default)]
 pub(crate) struct SegmentTable(RwLock<HashMap<SegmentId, OpenSegment>>);
 
-/// A segment's file.
+/// A segment's file and what is known of it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OpenSegment {
     pub(crate) file: FileId,
     pub(crate) len_bytes: u64,
     pub(crate) generation: u64,
     pub(crate) class: TtlClass,
+    /// Nothing will be added to it.
+    pub(crate) sealed: bool,
+    /// Bytes of the records that the table names.
+    pub(crate) live_bytes: u64,
+    /// Bytes given back to the file system.
+    pub(crate) punched_bytes: u64,
+    /// Store time of the last use of anything in it.
+    pub(crate) used_s: u32,
 }
 
 impl SegmentTable {
@@ -190,14 +198,35 @@ impl SegmentTable {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(&id).copied()
     }
 
+    pub(crate) fn all(&self) -> Vec<(SegmentId, OpenSegment)> {
+        let segments = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        segments.iter().map(|(id, segment)| (*id, *segment)).collect()
+    }
+
     pub(crate) fn insert(&self, id: SegmentId, segment: OpenSegment) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).insert(id, segment);
+    }
+
+    /// Changes what is known of a segment, if there is one.
+    pub(crate) fn update<T>(&self, id: SegmentId, change: impl FnOnce(&mut OpenSegment) -> T) -> Option<T> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).get_mut(&id).map(change)
+    }
+
+    pub(crate) fn remove(&self, id: SegmentId) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
     /// How many there are and how many bytes they take.
     pub(crate) fn totals(&self) -> (u64, u64) {
         let segments = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        (segments.len() as u64, segments.values().map(|segment| segment.len_bytes).sum())
+        let bytes = |segment: &OpenSegment| segment.len_bytes.saturating_sub(segment.punched_bytes);
+        (segments.len() as u64, segments.values().map(bytes).sum())
+    }
+}
+
+impl OpenSegment {
+    pub(crate) fn new(file: FileId, len_bytes: u64, generation: u64, class: TtlClass, used_s: u32) -> Self {
+        Self { file, len_bytes, generation, class, sealed: false, live_bytes: 0, punched_bytes: 0, used_s }
     }
 }
 

@@ -17,6 +17,10 @@ pub struct StoreSettings {
     pub segment_bytes: u64,
     /// Bytes that all segments together may take; puts beyond are refused as full.
     pub capacity_bytes: u64,
+    /// Whether a full store may decline objects that are not worth their place.
+    pub admission: bool,
+    /// Bytes of records that all leases together may hold, each counted with its whole paths.
+    pub leased_bytes: u64,
     /// How long objects of each class are kept after their last use.
     pub ttl_classes: Vec<Duration>,
     /// zstd level for planes that shrink by at least 3 %; `None` stores every plane raw.
@@ -61,6 +65,8 @@ impl Default for StoreSettings {
         Self {
             segment_bytes: 256 << 20,
             capacity_bytes: u64::MAX,
+            admission: true,
+            leased_bytes: u64::MAX,
             ttl_classes: [5 * 60, 3600, 24 * 3600, 72 * 3600].map(Duration::from_secs).to_vec(),
             zstd_level: Some(1),
             read_bytes_in_flight: 64 << 20,

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use esker_prefix::ObjectId;
 
+use crate::clock::StoreTime;
 use crate::commit::Tail;
+use crate::lease::Leases;
 use crate::fetch::Verifiers;
 use crate::index::{Changes, Index, Phase};
 use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
 use crate::record::ContentDigest;
-use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot};
+use crate::segment::{PageKind, SegmentId, SegmentPage, SegmentTable, Spot};
 use crate::stats::Counters;
 use crate::table::{Located, Table};
 use crate::verify;
@@ -24,6 +26,8 @@ pub(crate) struct Shared {
     pub(crate) verifiers: Verifiers,
     pub(crate) index: Index,
     pub(crate) table: Table,
+    pub(crate) time: StoreTime,
+    pub(crate) leases: Leases,
     pub(crate) segments: SegmentTable,
     pub(crate) counters: Counters,
     pub(crate) reading: Arc<ByteGate>,
@@ -70,6 +74,7 @@ impl Shared {
         if !self.table.remove_if(id, located.spot) {
             return;
         }
+        // The space stays taken until the segment goes: whoever looks into the damage finds it.
         self.counters.quarantined.add(1);
         tracing::warn!(?id, %kind, %segment, offset, "bad record quarantined");
         let mut changes = Changes::default();
@@ -101,14 +106,22 @@ impl Shared {
             .and_then(|()| wait(self.disk.as_ref(), |reply| Op::sync(tail.file, 0, reply)))
             .map_err(StoreError::io("sealing", tail.id.file_name()))?;
         let mut changes = Changes::default();
-        changes.put_segment(tail.id, &tail.state(Phase::Sealed, sequence));
-        self.index.write(changes)
+        changes.put_segment(tail.id, &tail.state(Phase::Sealed, sequence, self.used_s(tail.id)));
+        self.index.write(changes)?;
+        self.segments.update(tail.id, |segment| segment.sealed = true);
+        Ok(())
+    }
+
+    /// Store time of the last use of a segment.
+    pub(crate) fn used_s(&self, id: SegmentId) -> u32 {
+        self.segments.get(id).map_or(0, |segment| segment.used_s)
     }
 
     pub(crate) fn count_put(&self, outcome: &Result<PutOutcome>) {
         let counter = match outcome {
             Ok(PutOutcome::Stored) => &self.counters.stored,
             Ok(PutOutcome::Present) => &self.counters.present,
+            Ok(PutOutcome::Declined) => &self.counters.declined,
             Err(StoreError::ContentMismatch { .. }) => &self.counters.content_mismatch,
             Err(_) => &self.counters.put_errors,
         };

@@ -130,6 +130,22 @@ pub struct StoreStats {
     pub segment_bytes: u64,
     /// Bytes of all records, headers and padding included; 0 if the index cannot tell.
     pub record_bytes: u64,
+    /// Objects declined by a full store as not worth their place.
+    pub declined: u64,
+    /// Objects evicted for others.
+    pub evicted: u64,
+    /// Bytes of their records.
+    pub evicted_bytes: u64,
+    /// Objects removed when the time to live of their segment was over.
+    pub expired: u64,
+    /// Objects erased.
+    pub erased: u64,
+    /// Bytes given back to the file system out of segments that stay.
+    pub punched_bytes: u64,
+    /// Leases that hold.
+    pub leases: u64,
+    /// Bytes of records that they hold, each counted with its whole paths.
+    pub leased_bytes: u64,
     /// Objects that lookups can find.
     pub objects: u64,
     /// Bytes of memory that their resident table takes.
@@ -176,6 +192,12 @@ pub(crate) struct Counters {
     pub(crate) commits: Counter,
     pub(crate) index_errors: Counter,
     pub(crate) suspect_segments: Counter,
+    pub(crate) declined: Counter,
+    pub(crate) evicted: Counter,
+    pub(crate) evicted_bytes: Counter,
+    pub(crate) expired: Counter,
+    pub(crate) erased: Counter,
+    pub(crate) punched_bytes: Counter,
 }
 
 impl Counters {

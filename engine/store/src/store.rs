@@ -8,10 +8,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 
+use crate::clock::{Clock, StoreTime, SystemClock};
 use crate::commit::{Committer, Submission};
 use crate::encoding::Hashed;
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
-use crate::index::Index;
+use crate::erasure::Erase;
+use crate::index::{Entry, Index};
+use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine};
 use crate::recovery;
 use crate::segment::{RECORDS_AT, SegmentTable};
@@ -53,7 +56,7 @@ impl Store {
     /// the segments hold. Damaged data never prevents that; [`Store::open_report`] tells what was found.
     pub fn open(dir: &Path, settings: StoreSettings) -> Result<Self> {
         let engines = settings.io_engines.clone();
-        Self::open_with(dir, settings, |segments| {
+        Self::open_with(dir, settings, None, |segments| {
             let (disk, refused) =
                 io::choose(segments, &engines).map_err(StoreError::io("no I/O engine works in", segments))?;
             Ok((disk, refused.into_iter().map(|(engine, error)| (engine, error.to_string())).collect()))
@@ -62,12 +65,22 @@ impl Store {
 
     /// As [`Store::open`], with a disk of the caller's for the segments. Lock and index stay in `dir`.
     pub fn open_on(dir: &Path, settings: StoreSettings, disk: Arc<dyn Disk>) -> Result<Self> {
-        Self::open_with(dir, settings, |_| Ok((disk, Vec::new())))
+        Self::open_with(dir, settings, None, |_| Ok((disk, Vec::new())))
+    }
+
+    /// As [`Store::open`], with a clock of the caller's.
+    pub fn open_at(dir: &Path, settings: StoreSettings, clock: Arc<dyn Clock>) -> Result<Self> {
+        let engines = settings.io_engines.clone();
+        Self::open_with(dir, settings, Some(clock), |segments| {
+            let chosen = io::choose(segments, &engines).map_err(StoreError::io("no I/O engine works in", segments));
+            chosen.map(|(disk, _)| (disk, Vec::new()))
+        })
     }
 
     fn open_with(
         dir: &Path,
         settings: StoreSettings,
+        clock: Option<Arc<dyn Clock>>,
         disk: impl FnOnce(&Path) -> Result<(Arc<dyn Disk>, Vec<(IoEngine, String)>)>,
     ) -> Result<Self> {
         settings.check()?;
@@ -76,6 +89,10 @@ impl Store {
         let lock = lock(dir, settings.lock_wait)?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(StoreError::io("flushing", dir))?;
         let (disk, refused_engines) = disk(&segments)?;
+        let clock: Arc<dyn Clock> = match clock {
+            Some(clock) => clock,
+            None => Arc::new(SystemClock::new().map_err(StoreError::io("reading the clock for", dir))?),
+        };
         let share = |index| -> Result<Arc<Shared>> {
             let lock = lock.try_clone().map_err(StoreError::io("keeping the lock of", dir))?;
             Ok(Arc::new(Shared {
@@ -87,7 +104,9 @@ impl Store {
                 settings: settings.clone(),
                 disk: Arc::clone(&disk),
                 index,
-                table: Table::default(),
+                table: Table::new(),
+                time: StoreTime::open(dir, Arc::clone(&clock))?,
+                leases: Leases::default(),
                 segments: SegmentTable::default(),
                 counters: Counters::default(),
                 _lock: lock,
@@ -116,6 +135,7 @@ impl Store {
             entries_dropped: recovery.entries_dropped,
             unreadable_segments: recovery.unreadable_segments,
         };
+        restore_leases(&shared, &recovery.own);
         let committer = Committer::start(Arc::clone(&shared), position)
             .map_err(StoreError::io("starting the commit thread of", dir))?;
         Ok(Self { shared, committer, report })
@@ -165,9 +185,106 @@ impl Store {
         ids.iter().zip(all).map(|(&id, located)| Some(Found::new(id, located?))).collect()
     }
 
-    /// Fetches planes. Nothing is read before the first call of `next`.
+    /// Fetches planes. Nothing is read before the first call of `next`. The prefix that ends in the last object counts as
+    /// used.
     pub fn fetch(&self, request: FetchRequest) -> Fetch {
+        if let Some(last) = request.objects.last() {
+            self.shared.used(last.id);
+        }
         Fetch::new(Arc::clone(&self.shared), request)
+    }
+
+    /// Store time, in seconds: leases end by it, and objects expire. See `clock.rs`.
+    pub fn now_s(&self) -> u32 {
+        self.shared.time.now_s()
+    }
+
+    /// Grants, renews or moves a lease: from when this returns until `duration` has passed the prefixes that end in `ends`
+    /// stay, whatever crashes. What the lease held before is held no longer. Refused if anything of `ends` is not stored,
+    /// or if leases would hold more than `leased_bytes`.
+    pub fn lease(&self, id: LeaseId, ends: &[ObjectId], duration: Duration) -> Result<Lease> {
+        if ends.len() > MAX_ENDS {
+            return Err(StoreError::LeaseEnds { got: ends.len(), limit: MAX_ENDS });
+        }
+        let _writing = self.shared.leases.write(id);
+        // Pinned first, so that nothing can go while the lease is written down.
+        for (count, &end) in ends.iter().enumerate() {
+            if !self.shared.table.pin(end) {
+                ends[..count].iter().for_each(|&pinned| self.shared.table.unpin(pinned));
+                return Err(StoreError::NotStored { id: end });
+            }
+        }
+        let seconds = u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
+        let deadline_s = self.shared.time.now_s().saturating_add(seconds);
+        let granted = self.admit_lease(id, ends, deadline_s).and_then(|(lease, before)| {
+            let written = self.put(vec![lease::object(id, ends, deadline_s)]).remove(0);
+            if written.is_err() {
+                // What could not be written down holds what it held before.
+                let mut held = self.shared.leases.held();
+                held.remove(&id);
+                held.extend(before.clone().map(|before| (id, before)));
+            }
+            written.map(|_| (lease, before))
+        });
+        let (let_go, lease) = match granted {
+            Ok((lease, before)) => (before.map_or(Vec::new(), |before| before.ends), Ok(lease)),
+            Err(error) => (ends.to_vec(), Err(error)),
+        };
+        let_go.into_iter().for_each(|end| self.shared.table.unpin(end));
+        lease
+    }
+
+    /// Gives a lease up. `false` if there is none of this name.
+    pub fn release(&self, id: LeaseId) -> Result<bool> {
+        let _writing = self.shared.leases.write(id);
+        if !self.shared.leases.held().contains_key(&id) {
+            return Ok(false);
+        }
+        // A lease of nothing that ended at the beginning of time: newer than what it replaces, and forgotten soon.
+        self.put(vec![lease::object(id, &[], 0)]).remove(0)?;
+        let before = self.shared.leases.held().insert(id, Lease { id, ends: Vec::new(), deadline_s: 0, bytes: 0 });
+        before.iter().flat_map(|lease| &lease.ends).for_each(|&end| self.shared.table.unpin(end));
+        Ok(true)
+    }
+
+    /// The leases that hold, in the order of their names.
+    pub fn leases(&self) -> Vec<Lease> {
+        let now_s = self.shared.time.now_s();
+        let held = self.shared.leases.held();
+        let mut leases: Vec<Lease> = held.values().filter(|lease| lease.deadline_s > now_s).cloned().collect();
+        leases.sort_unstable_by_key(|lease| lease.id);
+        leases
+    }
+
+    /// Erases for good: when this returns, nothing of it is found, none of it can come back after any crash, and its
+    /// space is given back. Leases do not protect from it. Returns how many objects went.
+    pub fn erase(&self, what: Erase) -> Result<u64> {
+        let object = what.object();
+        let id = object.id;
+        self.put(vec![object]).remove(0)?;
+        let record = self.shared.table.get(id).and_then(|located| self.shared.index.get(located.spot).transpose());
+        let Some(entry) = record.transpose()? else { return Err(StoreError::Closed) };
+        self.shared.erase(what, entry.sequence)
+    }
+
+    /// Expires, ends leases and writes the clock down now rather than within seconds.
+    pub fn keep_house(&self) {
+        self.shared.keep_house();
+    }
+
+    /// Takes a share of the budget for a lease. Returns it and what it replaces.
+    fn admit_lease(&self, id: LeaseId, ends: &[ObjectId], deadline_s: u32) -> Result<(Lease, Option<Lease>)> {
+        let paths = ends.iter().map(|&end| self.shared.table.path_bytes(end).ok_or(StoreError::NotStored { id: end }));
+        let bytes = paths.sum::<Result<u64>>()?;
+        let limit_bytes = self.shared.settings.leased_bytes;
+        let mut held = self.shared.leases.held();
+        let leased_bytes = held.values().filter(|lease| lease.id != id).map(|lease| lease.bytes).sum::<u64>();
+        if leased_bytes.saturating_add(bytes) > limit_bytes {
+            return Err(StoreError::LeaseBudget { bytes, leased_bytes, limit_bytes });
+        }
+        let lease = Lease { id, ends: ends.to_vec(), deadline_s, bytes };
+        let before = held.insert(id, lease.clone());
+        Ok((lease, before))
     }
 
     /// All layouts stored, verified.
@@ -198,7 +315,16 @@ impl Store {
         let counters = &self.shared.counters;
         let (segments, segment_bytes) = self.shared.segments.totals();
         let (objects, table_bytes) = self.shared.table.size();
+        let (leases, leased_bytes) = self.shared.leases.totals();
         StoreStats {
+            declined: counters.declined.get(),
+            evicted: counters.evicted.get(),
+            evicted_bytes: counters.evicted_bytes.get(),
+            expired: counters.expired.get(),
+            erased: counters.erased.get(),
+            punched_bytes: counters.punched_bytes.get(),
+            leases,
+            leased_bytes,
             objects,
             table_bytes,
             stored: counters.stored.get(),
@@ -224,6 +350,7 @@ impl Store {
     pub fn close(self) -> Result<()> {
         let Self { shared, committer, .. } = self;
         drop(committer);
+        shared.time.save()?;
         shared.index.flush()
     }
 
@@ -238,8 +365,9 @@ impl Store {
     fn prepare(&self, object: PutObject) -> Result<Prepared> {
         let hashed = Hashed::new(object, self.shared.settings.segment_bytes)?;
         let id = hashed.id();
-        let known = self.shared.table.get(id).and_then(|located| self.shared.digest_of(id, &located));
-        match known {
+        let own = matches!(id.kind, ObjectKind::Lease | ObjectKind::Erasure);
+        let located = self.shared.table.get(id).filter(|_| !own);
+        match located.and_then(|located| self.shared.digest_of(id, &located)) {
             None => Ok(Prepared::New(hashed)),
             Some(digest) if digest == hashed.digest() => Ok(Prepared::Known(PutOutcome::Present)),
             Some(_) => Err(StoreError::ContentMismatch { id }),
@@ -268,6 +396,31 @@ impl Found {
             scope: located.scope,
             located,
         }
+    }
+}
+
+/// Takes up the leases that were written down. One whose prefix is gone all the same holds what is left.
+fn restore_leases(shared: &Arc<Shared>, entries: &[Entry]) {
+    let now_s = shared.time.now_s();
+    for entry in entries {
+        let Some(located) = shared.table.get(entry.id) else { continue };
+        let objects = vec![Found::new(entry.id, located)];
+        let (planes, order) = (PlaneSelection::All, FetchOrder::ByObject);
+        let event = Fetch::new(Arc::clone(shared), FetchRequest { objects, planes, order, deadline: None }).next();
+        let Some(FetchEvent::Plane { bytes, .. }) = event else {
+            tracing::error!("the record of a lease cannot be read");
+            continue;
+        };
+        let Some((ends, deadline_s)) = lease::parse(&bytes) else {
+            tracing::error!("the record of a lease cannot be understood");
+            continue;
+        };
+        let id = LeaseId(entry.id.hash.0);
+        let holds = |end: &ObjectId| deadline_s > now_s && shared.table.pin(*end);
+        let ends: Vec<ObjectId> = ends.into_iter().filter(holds).collect();
+        let bytes = ends.iter().filter_map(|&end| shared.table.path_bytes(end)).sum();
+        // What is over is kept for the housekeeping to remove.
+        shared.leases.held().insert(id, Lease { id, ends, deadline_s, bytes });
     }
 }
 

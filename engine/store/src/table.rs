@@ -4,6 +4,9 @@
 //! a large table is never copied. Only half of a hash is kept: the other half is proven by the record itself, whose
 //! authenticated header holds all of it and is compared with the name asked for.
 //!
+//! Beside each slot lies what [`Retention`] keeps of the block. An object that is lost while others hang on it leaves its
+//! slot behind as a *hole*: not found by any lookup, and filled when the object is put again.
+//!
 //! Objects of one prefix are mostly stored one after another and so have neighbouring slots. A run of them is
 //! found by looking at the next slot first, which costs a read of memory in order instead of a hash probe.
 
@@ -17,6 +20,8 @@ use crate::fields::narrow;
 use crate::index::Entry;
 use crate::io::PAGE;
 use crate::record::header_bytes;
+use crate::TtlClass;
+use crate::retention::{Candidate, Context, Retention, RetentionSettings};
 use crate::segment::{SegmentId, Spot};
 
 /// Slots are allocated this many at a time.
@@ -25,8 +30,10 @@ const CHUNK_SLOTS: usize = 4096;
 const SLOT_BYTES: usize = size_of::<Slot>();
 const _: () = assert!(SLOT_BYTES == 56, "the memory that a block takes is stated in PERFORMANCE.md");
 
+/// Bytes per token of an ordinary block, for [`Retention`]: those of V4-Flash.
+const ORDINARY_BYTES_PER_TOKEN: u32 = 3514;
+
 /// See the module.
-#[derive(Default)]
 pub(crate) struct Table(RwLock<Inner>);
 
 /// Where an object is and what a lookup says of it.
@@ -45,12 +52,19 @@ pub(crate) struct Located {
     pub(crate) scope: ScopeTag,
 }
 
-#[derive(Default)]
 struct Inner {
     chunks: Vec<Vec<Slot>>,
     free: Vec<u32>,
     by_hash: HashTable<u32>,
     realms: Realms,
+    retention: Retention,
+}
+
+/// A record that is not needed any more.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Victim {
+    pub(crate) spot: Spot,
+    pub(crate) record_bytes: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -65,11 +79,23 @@ struct Slot {
     realm: u32,
     planes: u16,
     head_pages: u8,
-    /// 0 in a slot that is free.
+    /// 0 in a slot that is free; [`HOLE`] is added in a hole.
     kind: u8,
 }
 
+const HOLE: u8 = 0x80;
+
 impl Table {
+    pub(crate) fn new() -> Self {
+        Self(RwLock::new(Inner {
+            chunks: Vec::new(),
+            free: Vec::new(),
+            by_hash: HashTable::new(),
+            realms: Realms::default(),
+            retention: Retention::new(RetentionSettings::new(ORDINARY_BYTES_PER_TOKEN)),
+        }))
+    }
+
     /// The longest leading run of `ids` that is present, in order.
     pub(crate) fn run(&self, ids: &[ObjectId]) -> Vec<Located> {
         let inner = self.read();
@@ -100,6 +126,11 @@ impl Table {
         inner.find(id).map(|slot| inner.located(slot))
     }
 
+    /// Whether an object is at `spot`.
+    pub(crate) fn is_at(&self, id: ObjectId, spot: Spot) -> bool {
+        self.get(id).is_some_and(|located| located.spot == spot)
+    }
+
     /// Namespaces whose layout is stored.
     pub(crate) fn layouts(&self) -> Vec<NamespaceId> {
         let inner = self.read();
@@ -107,8 +138,9 @@ impl Table {
         slots.map(|slot| inner.realms.get(slot.realm).0).collect()
     }
 
-    /// Adds an object, or moves it to another place: the place it had before is returned.
-    pub(crate) fn insert(&self, entry: &Entry) -> Option<Spot> {
+    /// Adds an object, or moves it to another place: the record it had before is returned. `candidate`: as it was judged
+    /// before it was stored; `None` if it was found on the drive.
+    pub(crate) fn insert(&self, entry: &Entry, candidate: Option<Candidate>) -> Option<Victim> {
         let mut inner = self.write();
         let slot = Slot {
             hash: short(entry.id),
@@ -123,27 +155,144 @@ impl Table {
             head_pages: entry.head_pages,
             kind: entry.id.kind as u8,
         };
-        if let Some(known) = inner.find(entry.id) {
-            let before = inner.slot(known).spot();
+        if let Some(known) = inner.find_any(&slot) {
+            let before = *inner.slot(known);
             *inner.slot_mut(known) = slot;
-            return Some(before);
+            return (before.kind & HOLE == 0).then(|| before.record());
         }
         let at = inner.allocate(slot);
         let Inner { by_hash, chunks, .. } = &mut *inner;
         by_hash.insert_unique(slot.bucket(), at, |&other| chunk_slot(chunks, other).bucket());
+        inner.retain(at, entry, candidate);
         None
+    }
+
+    /// How a new object with this parent is judged, and whether it is worth its place in a full store. The deepest
+    /// stored object of its prefix gives the context, which the objects behind it share.
+    pub(crate) fn judge(
+        &self,
+        header: &crate::record::RecordHeader,
+        record_bytes: u64,
+        context: Option<Context>,
+        now_s: u32,
+    ) -> (Candidate, Context, bool) {
+        let mut inner = self.write();
+        let parent = header.parent.and_then(|parent| inner.find(parent));
+        let context = context.filter(|_| parent.is_none()).unwrap_or_else(|| inner.retention.context(parent));
+        if let Some(parent) = parent {
+            // What is about to hang on it should not go before.
+            inner.retention.renew(parent, now_s);
+        }
+        let (bytes, tokens) = (clamp(record_bytes), block_tokens(header.tokens, parent.map(|at| inner.slot(at).tokens)));
+        let candidate = inner.retention.missed(key_of(header.id), context, bytes, tokens, now_s);
+        let admits = inner.retention.admits(&candidate, now_s);
+        (candidate, context, admits)
+    }
+
+    /// The prefix that ends in `tip` was read. Returns the segments that it lies in.
+    pub(crate) fn touch(&self, tip: ObjectId, now_s: u32) -> Vec<SegmentId> {
+        let mut inner = self.write();
+        let Some(tip) = inner.find(tip) else { return Vec::new() };
+        // Parts of one restore, asked for one after another, are one use.
+        if inner.retention.last_s(tip) == now_s {
+            return Vec::new();
+        }
+        inner.retention.touch(tip, now_s);
+        let mut segments = Vec::new();
+        let mut at = Some(tip);
+        while let Some(slot) = at {
+            let segment = inner.slot(slot).segment;
+            if segments.last() != Some(&segment) {
+                segments.push(segment);
+            }
+            at = inner.retention.parent(slot);
+        }
+        segments.sort_unstable();
+        segments.dedup();
+        segments.into_iter().map(|segment| SegmentId(u64::from(segment))).collect()
+    }
+
+    /// Keeps an object and its prefix. `false` if it is not there.
+    pub(crate) fn pin(&self, id: ObjectId) -> bool {
+        let mut inner = self.write();
+        let Some(slot) = inner.find(id) else { return false };
+        inner.retention.pin(slot);
+        true
+    }
+
+    /// Takes one pin back.
+    pub(crate) fn unpin(&self, id: ObjectId) {
+        let mut inner = self.write();
+        if let Some(slot) = inner.find_any_id(id)
+            && inner.retention.is_pinned(slot)
+        {
+            inner.retention.unpin(slot);
+        }
+    }
+
+    /// Bytes of the records of the prefix that ends in `tip`.
+    pub(crate) fn path_bytes(&self, tip: ObjectId) -> Option<u64> {
+        let inner = self.read();
+        let mut at = Some(inner.find(tip)?);
+        let mut bytes = 0;
+        while let Some(slot) = at {
+            bytes += u64::from(inner.slot(slot).record_pages) * PAGE as u64;
+            at = inner.retention.parent(slot);
+        }
+        Some(bytes)
+    }
+
+    /// Removes what is worth least until its records have `bytes`; less if nothing more may go.
+    pub(crate) fn evict(&self, bytes: u64, now_s: u32) -> Vec<Victim> {
+        let mut inner = self.write();
+        let (mut victims, mut freed) = (Vec::new(), 0);
+        while freed < bytes
+            && let Some(at) = inner.retention.victim(now_s)
+        {
+            let slot = *inner.slot(at);
+            inner.release(at);
+            if slot.kind & HOLE == 0 {
+                freed += slot.record().record_bytes;
+                victims.push(slot.record());
+            }
+        }
+        victims
+    }
+
+    /// Removes those of `entries` that are still at their places, if neither a pin nor anything outside holds any of
+    /// them. Tells whether it did.
+    pub(crate) fn remove_all(&self, entries: &[Entry]) -> bool {
+        let mut inner = self.write();
+        let mut slots: Vec<u32> = entries
+            .iter()
+            .filter_map(|entry| inner.find(entry.id).filter(|&at| inner.slot(at).spot() == entry.spot))
+            .collect();
+        let leaving: std::collections::HashSet<u32> = slots.iter().copied().collect();
+        if slots.iter().any(|&at| inner.retention.is_pinned(at)) {
+            return false;
+        }
+        let mut children: HashMap<u32, u32> = HashMap::new();
+        for parent in slots.iter().filter_map(|&at| inner.retention.parent(at)) {
+            *children.entry(parent).or_default() += u32::from(leaving.contains(&parent));
+        }
+        if slots.iter().any(|at| inner.retention.children(*at) != children.get(at).copied().unwrap_or(0)) {
+            return false;
+        }
+        // A child completes a longer prefix than its parent, and a state comes behind its block.
+        slots.sort_by_key(|&at| (inner.slot(at).tokens, inner.slot(at).kind));
+        slots.into_iter().rev().for_each(|at| inner.release(at));
+        true
     }
 
     /// Removes an object if it still is at `spot`. Tells whether it was.
     pub(crate) fn remove_if(&self, id: ObjectId, spot: Spot) -> bool {
         let mut inner = self.write();
-        let Some(slot) = inner.find(id).filter(|&slot| inner.slot(slot).spot() == spot) else { return false };
-        let bucket = inner.slot(slot).bucket();
-        if let Ok(found) = inner.by_hash.find_entry(bucket, |&other| other == slot) {
-            found.remove();
+        let Some(at) = inner.find(id).filter(|&at| inner.slot(at).spot() == spot) else { return false };
+        if inner.retention.is_leaf(at) {
+            inner.release(at);
+        } else {
+            inner.slot_mut(at).kind |= HOLE;
         }
-        inner.slot_mut(slot).kind = 0;
-        inner.free.push(slot);
         true
     }
 
@@ -151,7 +300,10 @@ impl Table {
     pub(crate) fn size(&self) -> (u64, u64) {
         let inner = self.read();
         let slots = inner.chunks.len() * CHUNK_SLOTS * SLOT_BYTES;
-        let bytes = slots + inner.by_hash.allocation_size() + inner.free.capacity() * size_of::<u32>();
+        let bytes = slots
+            + inner.by_hash.allocation_size()
+            + inner.free.capacity() * size_of::<u32>()
+            + inner.retention.memory_bytes();
         (inner.by_hash.len() as u64, bytes as u64)
     }
 
@@ -178,6 +330,47 @@ impl Inner {
         let hash = short(id);
         let same = |&at: &u32| self.slot(at).is(id.kind, &hash);
         self.by_hash.find(bucket(id.kind as u8, &hash), same).copied()
+    }
+
+    /// The slot of an object or of the hole that it left.
+    fn find_any_id(&self, id: ObjectId) -> Option<u32> {
+        let hash = short(id);
+        let same = |&at: &u32| self.slot(at).kind & !HOLE == id.kind as u8 && self.slot(at).hash == hash;
+        self.by_hash.find(bucket(id.kind as u8, &hash), same).copied()
+    }
+
+    fn find_any(&self, like: &Slot) -> Option<u32> {
+        let same = |&at: &u32| self.slot(at).kind & !HOLE == like.kind && self.slot(at).hash == like.hash;
+        self.by_hash.find(like.bucket(), same).copied()
+    }
+
+    /// Hands a new slot to [`Retention`].
+    fn retain(&mut self, at: u32, entry: &Entry, candidate: Option<Candidate>) {
+        let parent = entry.parent.and_then(|parent| self.find_any_id(parent));
+        let candidate = candidate.unwrap_or_else(|| {
+            let context = self.retention.context(parent);
+            let bytes = clamp(u64::from(entry.record_pages) * PAGE as u64);
+            let tokens = block_tokens(entry.tokens, parent.map(|at| self.slot(at).tokens));
+            self.retention.recovered(key_of(entry.id), context, bytes, tokens)
+        });
+        if let Some(parent) = parent {
+            self.retention.renew(parent, entry.time_s);
+        }
+        self.retention.insert(at, parent, &candidate, entry.time_s);
+        if entry.class == TtlClass::PERMANENT {
+            self.retention.pin(at);
+        }
+    }
+
+    /// Frees the slot of a leaf.
+    fn release(&mut self, at: u32) {
+        let bucket = self.slot(at).bucket();
+        if let Ok(found) = self.by_hash.find_entry(bucket, |&other| other == at) {
+            found.remove();
+        }
+        self.retention.remove(at);
+        self.slot_mut(at).kind = 0;
+        self.free.push(at);
     }
 
     /// As `find`, looking at the slot `next` first.
@@ -227,7 +420,11 @@ impl Slot {
     }
 
     fn bucket(&self) -> u64 {
-        bucket(self.kind, &self.hash)
+        bucket(self.kind & !HOLE, &self.hash)
+    }
+
+    fn record(&self) -> Victim {
+        Victim { spot: self.spot(), record_bytes: u64::from(self.record_pages) * PAGE as u64 }
     }
 
     fn spot(&self) -> Spot {
@@ -283,4 +480,22 @@ fn bucket(kind: u8, hash: &[u8; 16]) -> u64 {
 
 fn narrow_segment(id: SegmentId) -> u32 {
     u32::try_from(id.0).expect("segment numbers are bounded by their file names")
+}
+
+/// What [`Retention`] knows an object by: a block and its state are two.
+fn key_of(id: ObjectId) -> u64 {
+    bucket(id.kind as u8, &short(id))
+}
+
+/// Tokens that an object adds to its prefix; a state adds as many as a block, for which it stands.
+fn block_tokens(tokens: u64, parent: Option<u64>) -> u32 {
+    const ORDINARY_BLOCK_TOKENS: u64 = 128;
+    match parent.map_or(tokens, |parent| tokens.saturating_sub(parent)) {
+        0 => u32::try_from(tokens.min(ORDINARY_BLOCK_TOKENS)).unwrap_or(1).max(1),
+        added => u32::try_from(added).unwrap_or(u32::MAX),
+    }
+}
+
+fn clamp(bytes: u64) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
 }

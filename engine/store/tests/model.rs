@@ -111,6 +111,7 @@ fn put(store: &Store, model: &mut HashMap<ObjectId, Vec<Bytes>>, random: &mut Ra
         let got = match outcome {
             Ok(PutOutcome::Stored) => "stored",
             Ok(PutOutcome::Present) => "present",
+            Ok(PutOutcome::Declined) => "declined",
             Err(StoreError::ContentMismatch { .. }) => "mismatch",
             Err(StoreError::MissingParent { .. }) => "orphan",
             Err(error) => panic!("{error}"),

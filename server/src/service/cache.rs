@@ -423,6 +423,7 @@ impl Put {
                     let outcome = match outcome {
                         PutOutcome::Stored => v1::Outcome::Stored,
                         PutOutcome::Present => v1::Outcome::Present,
+                        PutOutcome::Declined => v1::Outcome::Declined,
                     };
                     let durability = v1::Durability::Durable.into();
                     v1::PutReply { kind, tokens, outcome: outcome.into(), durability, reason: String::new() }

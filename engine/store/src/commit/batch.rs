@@ -8,6 +8,7 @@ use super::{MAX_BATCH_RECORDS, Outcome, Tail};
 use crate::index::Entry;
 use crate::io::{AlignedBuf, Permit};
 use crate::record::{ContentDigest, HeaderChecksum, PlacedHeader, RecordHeader};
+use crate::retention::{Candidate, Context};
 use crate::segment::Place;
 
 /// See the module.
@@ -42,6 +43,10 @@ pub(super) struct Pending {
     pub(super) record: Option<AlignedBuf>,
     pub(super) putter: Putter,
     pub(super) repeats: Vec<Repeat>,
+    /// How it was judged.
+    pub(super) candidate: Candidate,
+    /// What its prefix is, which the objects behind it share.
+    pub(super) context: Context,
     pub(super) _permit: Permit,
 }
 
@@ -119,10 +124,12 @@ impl Pending {
         &self,
         place: Place,
         sequence: u64,
+        time_s: u32,
         checksum: HeaderChecksum,
         record_bytes: usize,
     ) -> Entry {
-        Entry::of(&PlacedHeader { header: self.header.clone(), place, sequence, record_bytes, checksum })
+        let header = self.header.clone();
+        Entry::of(&PlacedHeader { header, place, sequence, time_s, record_bytes, checksum })
     }
 }
 

@@ -1,10 +1,11 @@
-//! Making and sealing segments on a thread of their own: both wait for the file system's journal, and neither should
-//! keep a commit waiting.
+//! Making and sealing segments on a thread of their own, and keeping house when there is nothing else: all of it waits for
+//! the file system's journal, and none of it should keep a commit waiting.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::{Event, Tail};
 use crate::TtlClass;
@@ -88,8 +89,19 @@ impl Maker {
     }
 }
 
+/// Between two rounds of housekeeping.
+const TICK: Duration = Duration::from_secs(5);
+
 fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Sender<Event>) {
-    for job in jobs {
+    loop {
+        let job = match jobs.recv_timeout(TICK) {
+            Ok(job) => job,
+            Err(RecvTimeoutError::Timeout) => {
+                shared.keep_house();
+                continue;
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         match job {
             Job::Make => {
                 let made = make(shared, &mut next);
@@ -109,6 +121,14 @@ fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Send
 }
 
 fn make(shared: &Shared, next: &mut SegmentId) -> Made {
+    if let Err(error) = shared.make_room() {
+        tracing::error!(%error, "room for another segment could not be made");
+    }
+    if !shared.has_capacity() {
+        let (_, used_bytes) = shared.segments.totals();
+        let reason = format!("{used_bytes} of {} bytes are in segments", shared.settings.capacity_bytes);
+        return Made::Not(io::Error::new(io::ErrorKind::StorageFull, reason));
+    }
     let (id, len_bytes) = (*next, shared.settings.segment_bytes);
     let created = shared.disk.create(&id.file_name(), len_bytes);
     // A number is used up only by a file that exists.
@@ -126,7 +146,8 @@ impl Blank {
     pub(super) fn begin(self, shared: &Shared, class: TtlClass) -> io::Result<Tail> {
         let Self { id, file, len_bytes } = self;
         let generation = random_generation();
-        shared.segments.insert(id, OpenSegment { file, len_bytes, generation, class });
+        let used_s = shared.time.now_s();
+        shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
         let header = SegmentPage { id, class, generation, extent_bytes: len_bytes, sequence: 0 };
         shared.write_segment_page(file, 0, PageKind::Header, &header)?;
         Ok(Tail::empty(id, class, generation, file, len_bytes))

@@ -19,18 +19,23 @@
 //! 128  32  namespace
 //! 160  32  content digest: tells a repeated put from a conflicting one without a read
 //! 192   1  pages up to the end of the first plane, at most 255
-//! 193  15  zero
+//! 193   1  TTL class
+//! 194   2  zero
+//! 196   4  store time of the put, in seconds
+//! 200   8  zero
 //!
-//! SegmentState, 26 bytes
+//! SegmentState, 30 bytes
 //!   0   1  1 open, 2 sealed, 3 suspect
 //!   1   1  zero
 //!   2   8  generation
 //!  10   8  watermark: records before this offset are in the index
 //!  18   8  highest sequence before the watermark
+//!  26   4  store time of the last use of anything in it, in seconds; may lag behind
 //! ```
 
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 
+use crate::TtlClass;
 use crate::fields::{Reader, Writer, narrow};
 use crate::io::PAGE;
 use crate::record::{ContentDigest, HeaderChecksum, MAX_PLANES, PlacedHeader, RecordHeader, header_bytes};
@@ -39,7 +44,7 @@ use crate::segment::{SegmentId, Spot};
 const ENTRY_PREFIX: u8 = 0x01;
 const ENTRY_KEY_BYTES: usize = 13;
 const ENTRY_BYTES: usize = 208;
-const STATE_BYTES: usize = 26;
+const STATE_BYTES: usize = 30;
 
 /// Where an object's record is, and all that can be said of it without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,9 @@ pub(crate) struct Entry {
     pub(crate) digest: ContentDigest,
     /// Pages from the start of the record to the end of its first plane, at most 255: what is read first.
     pub(crate) head_pages: u8,
+    pub(crate) class: TtlClass,
+    /// Store time of the put.
+    pub(crate) time_s: u32,
 }
 
 impl Entry {
@@ -78,6 +86,8 @@ impl Entry {
             namespace: header.namespace,
             digest: header.content_digest(),
             head_pages: head_pages(header),
+            class: header.class,
+            time_s: found.time_s,
         }
     }
 
@@ -94,7 +104,7 @@ impl Entry {
         writer.u64(self.raw_bytes).u64(self.sequence).u64(self.tokens).bytes(&self.checksum.0);
         writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
         writer.bytes(&self.scope.0).bytes(&self.namespace.0).bytes(&self.digest.0);
-        writer.u8(self.head_pages);
+        writer.u8(self.head_pages).u8(self.class.0).u16(0).u32(self.time_s);
         bytes
     }
 
@@ -126,6 +136,11 @@ impl Entry {
             namespace: NamespaceId(reader.bytes()),
             digest: ContentDigest(reader.bytes()),
             head_pages: reader.u8(),
+            class: TtlClass(reader.u8()),
+            time_s: {
+                reader.u16();
+                reader.u32()
+            },
         };
         // What a read is sized by is checked before it is believed.
         let record_bytes = u64::from(record_pages) * PAGE as u64;
@@ -168,6 +183,8 @@ pub(crate) struct SegmentState {
     pub(crate) generation: u64,
     pub(crate) watermark: u64,
     pub(crate) sequence: u64,
+    /// Store time of the last use of anything in it; may lag behind.
+    pub(crate) used_s: u32,
 }
 
 /// Where a segment is in its life.
@@ -187,7 +204,8 @@ impl SegmentState {
             .u8(0)
             .u64(self.generation)
             .u64(self.watermark)
-            .u64(self.sequence);
+            .u64(self.sequence)
+            .u32(self.used_s);
         bytes
     }
 
@@ -199,7 +217,13 @@ impl SegmentState {
         let phase = reader.u8();
         let phase = [Phase::Open, Phase::Sealed, Phase::Suspect].into_iter().find(|p| *p as u8 == phase)?;
         reader.u8();
-        Some(Self { phase, generation: reader.u64(), watermark: reader.u64(), sequence: reader.u64() })
+        Some(Self {
+            phase,
+            generation: reader.u64(),
+            watermark: reader.u64(),
+            sequence: reader.u64(),
+            used_s: reader.u32(),
+        })
     }
 }
 
@@ -224,12 +248,14 @@ mod tests {
             namespace: NamespaceId([11; 32]),
             digest: ContentDigest([12; 32]),
             head_pages: 15,
+            class: TtlClass(16),
+            time_s: 17,
         };
         let bytes = entry.encode();
         assert_eq!(bytes[..16], [2, 1, 2, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!((bytes[16], bytes[24], bytes[32], bytes[48]), (6, 7, 9, 13));
         assert_eq!((bytes[80], bytes[112], bytes[128], bytes[160]), (14, 10, 11, 12));
-        assert_eq!(bytes[192..], [15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes[192..], [15, 16, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(Entry::decode(spot, &bytes), Some(entry));
         assert_eq!(Entry::decode(spot, &bytes[1..]), None);
         // Lengths that would size a read are checked: header over record, record and content over segment.
@@ -241,10 +267,10 @@ mod tests {
         assert_eq!(entry_key(spot), [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 3]);
         assert_eq!(spot_of(&entry_key(spot)), Some(spot));
         assert_eq!(spot_of(&[0xff]), None);
-        let state = SegmentState { phase: Phase::Suspect, generation: 1, watermark: 2, sequence: 3 };
+        let state = SegmentState { phase: Phase::Suspect, generation: 1, watermark: 2, sequence: 3, used_s: 4 };
         let bytes = state.encode();
-        assert_eq!((bytes[0], bytes[2], bytes[10], bytes[18]), (3, 1, 2, 3));
+        assert_eq!((bytes[0], bytes[2], bytes[10], bytes[18], bytes[26]), (3, 1, 2, 3, 4));
         assert_eq!(SegmentState::decode(&bytes), Some(state));
-        assert_eq!(SegmentState::decode(&[0; 26]), None);
+        assert_eq!(SegmentState::decode(&[0; 30]), None);
     }
 }

@@ -136,6 +136,14 @@ impl Disk for FaultyDisk {
         self.inner.remove(name)
     }
 
+    fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
+        self.inner.punch(file, offset, len_bytes)
+    }
+
+    fn allocated_bytes(&self, file: FileId) -> io::Result<u64> {
+        self.inner.allocated_bytes(file)
+    }
+
     fn submit(&self, mut op: Op) {
         let wanted = op.len_bytes();
         let (kind, file, offset) = (op.kind, op.file, op.offset);

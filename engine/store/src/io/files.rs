@@ -59,6 +59,17 @@ impl Files {
         self.sync_dir()
     }
 
+    pub(super) fn punch(&self, id: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let part = |bytes| libc::off_t::try_from(bytes).map_err(io::Error::other);
+        super::sys::punch(&*self.get(id)?, part(offset)?, part(len_bytes)?)
+    }
+
+    pub(super) fn allocated_bytes(&self, id: FileId) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        // Blocks of stat(2) have 512 bytes whatever the file system's have.
+        Ok(self.get(id)?.metadata()?.blocks() * 512)
+    }
+
     pub(super) fn get(&self, id: FileId) -> io::Result<Arc<File>> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         open.get(&id).map(|(_, file)| Arc::clone(file)).ok_or_else(|| io::ErrorKind::NotFound.into())

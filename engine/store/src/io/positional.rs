@@ -56,6 +56,14 @@ impl Disk for PositionalDisk {
         self.files.remove(name)
     }
 
+    fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
+        self.files.punch(file, offset, len_bytes)
+    }
+
+    fn allocated_bytes(&self, file: FileId) -> io::Result<u64> {
+        self.files.allocated_bytes(file)
+    }
+
     fn submit(&self, op: Op) {
         let queue = self.queue.as_ref().expect("present until drop");
         if let Err(refused) = queue.send(op) {

@@ -28,3 +28,16 @@ pub(super) fn fallocate(file: &File, len: libc::off_t) -> io::Result<()> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// `fallocate(2)` with a hole: gives back blocks and leaves the length alone.
+pub(super) fn punch(file: &File, offset: libc::off_t, len: libc::off_t) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed.
+    match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Err(io::ErrorKind::Unsupported.into()),
+            error => Err(error),
+        },
+    }
+}

@@ -103,6 +103,14 @@ impl Disk for UringDisk {
         self.files.remove(name)
     }
 
+    fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
+        self.files.punch(file, offset, len_bytes)
+    }
+
+    fn allocated_bytes(&self, file: FileId) -> io::Result<u64> {
+        self.files.allocated_bytes(file)
+    }
+
     fn submit(&self, op: Op) {
         match self.files.get(op.file) {
             Ok(file) => self.ring.submit(op, file),

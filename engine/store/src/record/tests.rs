@@ -32,17 +32,17 @@ const PLACE: Place = Place { segment: SegmentId(7), generation: 0x1122_3344_5566
 #[test]
 fn golden_bytes_of_a_header() {
     let mut record = vec![0xff; header().record_bytes()];
-    header().encode(PLACE, 0x0102, &mut record);
+    header().encode(PLACE, 0x0102, 0x0304, &mut record);
     let mut expected = b"EskrRec\0".to_vec();
     expected.extend([1, 0, 1, 1, 0, 0, 2, 0]);
     expected.extend([0x80, 1, 0, 0, 19, 0, 0, 0]);
     expected.extend([2, 1, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
     expected.extend([0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 0, 0, 0x10, 0, 0, 0, 0, 0]);
-    expected.extend([0, 1, 0, 0, 0, 0, 0, 0, 0xf4, 0x5f, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    expected.extend([0, 1, 0, 0, 0, 0, 0, 0, 0xf4, 0x5f, 1, 0, 0, 0, 0, 0, 4, 3, 0, 0, 0, 0, 0, 0]);
     expected.extend([0x11; 32].iter().chain(&[0x22; 32]).chain(&[0x33; 32]).chain(&[0x44; 16]));
     expected.extend(hex("22cdbd397ca9b890f9201ac64df47f8603da1e0a3bb0c315cde85c9459241f9b"));
     expected.extend([0; 16]);
-    expected.extend(hex("1cf2a061e3a058b0045f58c9fbcb3239"));
+    expected.extend(hex("dc2ba47e3fe93cbbf5cc655340ed9cf9"));
     expected.extend([0, 0, 3, 0, 2, 0, 0, 0, 0x80, 1, 0, 0, 100, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0]);
     expected.extend([0; 8].iter().chain(&[0x55; 32]));
     expected.extend([1, 0, 3, 0, 2, 0, 1, 0, 0, 0x10, 0, 0, 0x70, 0x11, 1, 0, 0x90, 0x5f, 1, 0, 0, 0, 0, 0]);
@@ -58,21 +58,21 @@ fn hex(digits: &str) -> Vec<u8> {
 #[test]
 fn headers_round_trip() {
     let mut record = vec![0; header().record_bytes()];
-    let checksum = header().encode(PLACE, 9, &mut record);
+    let checksum = header().encode(PLACE, 9, 10, &mut record);
     let decoded = PlacedHeader::decode(&record).unwrap();
     let expected =
-        PlacedHeader { header: header(), place: PLACE, sequence: 9, record_bytes: 19 * PAGE, checksum };
+        PlacedHeader { header: header(), place: PLACE, sequence: 9, time_s: 10, record_bytes: 19 * PAGE, checksum };
     assert_eq!(decoded, expected);
     let mut root = header();
     root.parent = None;
-    root.encode(PLACE, 9, &mut record);
+    root.encode(PLACE, 9, 10, &mut record);
     assert_eq!(PlacedHeader::decode(&record).unwrap().header, root);
 }
 
 #[test]
 fn every_flipped_bit_of_a_header_is_seen() {
     let mut record = vec![0; header().record_bytes()];
-    header().encode(PLACE, 9, &mut record);
+    header().encode(PLACE, 9, 10, &mut record);
     for bit in 0..header().header_bytes() * 8 {
         record[bit / 8] ^= 1 << (bit % 8);
         assert!(PlacedHeader::decode(&record).is_err(), "bit {bit}");
@@ -83,7 +83,7 @@ fn every_flipped_bit_of_a_header_is_seen() {
 #[test]
 fn a_header_asks_for_the_bytes_it_lacks_and_never_for_too_many() {
     let mut record = vec![0; header().record_bytes()];
-    header().encode(PLACE, 9, &mut record);
+    header().encode(PLACE, 9, 10, &mut record);
     assert_eq!(PlacedHeader::decode(&record[..20]), Err(NotAHeader::NeedsBytes(256)));
     assert_eq!(PlacedHeader::decode(&record[..300]), Err(NotAHeader::NeedsBytes(384)));
     record[14..16].copy_from_slice(&u16::MAX.to_le_bytes());
@@ -105,7 +105,7 @@ fn authenticated_nonsense_is_refused() {
         let mut header = header();
         change(&mut header);
         let mut record = vec![0; 1 << 20];
-        header.encode(PLACE, 9, &mut record);
+        header.encode(PLACE, 9, 10, &mut record);
         assert_eq!(PlacedHeader::decode(&record), Err(NotAHeader::Damaged), "{header:?}");
     }
 }

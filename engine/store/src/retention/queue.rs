@@ -71,6 +71,10 @@ impl LeafQueues {
         Self { lines: vec![BTreeSet::new(); LINES], occupied: [0; LINES / 64] }
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.lines.iter().map(BTreeSet::len).sum()
+    }
+
     pub(super) fn insert(&mut self, leaf: Leaf) {
         let fresh = self.lines[usize::from(leaf.line)].insert(leaf.key());
         debug_assert!(fresh, "{leaf:?} was queued already");

@@ -362,7 +362,7 @@ fn a_record_smuggled_in_as_content_is_not_a_record() {
     let mut forged = crate::record::PlacedHeader::decode(&image).unwrap();
     forged.header.id = id(666);
     let place = crate::segment::Place { generation: 1, offset: victim.end() + 4096, segment: victim.spot.segment };
-    forged.header.encode(place, 1000, &mut image);
+    forged.header.encode(place, 1000, 0, &mut image);
     let mut carrier = object(2, 2, &[64 << 10]);
     let mut bytes = carrier.planes[0].bytes.to_vec();
     bytes[..image.len()].copy_from_slice(&image);

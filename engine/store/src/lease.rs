@@ -1,0 +1,113 @@
+//! Leases: promises to keep some prefixes until a deadline, whatever is evicted or expires around them.
+//!
+//! A lease names the ends of prefixes. Holding an end holds all that it hangs on, since nothing goes before what needs it.
+//! It is a record of its own, durable before it is granted, and the newest record of a name holds: renewing a lease,
+//! moving it to a newer prefix and giving it up are all the same write. Deadlines are in store time (clock.rs).
+//!
+//! ```text
+//! Payload, one plane, little-endian: version u16 = 1 | ends u16 | zero u32 | deadline u64, store seconds
+//!                                    then for each end: kind u8 | hash 32
+//! ```
+//!
+//! A lease counts against the budget with the records of its whole paths, shared or not: what a holder pays for does not
+//! depend on who else shares it.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
+
+use crate::fields::{Reader, Writer};
+use crate::{PutObject, PutPlane, TtlClass};
+
+/// Ends of one lease, at most.
+pub(crate) const MAX_ENDS: usize = 256;
+const VERSION: u16 = 1;
+const FIXED_BYTES: usize = 16;
+const END_BYTES: usize = 33;
+/// Locks by name, so that two writes of one lease never overtake each other.
+const SHARDS: usize = 32;
+
+/// Name of a lease, chosen by its holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LeaseId(pub [u8; 32]);
+
+/// A lease that holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Its name.
+    pub id: LeaseId,
+    /// Ends of the prefixes that it keeps.
+    pub ends: Vec<ObjectId>,
+    /// Store time at which it ends, in seconds; see [`Store::now_s`](crate::Store::now_s).
+    pub deadline_s: u32,
+    /// Bytes of the records of all its paths when it was granted.
+    pub bytes: u64,
+}
+
+/// The leases that hold.
+#[derive(Default)]
+pub(crate) struct Leases {
+    held: Mutex<HashMap<LeaseId, Lease>>,
+    shards: [Mutex<()>; SHARDS],
+}
+
+impl Leases {
+    pub(crate) fn held(&self) -> MutexGuard<'_, HashMap<LeaseId, Lease>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps other writes of a lease out.
+    pub(crate) fn write(&self, id: LeaseId) -> MutexGuard<'_, ()> {
+        self.shards[usize::from(id.0[0]) % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leases, and bytes that they hold.
+    pub(crate) fn totals(&self) -> (u64, u64) {
+        let held = self.held();
+        (held.len() as u64, held.values().map(|lease| lease.bytes).sum())
+    }
+}
+
+impl LeaseId {
+    pub(crate) fn object(self) -> ObjectId {
+        ObjectId { kind: ObjectKind::Lease, hash: BlockHash(self.0) }
+    }
+}
+
+/// The object that makes a lease durable.
+pub(crate) fn object(id: LeaseId, ends: &[ObjectId], deadline_s: u32) -> PutObject {
+    let mut bytes = vec![0; FIXED_BYTES + ends.len() * END_BYTES];
+    let mut writer = Writer::new(&mut bytes);
+    let count = u16::try_from(ends.len()).expect("checked against MAX_ENDS");
+    writer.u16(VERSION).u16(count).u32(0).u64(u64::from(deadline_s));
+    for end in ends {
+        writer.u8(end.kind as u8).bytes(&end.hash.0);
+    }
+    let spec = PlaneSpec { group: 0, first_layer: 0, layers: 0, len_bytes: bytes.len() as u64 };
+    PutObject {
+        id: id.object(),
+        parent: None,
+        namespace: NamespaceId([0; 32]),
+        scope: ScopeTag([0; 16]),
+        class: TtlClass::PERMANENT,
+        tokens: 0,
+        planes: vec![PutPlane { spec, shape: None, bytes: Bytes::from(bytes) }],
+    }
+}
+
+/// Ends and deadline of a lease's payload.
+pub(crate) fn parse(bytes: &[u8]) -> Option<(Vec<ObjectId>, u32)> {
+    if bytes.len() < FIXED_BYTES {
+        return None;
+    }
+    let mut reader = Reader::new(bytes);
+    let (version, count, _, deadline_s) = (reader.u16(), usize::from(reader.u16()), reader.u32(), reader.u64());
+    if version != VERSION || bytes.len() != FIXED_BYTES + count * END_BYTES {
+        return None;
+    }
+    let end = |_| Some(ObjectId { kind: ObjectKind::from_u8(reader.u8())?, hash: BlockHash(reader.bytes()) });
+    let ends = (0..count).map(end).collect::<Option<Vec<_>>>()?;
+    Some((ends, u32::try_from(deadline_s).ok()?))
+}

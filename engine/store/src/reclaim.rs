@@ -1,0 +1,194 @@
+//! Giving space back: eviction, expiry and erasure.
+//!
+//! Records are never moved. What goes is punched out of its segment (`fallocate(2)` with a hole), which frees its pages
+//! exactly and writes nothing; a sealed segment of which nothing is left is removed. Where the file system cannot punch,
+//! only whole segments are given back. The order is: index durably without the entries, then the space: after a crash
+//! between the two, space is lost until its segment goes, and nothing points at holes.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::erasure::Erase;
+use crate::index::{Changes, Entry};
+use crate::segment::{SegmentId, Spot};
+use crate::shared::Shared;
+use crate::table::Victim;
+use crate::{Result, TtlClass};
+
+/// Of the time to live, this part may pass before a use of a segment is written down again.
+const USE_LAG_PART: u32 = 16;
+
+impl Shared {
+    /// Whether another segment fits into the capacity.
+    pub(crate) fn has_capacity(&self) -> bool {
+        let (_, used_bytes) = self.segments.totals();
+        used_bytes.saturating_add(self.settings.segment_bytes) <= self.settings.capacity_bytes
+    }
+
+    /// Sees to it that another segment fits, if anything may go for it.
+    pub(crate) fn make_room(&self) -> Result<()> {
+        let (_, used_bytes) = self.segments.totals();
+        let wanted_bytes = used_bytes.saturating_add(self.settings.segment_bytes);
+        let missing_bytes = wanted_bytes.saturating_sub(self.settings.capacity_bytes);
+        if missing_bytes == 0 {
+            return Ok(());
+        }
+        let victims = self.table.evict(missing_bytes, self.time.now_s());
+        self.counters.evicted.add(victims.len() as u64);
+        self.counters.evicted_bytes.add(victims.iter().map(|victim| victim.record_bytes).sum());
+        self.free(&victims)
+    }
+
+    /// Removes records from the index, durably, and gives back their space.
+    pub(crate) fn free(&self, records: &[Victim]) -> Result<()> {
+        if records.is_empty() {
+            return Ok(());
+        }
+        let mut changes = Changes::default();
+        records.iter().for_each(|record| changes.remove(record.spot));
+        self.index.write_durably(changes)?;
+        for record in records {
+            self.punch(record.spot, record.record_bytes);
+        }
+        Ok(())
+    }
+
+    /// Gives back the space of a record that nothing points at any more.
+    pub(crate) fn punch(&self, Spot { segment: id, offset }: Spot, len_bytes: u64) {
+        let Some(segment) = self.segments.get(id) else { return };
+        let empty = self.segments.update(id, |segment| {
+            segment.live_bytes = segment.live_bytes.saturating_sub(len_bytes);
+            segment.sealed && segment.live_bytes == 0
+        });
+        if empty == Some(true) {
+            self.remove_segment(id);
+            return;
+        }
+        match self.disk.punch(segment.file, offset, len_bytes) {
+            Ok(()) => {
+                self.segments.update(id, |segment| segment.punched_bytes += len_bytes);
+                self.counters.punched_bytes.add(len_bytes);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => warn_once(),
+            Err(error) => tracing::warn!(segment = %id, offset, len_bytes, %error, "space could not be given back"),
+        }
+    }
+
+    /// Removes a segment of which nothing is needed. Its file goes first: an index that names a missing segment is
+    /// put right at the next opening.
+    pub(crate) fn remove_segment(&self, id: SegmentId) {
+        self.segments.remove(id);
+        if let Err(error) = self.disk.remove(&id.file_name()) {
+            tracing::warn!(segment = %id, %error, "an empty segment could not be removed");
+        }
+        let mut changes = Changes::default();
+        changes.remove_segment(id);
+        if let Err(error) = self.index.write(changes) {
+            tracing::error!(segment = %id, %error, "the index still names a removed segment");
+        }
+    }
+
+    /// Removes the sealed segments whose last use is longer ago than their class allows, unless something in them is
+    /// leased or still carries something outside.
+    pub(crate) fn expire(&self) -> Result<()> {
+        let now_s = self.time.now_s();
+        for (id, segment) in self.segments.all() {
+            let Some(ttl_s) = self.ttl_s(segment.class) else { continue };
+            if !segment.sealed || segment.used_s.saturating_add(ttl_s) >= now_s {
+                continue;
+            }
+            let entries = self.index.entries_of(id).collect::<Result<Vec<Entry>>>()?;
+            if !self.table.remove_all(&entries) {
+                continue;
+            }
+            self.counters.expired.add(entries.len() as u64);
+            let mut changes = Changes::default();
+            entries.iter().for_each(|entry| changes.remove(entry.spot));
+            self.index.write_durably(changes)?;
+            self.remove_segment(id);
+        }
+        Ok(())
+    }
+
+    /// Removes what an erasure with this sequence means. Returns how many objects.
+    pub(crate) fn erase(&self, erase: Erase, sequence: u64) -> Result<u64> {
+        let mut gone = Vec::new();
+        for entry in self.index.entries() {
+            let entry = entry?;
+            if entry.sequence < sequence && erase.covers(&entry) {
+                self.table.remove_if(entry.id, entry.spot);
+                gone.push(Victim { spot: entry.spot, record_bytes: entry.end() - entry.spot.offset });
+            }
+        }
+        self.counters.erased.add(gone.len() as u64);
+        self.free(&gone)?;
+        Ok(gone.len() as u64)
+    }
+
+    /// What is done every few seconds.
+    pub(crate) fn keep_house(&self) {
+        let done = self.expire().and_then(|()| self.time.save());
+        if let Err(error) = done {
+            tracing::error!(%error, "housekeeping failed");
+        }
+        let now_s = self.time.now_s();
+        let over: Vec<_> = {
+            let mut held = self.leases.held();
+            let over: Vec<_> =
+                held.values().filter(|lease| lease.deadline_s <= now_s).map(|lease| lease.id).collect();
+            over.into_iter().filter_map(|id| held.remove(&id)).collect()
+        };
+        for lease in over {
+            lease.ends.iter().for_each(|&end| self.table.unpin(end));
+            // Nothing needs the record of a lease that is over.
+            if let Some(located) = self.table.get(lease.id.object())
+                && self.table.remove_if(lease.id.object(), located.spot)
+            {
+                let record = Victim { spot: located.spot, record_bytes: located.record_bytes() as u64 };
+                if let Err(error) = self.free(&[record]) {
+                    tracing::warn!(%error, "the record of a lease that is over stays");
+                }
+            }
+        }
+    }
+
+    /// The prefix that ends in `tip` was read.
+    pub(crate) fn used(&self, tip: esker_prefix::ObjectId) {
+        let now_s = self.time.now_s();
+        for id in self.table.touch(tip, now_s) {
+            let Some(segment) = self.segments.get(id) else { continue };
+            self.segments.update(id, |segment| segment.used_s = segment.used_s.max(now_s));
+            let lag_s = self.ttl_s(segment.class).map_or(u32::MAX, |ttl_s| ttl_s / USE_LAG_PART);
+            if segment.sealed && now_s.saturating_sub(segment.used_s) > lag_s {
+                self.remember_use(id, now_s);
+            }
+        }
+    }
+
+    fn remember_use(&self, id: SegmentId, used_s: u32) {
+        let known = self.index.segment(id);
+        let written = known.and_then(|known| {
+            let Some(mut state) = known else { return Ok(()) };
+            state.used_s = state.used_s.max(used_s);
+            let mut changes = Changes::default();
+            changes.put_segment(id, &state);
+            self.index.write(changes)
+        });
+        if let Err(error) = written {
+            tracing::warn!(segment = %id, %error, "the use of a segment could not be written down");
+        }
+    }
+
+    /// Seconds that objects of a class are kept; `None` for ever.
+    fn ttl_s(&self, class: TtlClass) -> Option<u32> {
+        let ttl = self.settings.ttl_classes.get(usize::from(class.0))?;
+        Some(u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX))
+    }
+}
+
+fn warn_once() {
+    static WARNED: AtomicBool = AtomicBool::new(false);
+    if !WARNED.swap(true, Ordering::Relaxed) {
+        tracing::warn!("this file system cannot give back parts of a file; space returns by whole segments only");
+    }
+}

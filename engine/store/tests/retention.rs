@@ -1,0 +1,267 @@
+//! What goes, what stays, and what never comes back.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{all, chain, fetch, id, object, planes, settings};
+use esker_prefix::{NamespaceId, ObjectId, ScopeTag};
+use esker_store::clock::ManualClock;
+use esker_store::{
+    Erase, ErrorKind, LeaseId, PutObject, PutOutcome, Store, StoreSettings, TtlClass,
+};
+
+const LENS: [usize; 2] = [30_000, 9000];
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn ids(objects: &[PutObject]) -> Vec<ObjectId> {
+    objects.iter().map(|object| object.id).collect()
+}
+
+/// Room for some thirty objects in eight segments.
+fn small() -> StoreSettings {
+    StoreSettings { segment_bytes: 256 << 10, capacity_bytes: 2 << 20, zstd_level: None, ..settings() }
+}
+
+fn drop_index(dir: &std::path::Path) {
+    std::fs::remove_dir_all(dir.join("index")).unwrap();
+}
+
+#[test]
+fn a_full_store_makes_room_from_the_ends_of_prefixes_and_stays_within_its_capacity() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = StoreSettings { admission: false, ..small() };
+    let clock = ManualClock::new();
+    let store = Store::open_at(dir.path(), settings.clone(), clock.clone()).unwrap();
+    for prefix in 0..40 {
+        clock.pass(Duration::from_secs(10));
+        let objects = chain(prefix * 100, 10, &LENS);
+        let outcomes = store.put(objects.clone());
+        assert!(outcomes.iter().all(|outcome| matches!(outcome, Ok(PutOutcome::Stored))), "{outcomes:?}");
+        // The newest is whole; of every older one what is left is a prefix.
+        assert_eq!(store.lookup(&ids(&objects)).len(), 10);
+        for earlier in 0..prefix {
+            let objects = chain(earlier * 100, 10, &LENS);
+            let present = store.get(&ids(&objects)).iter().filter(|found| found.is_some()).count();
+            let found = store.lookup(&ids(&objects));
+            assert_eq!(found.len(), present, "prefix {earlier} after {prefix} has a hole");
+            for (got, put) in fetch(&store, all(found)).into_iter().zip(&objects) {
+                assert_eq!(got, Ok(planes(put)));
+            }
+        }
+        assert!(store.stats().segment_bytes <= settings.capacity_bytes + settings.segment_bytes);
+    }
+    let stats = store.stats();
+    assert!(stats.evicted > 300 && stats.misses.total() == 0, "{stats:?}");
+    // Nothing was moved: what was written is what was put, and headers.
+    assert!(stats.written_bytes < 40 * 10 * 45_056 * 11 / 10, "{}", stats.written_bytes);
+    let before = stats.objects;
+    store.close().unwrap();
+    // On the device, too.
+    let blocks = |entry: std::io::Result<std::fs::DirEntry>| {
+        std::os::unix::fs::MetadataExt::blocks(&entry.unwrap().metadata().unwrap()) * 512
+    };
+    let taken: u64 = std::fs::read_dir(dir.path().join("segments")).unwrap().map(blocks).sum();
+    assert!(taken <= settings.capacity_bytes + settings.segment_bytes, "{taken} bytes on the device");
+    let store = Store::open_at(dir.path(), settings, clock).unwrap();
+    assert_eq!(store.stats().objects, before);
+}
+
+#[test]
+fn what_is_leased_stays_whatever_comes_and_a_store_full_of_leases_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let store = open();
+    let kept = chain(0, 10, &LENS);
+    assert!(store.put(kept.clone()).iter().all(Result::is_ok));
+    let lease = store.lease(LeaseId([1; 32]), &[id(9)], HOUR).unwrap();
+    assert_eq!(lease.bytes, 10 * 45_056);
+    for prefix in 1..40 {
+        clock.pass(Duration::from_secs(10));
+        store.put(chain(prefix * 100, 10, &LENS));
+        assert_eq!(store.lookup(&ids(&kept)).len(), 10, "after prefix {prefix}");
+    }
+    // It holds across a crash and the loss of the index, and ends when it should.
+    drop(store);
+    drop_index(dir.path());
+    let store = open();
+    assert_eq!(store.leases(), [lease.clone()]);
+    for prefix in 40..60 {
+        store.put(chain(prefix * 100, 10, &LENS));
+        assert_eq!(store.lookup(&ids(&kept)).len(), 10, "after prefix {prefix}");
+    }
+    clock.pass(HOUR);
+    store.keep_house();
+    assert_eq!(store.leases(), []);
+    for prefix in 60..160 {
+        clock.pass(Duration::from_secs(100));
+        store.put(chain(prefix * 100, 10, &LENS));
+    }
+    assert!(store.lookup(&ids(&kept)).len() < 10, "nothing holds it any more");
+    store.close().unwrap();
+    assert_eq!(open().leases(), []);
+}
+
+#[test]
+fn a_lease_is_refused_beyond_the_budget_and_for_what_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = StoreSettings { leased_bytes: 6 * 45_056, ..small() };
+    let store = Store::open_at(dir.path(), settings, ManualClock::new()).unwrap();
+    assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
+    let refused = store.lease(LeaseId([1; 32]), &[id(6)], HOUR).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Full);
+    assert_eq!(
+        refused.to_string(),
+        "a lease of 315392 bytes does not fit: 0 of 270336 bytes are leased"
+    );
+    store.lease(LeaseId([1; 32]), &[id(5)], HOUR).unwrap();
+    assert_eq!(store.lease(LeaseId([2; 32]), &[id(0)], HOUR).unwrap_err().kind(), ErrorKind::Full);
+    // Renewing counts once, and moving it frees what it held.
+    store.lease(LeaseId([1; 32]), &[id(5)], HOUR).unwrap();
+    store.lease(LeaseId([1; 32]), &[id(2)], HOUR).unwrap();
+    store.lease(LeaseId([2; 32]), &[id(0)], HOUR).unwrap();
+    let missing = store.lease(LeaseId([3; 32]), &[id(0), id(77)], HOUR).unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::Invalid);
+    assert!(missing.to_string().ends_with("is not stored, so it cannot be leased"), "{missing}");
+    assert!(store.release(LeaseId([1; 32])).unwrap());
+    assert!(!store.release(LeaseId([9; 32])).unwrap());
+    assert_eq!(store.leases().len(), 1);
+    assert_eq!(store.stats().leased_bytes, 45_056);
+}
+
+#[test]
+fn clocks_that_jump_and_machines_that_reboot_neither_end_nor_stretch_a_lease() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let store = open();
+    store.put(chain(0, 3, &LENS));
+    store.lease(LeaseId([1; 32]), &[id(2)], HOUR).unwrap();
+    for _ in 0..5 {
+        clock.pass(HOUR / 10);
+    }
+    store.close().unwrap();
+    // Down for a while, machine on.
+    clock.pass(HOUR / 10);
+    let store = open();
+    assert_eq!(store.leases()[0].deadline_s - store.now_s(), 3600 * 4 / 10);
+    store.close().unwrap();
+    clock.reboot();
+    let store = open();
+    assert_eq!(store.leases()[0].deadline_s - store.now_s(), 3600 * 4 / 10);
+    clock.pass(HOUR * 4 / 10);
+    assert_eq!(store.leases(), []);
+}
+
+#[test]
+fn a_class_goes_when_its_time_is_over_unless_it_was_used_or_is_leased() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let settings = StoreSettings { capacity_bytes: u64::MAX, ..small() };
+    let open = || Store::open_at(dir.path(), settings.clone(), clock.clone()).unwrap();
+    let store = open();
+    let class = |first, class| {
+        let objects = chain(first, 30, &LENS);
+        objects.into_iter().map(|object| object.with_class(TtlClass(class))).collect::<Vec<_>>()
+    };
+    let (minutes, hours) = (class(0, 0), class(100, 1));
+    assert!(store.put(minutes.clone()).iter().chain(&store.put(hours.clone())).all(Result::is_ok));
+    let segments = store.stats().segments;
+    clock.pass(Duration::from_secs(299));
+    store.keep_house();
+    assert_eq!(store.lookup(&ids(&minutes)).len(), 30);
+    // A use keeps all of its path, across a restart.
+    let found = store.lookup(&ids(&minutes));
+    fetch(&store, all(found));
+    store.close().unwrap();
+    let store = open();
+    clock.pass(Duration::from_secs(299));
+    store.keep_house();
+    assert_eq!(store.lookup(&ids(&minutes)).len(), 30);
+    store.lease(LeaseId([1; 32]), &[id(29)], HOUR / 2).unwrap();
+    clock.pass(Duration::from_secs(600));
+    store.keep_house();
+    assert_eq!(store.lookup(&ids(&minutes)).len(), 30, "leased");
+    assert!(store.release(LeaseId([1; 32])).unwrap());
+    store.keep_house();
+    let left = store.lookup(&ids(&minutes)).len();
+    assert!(left < 30, "{left} are left");
+    assert_eq!(store.lookup(&ids(&hours)).len(), 30);
+    assert!(store.stats().segments < segments);
+    assert_eq!(store.stats().expired, 30 - left as u64);
+    // Expiry is by segment, and only what was sealed is over.
+    clock.pass(HOUR);
+    store.keep_house();
+    assert!(store.lookup(&ids(&hours)).len() < 30);
+}
+
+#[test]
+fn what_is_erased_never_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), StoreSettings { capacity_bytes: u64::MAX, ..small() }, clock.clone()).unwrap();
+    let store = open();
+    let scoped = |first, scope, namespace| {
+        let objects = chain(first, 10, &LENS).into_iter();
+        let owned = |object| PutObject { scope: ScopeTag([scope; 16]), namespace: NamespaceId([namespace; 32]), ..object };
+        objects.map(owned).collect::<Vec<_>>()
+    };
+    let (one, two, three) = (scoped(0, 1, 1), scoped(100, 2, 1), scoped(200, 2, 2));
+    for objects in [&one, &two, &three] {
+        assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    }
+    store.lease(LeaseId([1; 32]), &[id(9)], HOUR).unwrap();
+    assert_eq!(store.erase(Erase::Object(id(5))).unwrap(), 1);
+    assert_eq!(store.lookup(&ids(&one)).len(), 5);
+    assert_eq!(store.erase(Erase::Scope(ScopeTag([1; 16]))).unwrap(), 9);
+    assert_eq!(store.erase(Erase::Namespace(NamespaceId([2; 32]))).unwrap(), 10);
+    let gone = |store: &Store| {
+        let left = |objects: &[PutObject]| store.get(&ids(objects)).iter().flatten().count();
+        (left(&one), left(&two), left(&three))
+    };
+    assert_eq!(gone(&store), (0, 10, 0));
+    // Put again afterwards, it is new.
+    assert!(store.put(one[..3].to_vec()).iter().all(Result::is_ok));
+    assert_eq!(gone(&store), (3, 10, 0));
+    for _ in 0..2 {
+        drop(open);
+        break;
+    }
+    drop(store);
+    drop_index(dir.path());
+    let open = || Store::open_at(dir.path(), StoreSettings { capacity_bytes: u64::MAX, ..small() }, clock.clone()).unwrap();
+    let store = open();
+    assert_eq!(gone(&store), (3, 10, 0));
+    // No byte of it is on the device.
+    let needle = &one[7].planes[0].bytes[..4096];
+    for entry in std::fs::read_dir(dir.path().join("segments")).unwrap() {
+        let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+        assert!(bytes.chunks_exact(4096).all(|page| !page.windows(64).any(|window| window == &needle[..64])));
+    }
+}
+
+#[test]
+fn a_full_store_declines_what_is_not_worth_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let store = Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    // A conversation that is read again and again, beside prompts that never are.
+    let hot = chain(0, 10, &LENS);
+    assert!(store.put(hot.clone()).iter().all(Result::is_ok));
+    let mut declined = 0;
+    for prefix in 1..2000 {
+        clock.pass(Duration::from_secs(1));
+        let outcomes = store.put(chain(prefix * 100, 3, &LENS));
+        assert!(outcomes.iter().all(Result::is_ok), "what hangs on a declined object is declined: {outcomes:?}");
+        declined += outcomes.iter().filter(|outcome| matches!(outcome, Ok(PutOutcome::Declined))).count();
+        let found = store.lookup(&ids(&hot));
+        assert_eq!(found.len(), 10, "after {prefix}");
+        drop(store.fetch(all(found)));
+    }
+    assert_eq!(store.stats().declined, declined as u64);
+    println!("{declined} of {} declined", 2000 * 3);
+    assert!(store.put(vec![object(7_000_000, 1, &LENS).with_class(TtlClass::PERMANENT)])[0].is_ok());
+}
