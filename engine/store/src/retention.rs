@@ -42,8 +42,8 @@ use sample::Sample;
 /// A parent that is not there.
 const NO_PARENT: u32 = u32::MAX;
 
-/// Uses between two appraisals: rare enough to cost next to nothing per use, often enough to follow the day.
-const APPRAISE_USES: u32 = 8 * 1024;
+/// Uses of sampled blocks between two appraisals: rare enough to cost little per use, often enough to follow the day.
+const APPRAISE_USES: u32 = 1024;
 
 /// Blocks unused for this many times the age at which blocks are evicted teach nothing that eviction could use.
 const HORIZON_EVICTION_AGES: u32 = 16;
@@ -146,8 +146,8 @@ impl Retention {
             if !self.settings.lru_leaf {
                 let class = Class::again(node.uses, gap_s);
                 node.line = queue::line(class, queue::grade(node.line));
-                self.uses_since_appraisal += 1;
-                self.sample.use_block(node.print, class, now_s, &mut self.reuse);
+                let sampled = self.sample.use_block(node.print, class, now_s, &mut self.reuse);
+                self.uses_since_appraisal += u32::from(sampled);
             }
             slot = node.parent;
         }
@@ -238,8 +238,8 @@ impl Retention {
             }
         };
         self.ghosts.put(print, Ghost { last_s: now_s, uses });
-        self.sample.use_block(print, class, now_s, &mut self.reuse);
-        self.uses_since_appraisal += 1;
+        let sampled = self.sample.use_block(print, class, now_s, &mut self.reuse);
+        self.uses_since_appraisal += u32::from(sampled);
         self.appraise_in_time(now_s);
         Candidate { print, class, grade, uses }
     }

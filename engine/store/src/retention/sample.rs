@@ -37,10 +37,10 @@ impl Sample {
         Self { blocks: HashMap::new(), shift: 0 }
     }
 
-    /// A block was used and is of `class` from now on.
-    pub(super) fn use_block(&mut self, print: u32, class: Class, now_s: u32, reuse: &mut Reuse) {
+    /// A block was used and is of `class` from now on; whether it is in the sample.
+    pub(super) fn use_block(&mut self, print: u32, class: Class, now_s: u32, reuse: &mut Reuse) -> bool {
         if !sampled(print, self.shift) {
-            return;
+            return false;
         }
         reuse.count_block(class, now_s);
         let next = Sampled { last_s: now_s, class, counted: 0 };
@@ -52,6 +52,7 @@ impl Sample {
             let shift = self.shift;
             self.blocks.retain(|print, _| sampled(*print, shift));
         }
+        true
     }
 
     /// Counts what stayed unused until now, and drops what did so for longer than `horizon_s`.
