@@ -23,12 +23,10 @@ enum Command {
     Lookup(command::lookup::Args),
     /// Show it all: a long document cold, SIGKILL, restart, the same document warm, and that nothing changed
     Demo(command::demo::Args),
-    /// Measure this machine
+    /// Measure: the store on this machine, policies on a trace
     Bench(command::bench::Args),
     /// Check the decoder against a folder of golden vectors
     Golden(command::golden::Args),
-    /// Measure: replay traces
-    Bench(command::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -42,7 +40,6 @@ fn main() -> ExitCode {
         Command::Demo(args) => command::demo::run(args),
         Command::Bench(args) => command::bench::run(args),
         Command::Golden(args) => command::golden::run(&args),
-        Command::Bench(args) => command::bench::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

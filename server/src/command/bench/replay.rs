@@ -27,7 +27,7 @@ Examples:
   esker bench replay conversation_trace.jsonl
   esker bench replay trace.jsonl.zst --policy esker,lru-leaf --share 5
   esker bench replay trace.jsonl.zst --bytes 200GiB --bytes-per-token 35136 --json")]
-pub struct Args {
+pub(super) struct Args {
     /// The trace
     trace: PathBuf,
     /// Policies, separated by commas: esker, lru-leaf, lru, fifo, s3-fifo, clairvoyant, infinite, or all
@@ -51,7 +51,7 @@ pub struct Args {
 struct Policies(Vec<Policy>);
 
 /// Reads the trace, runs the policies, prints what came of it.
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let trace = read(&args.trace)?;
     let capacities = capacities(&args, &trace)?;
     let policies: Vec<Policy> = Policy::ALL
