@@ -18,7 +18,9 @@ pub mod store;
 use std::ops::Range;
 
 use bytes::Bytes;
-use esker_prefix::{KvLayout, Namespace, NamespaceId, ObjectKind, RootSecret, RowFormat, ScopeKey, ScopeKind};
+use esker_prefix::{
+    KvLayout, Namespace, NamespaceId, ObjectKind, RootSecret, RowFormat, ScopeKey, ScopeKind,
+};
 use esker_store::PutObject;
 
 /// Tokens of a block.
@@ -33,7 +35,8 @@ pub fn v4_flash() -> KvLayout {
         r#"{{"model_type":"deepseek_v4","num_hidden_layers":43,"head_dim":512,"qk_rope_head_dim":64,
         "index_head_dim":128,"sliding_window":128,"compress_ratios":{ratios:?}}}"#
     );
-    KvLayout::from_config(&config, RowFormat::Deployed, BLOCK_TOKENS).expect("the published schedule is a layout")
+    KvLayout::from_config(&config, RowFormat::Deployed, BLOCK_TOKENS)
+        .expect("the published schedule is a layout")
 }
 
 /// A scope and a namespace of `layout`.

@@ -133,7 +133,8 @@ fn codec(real: &RealBlocks, figures: &mut Map<String, Value>) {
             .flat_map(|object| object.planes)
             .collect();
     let bytes = |plane: &esker_store::PutPlane| {
-        let columns = [Column { dtype: Dtype::U8, count: u32::try_from(plane.bytes.len()).unwrap_or(u32::MAX) }];
+        let columns =
+            [Column { dtype: Dtype::U8, count: u32::try_from(plane.bytes.len()).unwrap_or(u32::MAX) }];
         PlaneShape::new(1, 1, &columns)
     };
     let measure = |shape: &dyn Fn(&esker_store::PutPlane) -> PlaneShape| {

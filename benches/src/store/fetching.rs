@@ -45,7 +45,8 @@ pub(super) fn decoded(dir: &Path, real: &RealBlocks, figures: &mut Map<String, V
 
 fn alternate(bed: &Bed, prefixes: &[Vec<ObjectId>]) -> anyhow::Result<(Rate, Rate)> {
     let (mut fetch, mut floor) = (Rate::default(), Rate::default());
-    let stored: u64 = prefixes.iter().flat_map(|ids| bed.store.lookup(ids)).map(|found| found.stored_bytes).sum();
+    let stored: u64 =
+        prefixes.iter().flat_map(|ids| bed.store.lookup(ids)).map(|found| found.stored_bytes).sum();
     let extents = floor::segment_extents(&*bed.disk, stored)?;
     // Once for nothing, since below a virtual drive there may be a cache that the first reader fills.
     floor::read(&*bed.disk, &extents, floor::DEPTH)?;

@@ -50,7 +50,11 @@ fn lookup(bed: &Bed, figures: &mut Map<String, Value>) -> anyhow::Result<()> {
 }
 
 /// From the call to the first verified plane, against one raw read of the same size.
-fn first_plane(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>) -> anyhow::Result<()> {
+fn first_plane(
+    bed: &Bed,
+    prefixes: &[Vec<ObjectId>],
+    figures: &mut Map<String, Value>,
+) -> anyhow::Result<()> {
     let plane_bytes = v4_flash().planes(ObjectKind::Block)[0].len_bytes;
     let read_bytes = usize::try_from(plane_bytes)?.next_multiple_of(esker_store::io::PAGE);
     let places = floor::segment_extents(&*bed.disk, u64::MAX)?;
@@ -125,7 +129,13 @@ fn mixed(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>
 }
 
 /// Puts new blocks at `mb_s` until told to stop.
-fn write_at(bed: &Bed, first_seed: u32, mb_s: f64, stop: &AtomicBool, written: &AtomicU64) -> anyhow::Result<()> {
+fn write_at(
+    bed: &Bed,
+    first_seed: u32,
+    mb_s: f64,
+    stop: &AtomicBool,
+    written: &AtomicU64,
+) -> anyhow::Result<()> {
     let layout = v4_flash();
     let (scope, namespace) = identity(&layout);
     // The same bytes under other names, so that only the store's own work meets the fetches.

@@ -59,13 +59,20 @@ pub(super) fn open(dir: &Path, blocks: u64, figures: &mut Map<String, Value>) ->
     std::fs::remove_dir_all(dir.join("index"))?;
     let started = Instant::now();
     let store = Store::open(dir, StoreSettings::default())?;
-    figures.insert("rebuild_s_per_million_small_blocks".into(), (started.elapsed().as_secs_f64() * million).into());
+    figures.insert(
+        "rebuild_s_per_million_small_blocks".into(),
+        (started.elapsed().as_secs_f64() * million).into(),
+    );
     anyhow::ensure!(store.stats().objects == objects, "blocks were lost in the rebuild");
     Ok(())
 }
 
 /// Rebuilds the index of V4-Flash blocks, against plain reads of the pages that hold their headers.
-pub(super) fn rebuild(bed: Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>) -> anyhow::Result<()> {
+pub(super) fn rebuild(
+    bed: Bed,
+    prefixes: &[Vec<ObjectId>],
+    figures: &mut Map<String, Value>,
+) -> anyhow::Result<()> {
     let Bed { dir, settings, store, disk } = bed;
     let blocks = prefixes.iter().map(Vec::len).sum::<usize>();
     store.close()?;
@@ -87,14 +94,19 @@ pub(super) fn rebuild(bed: Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<St
         let extents: Vec<_> = (0..count)
             .map(|read| {
                 let (file, offset, _) = all[read * step % all.len()];
-                (file, offset + (read * step / all.len()) as u64 * REBUILD_READ_BYTES as u64, REBUILD_READ_BYTES)
+                (
+                    file,
+                    offset + (read * step / all.len()) as u64 * REBUILD_READ_BYTES as u64,
+                    REBUILD_READ_BYTES,
+                )
             })
             .collect();
         floor.measure(|| floor::read(&*disk, &extents, HEADER_DEPTH))?;
     }
     figures.insert("rebuild_mb_s".into(), rebuild.mb_s().into());
     figures.insert("rebuild_vs_floor".into(), (rebuild.mb_s() / floor.mb_s()).into());
-    figures.insert("rebuild_read_bytes_per_block".into(), (rebuild.bytes as f64 / 3.0 / blocks as f64).into());
+    figures
+        .insert("rebuild_read_bytes_per_block".into(), (rebuild.bytes as f64 / 3.0 / blocks as f64).into());
     figures.insert("rebuild_s_per_100_gb".into(), {
         let stored: f64 = blocks as f64 * 450e3;
         (rebuild.wall_s / 3.0 / (stored / 1e11)).into()

@@ -25,7 +25,9 @@ pub enum ObjectKind {
 impl ObjectKind {
     /// The kind with this byte on disk.
     pub fn from_u8(byte: u8) -> Option<Self> {
-        [Self::Block, Self::State, Self::Layout, Self::Lease, Self::Erasure].into_iter().find(|kind| *kind as u8 == byte)
+        [Self::Block, Self::State, Self::Layout, Self::Lease, Self::Erasure]
+            .into_iter()
+            .find(|kind| *kind as u8 == byte)
     }
 }
 

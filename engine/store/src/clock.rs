@@ -99,7 +99,11 @@ impl StoreTime {
     pub(crate) fn save(&self) -> Result<()> {
         let new = self.path.with_extension("new");
         let since_s = seconds(self.clock.since_boot());
-        let text = format!("esker-clock 1 {} {} {since_s}\n", self.at_boot_s.load(Ordering::Relaxed) + since_s, self.clock.boot_id());
+        let text = format!(
+            "esker-clock 1 {} {} {since_s}\n",
+            self.at_boot_s.load(Ordering::Relaxed) + since_s,
+            self.clock.boot_id()
+        );
         let written = fs::File::create(&new)
             .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
             .and_then(|()| fs::rename(&new, &self.path));
@@ -121,43 +125,10 @@ fn seconds(time: Duration) -> i64 {
     i64::try_from(time.as_secs()).unwrap_or(i64::MAX)
 }
 
-/// A clock that moves when it is told to: for tests.
-#[cfg(any(test, feature = "testing"))]
-pub struct ManualClock(std::sync::Mutex<(u64, Duration)>);
-
-#[cfg(any(test, feature = "testing"))]
-impl ManualClock {
-    /// A machine that has just booted.
-    pub fn new() -> Arc<Self> {
-        Arc::new(Self(std::sync::Mutex::new((1, Duration::from_secs(60)))))
-    }
-
-    /// Lets time pass.
-    pub fn pass(&self, time: Duration) {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).1 += time;
-    }
-
-    /// Boots the machine again.
-    pub fn reboot(&self) {
-        let mut state = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        *state = (state.0 + 1, Duration::from_secs(1));
-    }
-}
-
-#[cfg(any(test, feature = "testing"))]
-impl Clock for ManualClock {
-    fn boot_id(&self) -> String {
-        format!("boot-{}", self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).0)
-    }
-
-    fn since_boot(&self) -> Duration {
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).1
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tests::common::ManualClock;
 
     #[test]
     fn store_time_goes_on_across_restarts_and_not_while_the_machine_is_off() {

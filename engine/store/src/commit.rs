@@ -81,6 +81,8 @@ enum Event {
     Put(Submission),
     Completed(Completion),
     Made(Made),
+    /// Time to keep house; who asked for it is told when it is done.
+    House(Option<Sender<()>>),
     Close,
 }
 
@@ -110,6 +112,14 @@ impl Committer {
         let thread = std::thread::Builder::new().name("esker-commit".into());
         let thread = thread.spawn(move || writer.run(&received))?;
         Ok(Self { events, thread: Some(thread) })
+    }
+
+    /// Keeps house, and returns when it is done.
+    pub(crate) fn keep_house(&self) {
+        let (asked, done) = mpsc::channel();
+        if self.events.send(Event::House(Some(asked))).is_ok() {
+            let _ = done.recv();
+        }
     }
 
     /// Queues a record. Its outcome comes through its `reply`, also if the committer has ended.
@@ -220,9 +230,24 @@ impl Writer {
                 self.maker.delivered();
                 self.spare = Some(made);
             }
+            Event::House(asked) => {
+                self.retire_expired();
+                self.maker.keep_house(asked);
+            }
             Event::Close => return true,
         }
         false
+    }
+
+    /// Closes the tails whose time to live is over, so that their segments can go.
+    fn retire_expired(&mut self) {
+        let busy = |id| self.batches.iter().flat_map(|batch| &batch.runs).any(|run| run.tail.id == id);
+        let expired = |tail: &&Tail| self.shared.is_expired(tail.id) && !busy(tail.id);
+        let tails: Vec<Tail> = self.tails.values().filter(expired).copied().collect();
+        for tail in tails {
+            self.tails.remove(&tail.class);
+            self.maker.seal(tail, self.next_sequence - 1);
+        }
     }
 
     /// Whether another batch should be formed now: while one is being written, only a full one.
@@ -276,7 +301,8 @@ impl Writer {
         let own = matches!(id.kind, ObjectKind::Lease | ObjectKind::Erasure);
         if !own && let Some(&number) = self.unpublished.get(&id) {
             let mut batches = self.batches.iter_mut().chain([&mut *forming]);
-            if let Some(first) = batches.find(|batch| batch.number == number).and_then(|batch| batch.find(id)) {
+            if let Some(first) = batches.find(|batch| batch.number == number).and_then(|batch| batch.find(id))
+            {
                 let same_content = first.digest == digest;
                 first.repeats.push(Repeat { putter, same_content });
                 return None;
@@ -290,7 +316,10 @@ impl Writer {
             return None;
         }
         let mut context = None;
-        if !own && let Some(parent) = header.parent && self.shared.table.get(parent).is_none() {
+        if !own
+            && let Some(parent) = header.parent
+            && self.shared.table.get(parent).is_none()
+        {
             if self.declined.contains(&parent) {
                 self.decline(id, putter);
                 return None;
@@ -356,7 +385,9 @@ impl Writer {
             }
             Some(Made::Not(error)) => {
                 if is_full(&error) {
-                    return Err(StoreError::Full { reason: format!("no space for another segment: {error}") });
+                    return Err(StoreError::Full {
+                        reason: format!("no space for another segment: {error}"),
+                    });
                 }
                 self.failures += 1;
                 tracing::error!(%error, failures = self.failures, "a segment could not be made");
@@ -382,11 +413,7 @@ impl Writer {
         for (run_number, run) in batch.runs.iter_mut().enumerate() {
             for (position, pending) in run.records.iter_mut().enumerate() {
                 let Some(mut record) = pending.record.take() else { continue };
-                let place = Place {
-                    segment: run.tail.id,
-                    generation: run.tail.generation,
-                    offset: run.end,
-                };
+                let place = Place { segment: run.tail.id, generation: run.tail.generation, offset: run.end };
                 let checksum = pending.header.encode(place, self.next_sequence, time_s, &mut record);
                 run.entries.push(pending.entry(place, self.next_sequence, time_s, checksum, record.len()));
                 run.sequence = self.next_sequence;
@@ -463,8 +490,7 @@ impl Writer {
             true => StoreError::Full { reason: format!("segment {segment}: {error}") },
             false => StoreError::WriteFailed { source: Arc::new(error) },
         };
-        let failure =
-            self.failed.get_or_insert(Failure { error, suspect: Vec::new(), again: true });
+        let failure = self.failed.get_or_insert(Failure { error, suspect: Vec::new(), again: true });
         if full {
             failure.again = false;
         } else if failure.suspect.iter().all(|(known, _)| *known != segment) {
@@ -504,7 +530,8 @@ impl Writer {
         let mut changes = Changes::default();
         for run in &batch.runs {
             run.entries.iter().for_each(|entry| changes.put(entry));
-            changes.put_segment(run.tail.id, &run.state(Phase::Open, self.shared.used_s(run.tail.id)));
+            changes.put_segment(run.tail.id, &run.state(Phase::Open));
+            changes.put_use(run.tail.id, run.entries.last().map_or(0, |entry| entry.time_s));
         }
         self.shared
             .index
@@ -527,7 +554,8 @@ impl Writer {
     /// Closes the full segments whose last batch is published.
     fn seal_full(&mut self) {
         let first = self.batches.front().map_or(self.next_batch, |batch| batch.number);
-        let (done, waiting) = std::mem::take(&mut self.full).into_iter().partition(|(batch, _)| *batch < first);
+        let (done, waiting) =
+            std::mem::take(&mut self.full).into_iter().partition(|(batch, _)| *batch < first);
         self.full = waiting;
         let sequence = self.next_sequence - 1;
         for (_, tail) in done {
@@ -567,8 +595,7 @@ impl Writer {
         self.tails.retain(|_, open| open.id != segment);
         self.full.retain(|(_, full)| full.id != segment);
         let mut changes = Changes::default();
-        let used_s = self.shared.used_s(segment);
-        changes.put_segment(segment, &tail.state(Phase::Suspect, self.next_sequence - 1, used_s));
+        changes.put_segment(segment, &tail.state(Phase::Suspect, self.next_sequence - 1));
         if let Err(error) = self.shared.index.write_durably(changes) {
             tracing::error!(%segment, %error, "a suspect segment could not be marked");
         }
@@ -596,7 +623,10 @@ impl Writer {
             let id = encoded.header.id;
             let known = self.shared.table.get(id).and_then(|located| self.shared.digest_of(id, &located));
             let refused = || Err(error.clone());
-            self.answer((position, reply), known.map_or_else(refused, |known| compare(id, known == encoded.digest)));
+            self.answer(
+                (position, reply),
+                known.map_or_else(refused, |known| compare(id, known == encoded.digest)),
+            );
         }
     }
 
@@ -639,15 +669,15 @@ impl Tail {
         self.len_bytes - PAGE as u64
     }
 
-    pub(crate) fn state(&self, phase: Phase, sequence: u64, used_s: u32) -> SegmentState {
-        SegmentState { phase, generation: self.generation, watermark: self.published_at, sequence, used_s }
+    pub(crate) fn state(&self, phase: Phase, sequence: u64) -> SegmentState {
+        SegmentState { phase, generation: self.generation, watermark: self.published_at, sequence }
     }
 }
 
 impl Run {
-    fn state(&self, phase: Phase, used_s: u32) -> SegmentState {
+    fn state(&self, phase: Phase) -> SegmentState {
         let (generation, sequence) = (self.tail.generation, self.sequence);
-        SegmentState { phase, generation, watermark: self.end, sequence, used_s }
+        SegmentState { phase, generation, watermark: self.end, sequence }
     }
 }
 

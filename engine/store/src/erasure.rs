@@ -29,7 +29,9 @@ impl Erase {
             Self::Namespace(namespace) => (None, ScopeTag([0; 16]), namespace),
         };
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&parent.map_or([0; 32], |id| id.hash.0)).update(&[parent.map_or(0, |id| id.kind as u8)]);
+        hasher
+            .update(&parent.map_or([0; 32], |id| id.hash.0))
+            .update(&[parent.map_or(0, |id| id.kind as u8)]);
         hasher.update(&scope.0).update(&namespace.0);
         PutObject {
             id: ObjectId { kind: ObjectKind::Erasure, hash: BlockHash(*hasher.finalize().as_bytes()) },

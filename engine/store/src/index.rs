@@ -5,6 +5,7 @@
 //! ```text
 //! 0x01 | segment id u64 BE | page u32 BE           ->  Entry of the record there, see entry.rs
 //! 0xF0 | segment id u64 BE                         ->  SegmentState, see entry.rs
+//! 0xF1 | segment id u64 BE                         ->  store time of the last use of anything in it, u32 LE seconds
 //! 0xFF                                             ->  format of this index, u32 LE; another one means: build anew
 //! ```
 //!
@@ -22,7 +23,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, ReadOptions, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, ReadOptions, WriteBatch,
+    WriteOptions,
 };
 
 use entry::{ENTRIES_END, entry_key, spot_of};
@@ -33,8 +35,9 @@ use crate::segment::{SegmentId, Spot};
 use crate::{Result, StoreError};
 
 const SEGMENT_PREFIX: u8 = 0xF0;
+const USE_PREFIX: u8 = 0xF1;
 const FORMAT_KEY: [u8; 1] = [0xFF];
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 /// The resident table answers lookups; this serves duplicates and quarantine.
 const BLOCK_CACHE_BYTES: usize = 8 << 20;
 /// Read ahead when all entries are.
@@ -134,9 +137,10 @@ impl Index {
         })
     }
 
-    /// What is known of one segment.
-    pub(crate) fn segment(&self, id: SegmentId) -> Result<Option<SegmentState>> {
-        Ok(self.db.get(segment_key(id))?.and_then(|value| SegmentState::decode(&value)))
+    /// Store time of the last use of a segment; may lag behind.
+    pub(crate) fn last_use(&self, id: SegmentId) -> Result<Option<u32>> {
+        let value = self.db.get(segment_key(USE_PREFIX, id))?;
+        Ok(value.and_then(|value| Some(u32::from_le_bytes(value.try_into().ok()?))))
     }
 
     /// What is known of each segment.
@@ -200,16 +204,21 @@ impl Changes {
     }
 
     pub(crate) fn put_segment(&mut self, id: SegmentId, state: &SegmentState) {
-        self.0.put(segment_key(id), state.encode());
+        self.0.put(segment_key(SEGMENT_PREFIX, id), state.encode());
+    }
+
+    pub(crate) fn put_use(&mut self, id: SegmentId, used_s: u32) {
+        self.0.put(segment_key(USE_PREFIX, id), used_s.to_le_bytes());
     }
 
     pub(crate) fn remove_segment(&mut self, id: SegmentId) {
-        self.0.delete(segment_key(id));
+        self.0.delete(segment_key(SEGMENT_PREFIX, id));
+        self.0.delete(segment_key(USE_PREFIX, id));
     }
 }
 
-fn segment_key(id: SegmentId) -> [u8; 9] {
-    let mut key = [SEGMENT_PREFIX; 9];
+fn segment_key(prefix: u8, id: SegmentId) -> [u8; 9] {
+    let mut key = [prefix; 9];
     key[1..].copy_from_slice(&id.0.to_be_bytes());
     key
 }

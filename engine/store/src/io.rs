@@ -126,12 +126,24 @@ impl Deliver for Sender<Completion> {
 
 impl Op {
     /// Reads `buf.len()` bytes at `offset`.
-    pub fn read(file: FileId, offset: u64, buf: AlignedBuf, tag: u64, reply: &(impl Deliver + Clone + 'static)) -> Self {
+    pub fn read(
+        file: FileId,
+        offset: u64,
+        buf: AlignedBuf,
+        tag: u64,
+        reply: &(impl Deliver + Clone + 'static),
+    ) -> Self {
         Self::transfer(OpKind::Read, file, offset, buf, tag, reply)
     }
 
     /// Writes `buf` at `offset`.
-    pub fn write(file: FileId, offset: u64, buf: AlignedBuf, tag: u64, reply: &(impl Deliver + Clone + 'static)) -> Self {
+    pub fn write(
+        file: FileId,
+        offset: u64,
+        buf: AlignedBuf,
+        tag: u64,
+        reply: &(impl Deliver + Clone + 'static),
+    ) -> Self {
         Self::transfer(OpKind::Write, file, offset, buf, tag, reply)
     }
 

@@ -103,7 +103,8 @@ pub(crate) fn parse(bytes: &[u8]) -> Option<(Vec<ObjectId>, u32)> {
         return None;
     }
     let mut reader = Reader::new(bytes);
-    let (version, count, _, deadline_s) = (reader.u16(), usize::from(reader.u16()), reader.u32(), reader.u64());
+    let (version, count, _, deadline_s) =
+        (reader.u16(), usize::from(reader.u16()), reader.u32(), reader.u64());
     if version != VERSION || bytes.len() != FIXED_BYTES + count * END_BYTES {
         return None;
     }

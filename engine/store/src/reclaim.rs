@@ -70,7 +70,9 @@ impl Shared {
                 self.counters.punched_bytes.add(len_bytes);
             }
             Err(error) if error.kind() == io::ErrorKind::Unsupported => warn_once(),
-            Err(error) => tracing::warn!(segment = %id, offset, len_bytes, %error, "space could not be given back"),
+            Err(error) => {
+                tracing::warn!(segment = %id, offset, len_bytes, %error, "space could not be given back")
+            }
         }
     }
 
@@ -91,12 +93,11 @@ impl Shared {
     /// Removes the sealed segments whose last use is longer ago than their class allows, unless something in them is
     /// leased or still carries something outside.
     pub(crate) fn expire(&self) -> Result<()> {
-        let now_s = self.time.now_s();
-        for (id, segment) in self.segments.all() {
-            let Some(ttl_s) = self.ttl_s(segment.class) else { continue };
-            if !segment.sealed || segment.used_s.saturating_add(ttl_s) >= now_s {
-                continue;
-            }
+        let mut segments = self.segments.all();
+        segments.retain(|(id, segment)| segment.sealed && self.is_expired(*id));
+        // The newest first: what they hold hangs on what older ones hold.
+        segments.sort_unstable_by_key(|(id, _)| std::cmp::Reverse(*id));
+        for (id, _) in segments {
             let entries = self.index.entries_of(id).collect::<Result<Vec<Entry>>>()?;
             if !self.table.remove_all(&entries) {
                 continue;
@@ -159,24 +160,25 @@ impl Shared {
             let Some(segment) = self.segments.get(id) else { continue };
             self.segments.update(id, |segment| segment.used_s = segment.used_s.max(now_s));
             let lag_s = self.ttl_s(segment.class).map_or(u32::MAX, |ttl_s| ttl_s / USE_LAG_PART);
-            if segment.sealed && now_s.saturating_sub(segment.used_s) > lag_s {
+            if now_s.saturating_sub(segment.used_s) > lag_s {
                 self.remember_use(id, now_s);
             }
         }
     }
 
     fn remember_use(&self, id: SegmentId, used_s: u32) {
-        let known = self.index.segment(id);
-        let written = known.and_then(|known| {
-            let Some(mut state) = known else { return Ok(()) };
-            state.used_s = state.used_s.max(used_s);
-            let mut changes = Changes::default();
-            changes.put_segment(id, &state);
-            self.index.write(changes)
-        });
-        if let Err(error) = written {
+        let mut changes = Changes::default();
+        changes.put_use(id, used_s);
+        if let Err(error) = self.index.write(changes) {
             tracing::warn!(segment = %id, %error, "the use of a segment could not be written down");
         }
+    }
+
+    /// Whether the time to live of everything in a segment is over.
+    pub(crate) fn is_expired(&self, id: SegmentId) -> bool {
+        let Some(segment) = self.segments.get(id) else { return false };
+        let now_s = self.time.now_s();
+        self.ttl_s(segment.class).is_some_and(|ttl_s| segment.used_s.saturating_add(ttl_s) < now_s)
     }
 
     /// Seconds that objects of a class are kept; `None` for ever.
@@ -189,6 +191,8 @@ impl Shared {
 fn warn_once() {
     static WARNED: AtomicBool = AtomicBool::new(false);
     if !WARNED.swap(true, Ordering::Relaxed) {
-        tracing::warn!("this file system cannot give back parts of a file; space returns by whole segments only");
+        tracing::warn!(
+            "this file system cannot give back parts of a file; space returns by whole segments only"
+        );
     }
 }

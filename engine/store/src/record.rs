@@ -48,9 +48,9 @@
 
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
 
+use crate::TtlClass;
 use crate::fields::{Reader, Writer, narrow};
 use crate::io::{PAGE, page_ceil};
-use crate::TtlClass;
 use crate::segment::{Place, SegmentId};
 
 pub(crate) const MAGIC: &[u8; 8] = b"EskrRec\0";

@@ -129,7 +129,8 @@ impl Worker<'_> {
             return Ok(None);
         };
         let class = header.or(seal).map_or(TtlClass::default(), |page| page.class);
-        let used_s = state.map_or_else(|| self.shared.time.now_s(), |state| state.used_s);
+        // Who does not know when it was used takes it for used now.
+        let used_s = self.shared.index.last_use(id)?.unwrap_or_else(|| self.shared.time.now_s());
         self.shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
         let mut tail = Tail { id, class, generation, file, len_bytes, append_at: 0, published_at: 0 };
         tail.end_at(scanned.end);
@@ -200,7 +201,7 @@ impl Worker<'_> {
 
     fn remember(&self, tail: &Tail, phase: Phase) -> Result<()> {
         let mut changes = Changes::default();
-        changes.put_segment(tail.id, &tail.state(phase, self.sequence, self.shared.used_s(tail.id)));
+        changes.put_segment(tail.id, &tail.state(phase, self.sequence));
         self.shared.segments.update(tail.id, |segment| segment.sealed = phase == Phase::Sealed);
         self.shared.index.write(changes)
     }
@@ -246,7 +247,9 @@ impl Worker<'_> {
             }
             match entry.id.kind {
                 ObjectKind::Lease => self.report.own.push(entry),
-                ObjectKind::Erasure => erasures.extend(Erase::of(&entry).map(|erase| (erase, entry.sequence))),
+                ObjectKind::Erasure => {
+                    erasures.extend(Erase::of(&entry).map(|erase| (erase, entry.sequence)))
+                }
                 _ => {}
             }
         }

@@ -8,12 +8,12 @@ use esker_prefix::ObjectId;
 
 use crate::clock::StoreTime;
 use crate::commit::Tail;
-use crate::lease::Leases;
 use crate::fetch::Verifiers;
 use crate::index::{Changes, Index, Phase};
 use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
+use crate::lease::Leases;
 use crate::record::ContentDigest;
-use crate::segment::{PageKind, SegmentId, SegmentPage, SegmentTable, Spot};
+use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot};
 use crate::stats::Counters;
 use crate::table::{Located, Table};
 use crate::verify;
@@ -106,15 +106,10 @@ impl Shared {
             .and_then(|()| wait(self.disk.as_ref(), |reply| Op::sync(tail.file, 0, reply)))
             .map_err(StoreError::io("sealing", tail.id.file_name()))?;
         let mut changes = Changes::default();
-        changes.put_segment(tail.id, &tail.state(Phase::Sealed, sequence, self.used_s(tail.id)));
+        changes.put_segment(tail.id, &tail.state(Phase::Sealed, sequence));
         self.index.write(changes)?;
         self.segments.update(tail.id, |segment| segment.sealed = true);
         Ok(())
-    }
-
-    /// Store time of the last use of a segment.
-    pub(crate) fn used_s(&self, id: SegmentId) -> u32 {
-        self.segments.get(id).map_or(0, |segment| segment.used_s)
     }
 
     pub(crate) fn count_put(&self, outcome: &Result<PutOutcome>) {

@@ -11,11 +11,11 @@ use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, Scope
 use crate::clock::{Clock, StoreTime, SystemClock};
 use crate::commit::{Committer, Submission};
 use crate::encoding::Hashed;
-use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::erasure::Erase;
+use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::index::{Entry, Index};
-use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine};
+use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::recovery;
 use crate::segment::{RECORDS_AT, SegmentTable};
 use crate::shared::Shared;
@@ -72,7 +72,8 @@ impl Store {
     pub fn open_at(dir: &Path, settings: StoreSettings, clock: Arc<dyn Clock>) -> Result<Self> {
         let engines = settings.io_engines.clone();
         Self::open_with(dir, settings, Some(clock), |segments| {
-            let chosen = io::choose(segments, &engines).map_err(StoreError::io("no I/O engine works in", segments));
+            let chosen =
+                io::choose(segments, &engines).map_err(StoreError::io("no I/O engine works in", segments));
             chosen.map(|(disk, _)| (disk, Vec::new()))
         })
     }
@@ -242,7 +243,8 @@ impl Store {
         }
         // A lease of nothing that ended at the beginning of time: newer than what it replaces, and forgotten soon.
         self.put(vec![lease::object(id, &[], 0)]).remove(0)?;
-        let before = self.shared.leases.held().insert(id, Lease { id, ends: Vec::new(), deadline_s: 0, bytes: 0 });
+        let before =
+            self.shared.leases.held().insert(id, Lease { id, ends: Vec::new(), deadline_s: 0, bytes: 0 });
         before.iter().flat_map(|lease| &lease.ends).for_each(|&end| self.shared.table.unpin(end));
         Ok(true)
     }
@@ -251,7 +253,8 @@ impl Store {
     pub fn leases(&self) -> Vec<Lease> {
         let now_s = self.shared.time.now_s();
         let held = self.shared.leases.held();
-        let mut leases: Vec<Lease> = held.values().filter(|lease| lease.deadline_s > now_s).cloned().collect();
+        let mut leases: Vec<Lease> =
+            held.values().filter(|lease| lease.deadline_s > now_s).cloned().collect();
         leases.sort_unstable_by_key(|lease| lease.id);
         leases
     }
@@ -262,19 +265,22 @@ impl Store {
         let object = what.object();
         let id = object.id;
         self.put(vec![object]).remove(0)?;
-        let record = self.shared.table.get(id).and_then(|located| self.shared.index.get(located.spot).transpose());
+        let record =
+            self.shared.table.get(id).and_then(|located| self.shared.index.get(located.spot).transpose());
         let Some(entry) = record.transpose()? else { return Err(StoreError::Closed) };
         self.shared.erase(what, entry.sequence)
     }
 
     /// Expires, ends leases and writes the clock down now rather than within seconds.
     pub fn keep_house(&self) {
-        self.shared.keep_house();
+        self.committer.keep_house();
     }
 
     /// Takes a share of the budget for a lease. Returns it and what it replaces.
     fn admit_lease(&self, id: LeaseId, ends: &[ObjectId], deadline_s: u32) -> Result<(Lease, Option<Lease>)> {
-        let paths = ends.iter().map(|&end| self.shared.table.path_bytes(end).ok_or(StoreError::NotStored { id: end }));
+        let paths = ends
+            .iter()
+            .map(|&end| self.shared.table.path_bytes(end).ok_or(StoreError::NotStored { id: end }));
         let bytes = paths.sum::<Result<u64>>()?;
         let limit_bytes = self.shared.settings.leased_bytes;
         let mut held = self.shared.leases.held();
@@ -406,7 +412,8 @@ fn restore_leases(shared: &Arc<Shared>, entries: &[Entry]) {
         let Some(located) = shared.table.get(entry.id) else { continue };
         let objects = vec![Found::new(entry.id, located)];
         let (planes, order) = (PlaneSelection::All, FetchOrder::ByObject);
-        let event = Fetch::new(Arc::clone(shared), FetchRequest { objects, planes, order, deadline: None }).next();
+        let event =
+            Fetch::new(Arc::clone(shared), FetchRequest { objects, planes, order, deadline: None }).next();
         let Some(FetchEvent::Plane { bytes, .. }) = event else {
             tracing::error!("the record of a lease cannot be read");
             continue;

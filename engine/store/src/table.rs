@@ -16,11 +16,11 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use esker_prefix::{NamespaceId, ObjectId, ObjectKind, ScopeTag};
 use hashbrown::HashTable;
 
+use crate::TtlClass;
 use crate::fields::narrow;
 use crate::index::Entry;
 use crate::io::PAGE;
 use crate::record::header_bytes;
-use crate::TtlClass;
 use crate::retention::{Candidate, Context, Retention, RetentionSettings};
 use crate::segment::{SegmentId, Spot};
 
@@ -183,7 +183,8 @@ impl Table {
             // What is about to hang on it should not go before.
             inner.retention.renew(parent, now_s);
         }
-        let (bytes, tokens) = (clamp(record_bytes), block_tokens(header.tokens, parent.map(|at| inner.slot(at).tokens)));
+        let (bytes, tokens) =
+            (clamp(record_bytes), block_tokens(header.tokens, parent.map(|at| inner.slot(at).tokens)));
         let candidate = inner.retention.missed(key_of(header.id), context, bytes, tokens, now_s);
         let admits = inner.retention.admits(&candidate, now_s);
         (candidate, context, admits)
@@ -428,10 +429,7 @@ impl Slot {
     }
 
     fn spot(&self) -> Spot {
-        Spot {
-            segment: SegmentId(u64::from(self.segment)),
-            offset: u64::from(self.page) * PAGE as u64,
-        }
+        Spot { segment: SegmentId(u64::from(self.segment)), offset: u64::from(self.page) * PAGE as u64 }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tests that break the store on purpose, and so need to reach inside. Behaviour seen from outside is in `tests/`.
 
 #[path = "../tests/common/mod.rs"]
-mod common;
+pub(crate) mod common;
 mod damage;
 mod faults;
 mod fetching;
@@ -45,7 +45,7 @@ fn set_entry(store: &Store, id: ObjectId, entry: &Entry) {
     let mut changes = Changes::default();
     changes.put(&entry);
     store.shared.index.write(changes).unwrap();
-    store.shared.table.insert(&entry);
+    store.shared.table.insert(&entry, None);
 }
 
 fn copy_dir(from: &Path, to: &Path) {

@@ -31,6 +31,7 @@ fn writers_of_one_key_agree_on_one_copy() {
                         let key = if writer % 4 < 2 { step } else { KEYS - 1 - step };
                         match store.put(vec![object(key, seed(writer, key), &lens)]).remove(0) {
                             Ok(PutOutcome::Stored) => won.push((key, writer)),
+                            Ok(PutOutcome::Declined) => panic!("there is room"),
                             Ok(PutOutcome::Present) => {
                                 assert_eq!(writer % 2, 0, "only equal bytes are present")
                             }

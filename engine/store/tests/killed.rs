@@ -72,8 +72,7 @@ fn what_a_killed_process_acknowledged_is_there() {
     assert!(acked.len() as u64 > KILLS);
     let store = Store::open(dir.path(), reopening()).unwrap();
     let ids: Vec<_> = acked.iter().map(|&number| id(number)).collect();
-    let found: Vec<_> =
-        store.get(&ids).into_iter().map(|found| found.expect("acknowledged")).collect();
+    let found: Vec<_> = store.get(&ids).into_iter().map(|found| found.expect("acknowledged")).collect();
     for (got, number) in fetch(&store, all(found)).into_iter().zip(acked) {
         assert_eq!(got, Ok(planes(&object(number, number, &LENS))), "object {number}");
     }

@@ -156,12 +156,7 @@ fn lookup(
     let mut states = Vec::new();
     let resume_points: Vec<u64> = if needs_state {
         let ids = ids(ObjectKind::State);
-        states = node
-            .store
-            .get(&ids[..blocks.len()])
-            .into_iter()
-            .flatten()
-            .collect();
+        states = node.store.get(&ids[..blocks.len()]).into_iter().flatten().collect();
         // Newest first: the greatest boundary is the best.
         states.sort_by_key(|state| std::cmp::Reverse(state.tokens));
         states.truncate(MAX_RESUME_POINTS);

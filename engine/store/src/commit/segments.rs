@@ -25,6 +25,7 @@ pub(super) struct Maker {
 enum Job {
     Make,
     Seal(Tail, u64),
+    House(Option<Sender<()>>),
 }
 
 /// What an order came to.
@@ -67,6 +68,11 @@ impl Maker {
         self.send(Job::Seal(tail, sequence));
     }
 
+    /// Keeps house when everything before is done.
+    pub(super) fn keep_house(&self, asked: Option<Sender<()>>) {
+        self.send(Job::House(asked));
+    }
+
     /// Ends the thread when it has done everything, and removes a segment that was made and never used.
     pub(super) fn stop(&mut self, spare: Option<Made>) {
         self.jobs = None;
@@ -81,8 +87,9 @@ impl Maker {
     }
 
     fn send(&self, job: Job) {
+        let makes = matches!(job, Job::Make);
         let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        if !sent {
+        if !sent && makes {
             let error = io::Error::other("the segment thread is gone");
             let _ = self.events.send(Event::Made(Made::Not(error)));
         }
@@ -97,7 +104,8 @@ fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Send
         let job = match jobs.recv_timeout(TICK) {
             Ok(job) => job,
             Err(RecvTimeoutError::Timeout) => {
-                shared.keep_house();
+                // By way of the committer, which knows what is still being written.
+                let _ = events.send(Event::House(None));
                 continue;
             }
             Err(RecvTimeoutError::Disconnected) => return,
@@ -110,6 +118,10 @@ fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Send
                 {
                     blank.remove(shared);
                 }
+            }
+            Job::House(asked) => {
+                shared.keep_house();
+                asked.map(|asked| asked.send(()));
             }
             Job::Seal(tail, sequence) => {
                 if let Err(error) = shared.seal(&tail, sequence) {

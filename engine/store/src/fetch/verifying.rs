@@ -144,10 +144,13 @@ impl Context {
             return steps;
         }
         for &item in &read.items {
-            let bytes = bytes.as_ref().map_err(|kind| *kind).map(|bytes| Piece { bytes, start: read.range.start });
+            let bytes =
+                bytes.as_ref().map_err(|kind| *kind).map(|bytes| Piece { bytes, start: read.range.start });
             match (item.part, bytes) {
                 (_, Err(kind)) => steps.push_back((item, Err(kind))),
-                (Part::Plane(plane), Ok(piece)) => steps.push_back((item, self.plane(item.object, plane, piece))),
+                (Part::Plane(plane), Ok(piece)) => {
+                    steps.push_back((item, self.plane(item.object, plane, piece)))
+                }
                 (Part::Header, Ok(piece)) => steps.push_back((item, self.header(item.object, piece))),
                 (Part::Record | Part::Head, Ok(piece)) => self.record(item, piece, &mut steps),
             }

@@ -24,13 +24,12 @@
 //! 196   4  store time of the put, in seconds
 //! 200   8  zero
 //!
-//! SegmentState, 30 bytes
+//! SegmentState, 26 bytes
 //!   0   1  1 open, 2 sealed, 3 suspect
 //!   1   1  zero
 //!   2   8  generation
 //!  10   8  watermark: records before this offset are in the index
 //!  18   8  highest sequence before the watermark
-//!  26   4  store time of the last use of anything in it, in seconds; may lag behind
 //! ```
 
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
@@ -44,7 +43,7 @@ use crate::segment::{SegmentId, Spot};
 const ENTRY_PREFIX: u8 = 0x01;
 const ENTRY_KEY_BYTES: usize = 13;
 const ENTRY_BYTES: usize = 208;
-const STATE_BYTES: usize = 30;
+const STATE_BYTES: usize = 26;
 
 /// Where an object's record is, and all that can be said of it without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,7 +160,9 @@ fn head_pages(header: &RecordHeader) -> u8 {
 pub(super) fn entry_key(spot: Spot) -> [u8; ENTRY_KEY_BYTES] {
     let mut key = [ENTRY_PREFIX; ENTRY_KEY_BYTES];
     key[1..9].copy_from_slice(&spot.segment.0.to_be_bytes());
-    key[9..].copy_from_slice(&narrow(usize::try_from(spot.offset / PAGE as u64).unwrap_or(usize::MAX)).to_be_bytes());
+    key[9..].copy_from_slice(
+        &narrow(usize::try_from(spot.offset / PAGE as u64).unwrap_or(usize::MAX)).to_be_bytes(),
+    );
     key
 }
 
@@ -183,8 +184,6 @@ pub(crate) struct SegmentState {
     pub(crate) generation: u64,
     pub(crate) watermark: u64,
     pub(crate) sequence: u64,
-    /// Store time of the last use of anything in it; may lag behind.
-    pub(crate) used_s: u32,
 }
 
 /// Where a segment is in its life.
@@ -204,8 +203,7 @@ impl SegmentState {
             .u8(0)
             .u64(self.generation)
             .u64(self.watermark)
-            .u64(self.sequence)
-            .u32(self.used_s);
+            .u64(self.sequence);
         bytes
     }
 
@@ -217,13 +215,7 @@ impl SegmentState {
         let phase = reader.u8();
         let phase = [Phase::Open, Phase::Sealed, Phase::Suspect].into_iter().find(|p| *p as u8 == phase)?;
         reader.u8();
-        Some(Self {
-            phase,
-            generation: reader.u64(),
-            watermark: reader.u64(),
-            sequence: reader.u64(),
-            used_s: reader.u32(),
-        })
+        Some(Self { phase, generation: reader.u64(), watermark: reader.u64(), sequence: reader.u64() })
     }
 }
 
@@ -267,10 +259,10 @@ mod tests {
         assert_eq!(entry_key(spot), [1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 3]);
         assert_eq!(spot_of(&entry_key(spot)), Some(spot));
         assert_eq!(spot_of(&[0xff]), None);
-        let state = SegmentState { phase: Phase::Suspect, generation: 1, watermark: 2, sequence: 3, used_s: 4 };
+        let state = SegmentState { phase: Phase::Suspect, generation: 1, watermark: 2, sequence: 3 };
         let bytes = state.encode();
-        assert_eq!((bytes[0], bytes[2], bytes[10], bytes[18], bytes[26]), (3, 1, 2, 3, 4));
+        assert_eq!((bytes[0], bytes[2], bytes[10], bytes[18]), (3, 1, 2, 3));
         assert_eq!(SegmentState::decode(&bytes), Some(state));
-        assert_eq!(SegmentState::decode(&[0; 30]), None);
+        assert_eq!(SegmentState::decode(&[0; 26]), None);
     }
 }

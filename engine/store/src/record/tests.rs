@@ -60,8 +60,14 @@ fn headers_round_trip() {
     let mut record = vec![0; header().record_bytes()];
     let checksum = header().encode(PLACE, 9, 10, &mut record);
     let decoded = PlacedHeader::decode(&record).unwrap();
-    let expected =
-        PlacedHeader { header: header(), place: PLACE, sequence: 9, time_s: 10, record_bytes: 19 * PAGE, checksum };
+    let expected = PlacedHeader {
+        header: header(),
+        place: PLACE,
+        sequence: 9,
+        time_s: 10,
+        record_bytes: 19 * PAGE,
+        checksum,
+    };
     assert_eq!(decoded, expected);
     let mut root = header();
     root.parent = None;

@@ -9,7 +9,7 @@ use crate::io::faulty::{Fault, FaultyDisk, Plan, Trace};
 use crate::io::{FileId, IoEngine, OpKind, PAGE};
 use crate::{
     ErrorKind, FetchEvent, FetchOrder, FetchRequest, MissKind, PutOutcome, Sabotage, Store, StoreError,
-    StoreSettings,
+    StoreSettings, TtlClass,
 };
 
 const LENS: [usize; 2] = [700, 4500];
@@ -197,11 +197,16 @@ fn a_full_disk_refuses_puts_and_serves_reads_until_there_is_room() {
 fn a_store_keeps_to_its_capacity() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), StoreSettings { capacity_bytes: 2 << 20, ..settings() }).unwrap();
-    let outcomes = store.put((0..12).map(|number| object(number, number, &[300_000])).collect());
+    // Of what is never evicted.
+    let permanent = |number| object(number, number, &[300_000]).with_class(TtlClass::PERMANENT);
+    let outcomes = store.put((0..12).map(permanent).collect());
     let stored = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     assert_eq!(stored, 6);
     let error = outcomes[6].as_ref().unwrap_err();
-    assert_eq!(error.to_string(), "store is full: 2097152 of 2097152 bytes are in segments");
+    assert_eq!(
+        error.to_string(),
+        "store is full: no space for another segment: 2097152 of 2097152 bytes are in segments"
+    );
     assert_eq!(store.stats().segment_bytes, 2 << 20);
 }
 

@@ -86,3 +86,32 @@ pub fn fetch(store: &Store, request: FetchRequest) -> Vec<Result<Vec<Bytes>, Mis
 pub fn planes(object: &PutObject) -> Vec<Bytes> {
     object.planes.iter().map(|plane| plane.bytes.clone()).collect()
 }
+
+/// A clock that moves when it is told to.
+pub struct ManualClock(std::sync::Mutex<(u64, std::time::Duration)>);
+
+impl ManualClock {
+    /// A machine that has just booted.
+    pub fn new() -> std::sync::Arc<Self> {
+        std::sync::Arc::new(Self(std::sync::Mutex::new((1, std::time::Duration::from_secs(60)))))
+    }
+
+    pub fn pass(&self, time: std::time::Duration) {
+        self.0.lock().unwrap().1 += time;
+    }
+
+    pub fn reboot(&self) {
+        let mut state = self.0.lock().unwrap();
+        *state = (state.0 + 1, std::time::Duration::from_secs(1));
+    }
+}
+
+impl esker_store::clock::Clock for ManualClock {
+    fn boot_id(&self) -> String {
+        format!("boot-{}", self.0.lock().unwrap().0)
+    }
+
+    fn since_boot(&self) -> std::time::Duration {
+        self.0.lock().unwrap().1
+    }
+}
