@@ -1,19 +1,22 @@
-//! State out and in: the rows of one block of tokens as a [`BlockObject`].
+//! State out and in: the rows of one block of tokens as a [`BlockObject`], and what continues the sequence after it
+//! as a [`StateObject`].
 //!
 //! A plane holds, for a run of a group's layers, layer after layer, the rows of the block; a row is its fields, packed,
-//! little-endian (see `esker_prefix::KvLayout`). Group `latent` has rows `[latent | rope key]`, group `indexer_key`
-//! rows `[key]`. Nothing is rounded
+//! little-endian (see `esker_prefix::KvLayout`). Which rows a group has is the cache's to say. Nothing is rounded
 //! here: a row was rounded to its stored format before it was first used.
 
 use bytes::Bytes;
-use esker_prefix::{BlockHash, BlockObject, NamespaceId, ObjectKind, PlaneSpec, PrefixError, ScopeTag};
+use esker_prefix::{
+    BlockHash, BlockObject, NamespaceId, ObjectKind, PlaneSpec, PrefixError, ScopeTag, StateObject,
+};
 use half::bf16;
 
+use crate::panels::KeyPanels;
+use crate::sequence::Cache;
+use crate::v4::cache::state_format;
 use crate::{DecoderError, KvFormat, Model, Result, Sequence};
 
-const INDEXER_GROUP: &str = "indexer_key";
-
-/// Whose block it is and which prefix it completes; the decoder knows rows only.
+/// Whose block or state it is and which prefix it completes; the decoder knows rows only.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockIdentity {
     /// Namespace of the model.
@@ -24,6 +27,12 @@ pub struct BlockIdentity {
     pub parent: BlockHash,
     /// Hash of the prefix that the block completes.
     pub hash: BlockHash,
+}
+
+/// Where a layer keeps the rows of a history group.
+pub(crate) enum Place<'a> {
+    Rows(&'a mut Vec<f32>),
+    Keys(&'a mut KeyPanels),
 }
 
 impl Sequence {
@@ -37,15 +46,14 @@ impl Sequence {
         }
         let plane = |spec: &PlaneSpec| {
             let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
-            for (layer, indexer) in layers_of(model, spec) {
-                let cache = &self.layers[layer];
-                let rows = end - block_tokens..end;
-                if indexer {
-                    encode(&cache.keys.rows(rows), model.kv_format(), &mut bytes);
-                } else {
-                    let width = model.config().row_width();
-                    encode(&cache.rows[rows.start * width..rows.end * width], model.kv_format(), &mut bytes);
-                }
+            let (group, layers) = layers_of(model, spec);
+            for layer in layers {
+                let tokens = end - block_tokens..end;
+                let rows = match &self.cache {
+                    Cache::Mla(cache) => cache.rows(group, layer, tokens),
+                    Cache::V4(cache) => cache.rows(group, layer, tokens),
+                };
+                encode(&rows, model.kv_format(), &mut bytes);
             }
             Bytes::from(bytes)
         };
@@ -54,29 +62,89 @@ impl Sequence {
         Ok(BlockObject::new(model.layout(), namespace, scope, parent, hash, end as u64, planes)?)
     }
 
+    /// The state that continues the sequence after block `index`. It is held for the last block boundary that the
+    /// sequence has passed, and for the one it was restored at. A model without state groups gives an empty object.
+    pub fn state(&self, model: &Model, index: usize, identity: BlockIdentity) -> Result<StateObject> {
+        self.check_model(model)?;
+        let end = index.saturating_add(1).saturating_mul(model.layout().block_tokens() as usize);
+        let held = match &self.cache {
+            Cache::Mla(_) => true,
+            Cache::V4(cache) => cache.holds_state(end),
+        };
+        if end > self.tokens || !held {
+            return Err(DecoderError::StateNotHeld { end, tokens: self.tokens });
+        }
+        let plane = |spec: &PlaneSpec| {
+            let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
+            let (group, layers) = layers_of(model, spec);
+            if let Cache::V4(cache) = &self.cache {
+                let format = state_format(group, model.kv_format());
+                layers.for_each(|layer| encode(&cache.state(group, layer, end), format, &mut bytes));
+            }
+            Bytes::from(bytes)
+        };
+        let planes = model.layout().planes(ObjectKind::State).iter().map(plane).collect();
+        let BlockIdentity { namespace, scope, parent, hash } = identity;
+        Ok(StateObject::new(model.layout(), namespace, scope, parent, hash, end as u64, planes)?)
+    }
+
     /// Appends the rows of `block`, bit for bit. It must be the next block of this sequence, and the child of the
-    /// block restored just before, if one was. Whether its bytes belong to its key is the store's to prove.
+    /// block restored just before, if one was. Whether its bytes belong to its key is the store's to prove. If the
+    /// model has state groups, the sequence then [needs the state](Sequence::needs_state) after its last block.
     pub fn restore(&mut self, model: &Model, block: &BlockObject) -> Result<()> {
         self.check_model(model)?;
         self.check_next(model, block)?;
-        let specs = model.layout().planes(ObjectKind::Block);
-        self.reserve(model, model.layout().block_tokens() as usize);
-        for (spec, plane) in specs.iter().zip(block.planes()) {
-            let layers = layers_of(model, spec);
-            let layer_bytes = plane.len() / layers.len();
-            for ((layer, indexer), bytes) in layers.zip(plane.chunks_exact(layer_bytes)) {
-                let cache = &mut self.layers[layer];
-                if indexer {
-                    let mut keys = Vec::new();
-                    decode(bytes, model.kv_format(), &mut keys);
-                    cache.keys.extend(&keys);
-                } else {
-                    decode(bytes, model.kv_format(), &mut cache.rows);
+        let block_tokens = model.layout().block_tokens() as usize;
+        self.reserve(model, block_tokens);
+        for (spec, plane) in model.layout().planes(ObjectKind::Block).iter().zip(block.planes()) {
+            let (group, layers) = layers_of(model, spec);
+            for (bytes, layer) in plane.chunks_exact(plane.len() / layers.len()).zip(layers) {
+                let place = match &mut self.cache {
+                    Cache::Mla(cache) => cache.place(group, layer),
+                    Cache::V4(cache) => cache.place(group, layer),
+                };
+                match place {
+                    Place::Rows(rows) => decode(bytes, model.kv_format(), rows),
+                    Place::Keys(keys) => {
+                        let mut rows = Vec::new();
+                        decode(bytes, model.kv_format(), &mut rows);
+                        keys.extend(&rows);
+                    }
                 }
             }
         }
-        self.tokens += model.layout().block_tokens() as usize;
+        self.tokens += block_tokens;
+        if let Cache::V4(cache) = &mut self.cache {
+            cache.drop_state(self.tokens);
+        }
         self.restored = Some(block.id().hash);
+        Ok(())
+    }
+
+    /// Puts the state back that continues this sequence, bit for bit. It must be that of the sequence's last token,
+    /// and of the prefix of the block restored just before, if one was.
+    pub fn restore_state(&mut self, model: &Model, state: &StateObject) -> Result<()> {
+        self.check_model(model)?;
+        let (expected, got) = (self.tokens as u64, state.tokens());
+        if expected != got {
+            return Err(DecoderError::StatePosition { expected, got });
+        }
+        let got = state.id().hash;
+        if let Some(expected) = self.restored.filter(|hash| *hash != got) {
+            return Err(DecoderError::StatePrefix { expected, got });
+        }
+        check_planes(model, ObjectKind::State, state.planes())?;
+        let Cache::V4(cache) = &mut self.cache else { return Ok(()) };
+        cache.drop_state(self.tokens);
+        for (spec, plane) in model.layout().planes(ObjectKind::State).iter().zip(state.planes()) {
+            let (group, layers) = layers_of(model, spec);
+            for (bytes, layer) in plane.chunks_exact(plane.len() / layers.len()).zip(layers) {
+                let mut rows = Vec::new();
+                decode(bytes, state_format(group, model.kv_format()), &mut rows);
+                cache.restore_state(group, layer, self.tokens, &rows);
+            }
+        }
+        cache.resume(self.tokens);
         Ok(())
     }
 
@@ -97,37 +165,44 @@ impl Sequence {
         if let Some(expected) = self.restored.filter(|hash| *hash != block.parent()) {
             return Err(DecoderError::BlockParent { expected, got: block.parent() });
         }
-        // A block of another layout: the planes it was checked against are not ours.
-        let specs = layout.planes(ObjectKind::Block);
-        let (expected, got) = (specs.len(), block.planes().len());
-        if expected != got {
-            return Err(PrefixError::PlaneCount { layout: layout.id(), expected, got }.into());
-        }
-        for (plane, (spec, bytes)) in specs.iter().zip(block.planes()).enumerate() {
-            if spec.len_bytes != bytes.len() as u64 {
-                return Err(PrefixError::PlaneSize {
-                    layout: layout.id(),
-                    plane,
-                    group: layout.groups()[usize::from(spec.group)].name.clone(),
-                    first_layer: spec.first_layer,
-                    end_layer: spec.first_layer + spec.layers,
-                    expected: spec.len_bytes,
-                    got: bytes.len() as u64,
-                }
-                .into());
-            }
-        }
-        Ok(())
+        check_planes(model, ObjectKind::Block, block.planes())
     }
 }
 
-/// Model layers of a plane, and whether it holds their indexer keys.
-fn layers_of(model: &Model, spec: &PlaneSpec) -> impl ExactSizeIterator<Item = (usize, bool)> {
+/// Refuses an object of another layout: the planes it was checked against are not ours.
+fn check_planes(model: &Model, kind: ObjectKind, planes: &[Bytes]) -> Result<()> {
+    let layout = model.layout();
+    let specs = layout.planes(kind);
+    let (expected, got) = (specs.len(), planes.len());
+    if expected != got {
+        return Err(PrefixError::PlaneCount { layout: layout.id(), expected, got }.into());
+    }
+    for (plane, (spec, bytes)) in specs.iter().zip(planes).enumerate() {
+        if spec.len_bytes != bytes.len() as u64 {
+            return Err(PrefixError::PlaneSize {
+                layout: layout.id(),
+                plane,
+                group: layout.groups()[usize::from(spec.group)].name.clone(),
+                first_layer: spec.first_layer,
+                end_layer: spec.first_layer + spec.layers,
+                expected: spec.len_bytes,
+                got: bytes.len() as u64,
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
+
+/// The group of a plane and its layers of the model.
+fn layers_of<'a>(
+    model: &'a Model,
+    spec: &PlaneSpec,
+) -> (&'a str, impl ExactSizeIterator<Item = usize> + use<'a>) {
     let group = &model.layout().groups()[usize::from(spec.group)];
     let first = usize::from(spec.first_layer);
-    let indexer = group.name == INDEXER_GROUP;
     let layers = &group.layers[first..first + usize::from(spec.layers)];
-    layers.iter().map(move |&layer| (usize::from(layer), indexer))
+    (&group.name, layers.iter().map(|&layer| usize::from(layer)))
 }
 
 fn encode(rows: &[f32], format: KvFormat, bytes: &mut Vec<u8>) {

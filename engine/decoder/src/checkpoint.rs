@@ -75,6 +75,21 @@ impl Checkpoint {
         }
     }
 
+    /// Takes one tensor of integers out, I64 or I32, if it has exactly this shape.
+    pub(crate) fn take_integers(&mut self, name: &str, shape: &[usize]) -> Result<Vec<i64>> {
+        let tensor = self.take_raw(name, shape)?;
+        let bytes = &tensor.bytes;
+        match tensor.dtype {
+            Dtype::I64 => Ok(bytes.as_chunks().0.iter().map(|&x| i64::from_le_bytes(x)).collect()),
+            Dtype::I32 => Ok(bytes.as_chunks().0.iter().map(|&x| i32::from_le_bytes(x).into()).collect()),
+            dtype => Err(DecoderError::TensorDtype {
+                tensor: name.to_owned(),
+                got: format!("{dtype:?}"),
+                expected: "I64 or I32",
+            }),
+        }
+    }
+
     fn take_raw(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.tensors.remove(name).ok_or_else(|| DecoderError::MissingTensor {
             tensor: name.to_owned(),
@@ -92,7 +107,11 @@ impl Checkpoint {
 }
 
 fn dtype_error(tensor: &str, got: Dtype) -> DecoderError {
-    DecoderError::TensorDtype { tensor: tensor.to_owned(), got: format!("{got:?}") }
+    DecoderError::TensorDtype {
+        tensor: tensor.to_owned(),
+        got: format!("{got:?}"),
+        expected: "F32, BF16, F16 or F8_E4M3 with block scales",
+    }
 }
 
 /// The numbers of a tensor in a plain floating-point format.

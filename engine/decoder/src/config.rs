@@ -1,17 +1,19 @@
 //! `config.json`, in the published names: every dimension, checked once, so that the rest of the crate may rely on it.
 //!
-//! Two families share the mathematics: `deepseek_v32` and `glm_moe_dsa`. They differ in defaults only: the norm's
-//! epsilon, the rotation of the indexer, and whether layers may share a selection.
+//! `deepseek_v32` and `glm_moe_dsa` share the mathematics and are read here; they differ in defaults only: the norm's
+//! epsilon, the rotation of the indexer, and whether layers may share a selection. `deepseek_v4` is read in
+//! `v4/config.rs`.
 
 use esker_prefix::{KvLayout, RowFormat, TokenId};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::rope::{Rope, RopeConfig};
+use crate::v4::config::{V4Config, parse as parse_v4};
 use crate::{DecoderError, Result};
 
 /// Bound on one dimension; every product of four fits a `u128` and every product of three a `u64`.
-const MAX_DIMENSION: usize = 1 << 20;
+pub(crate) const MAX_DIMENSION: usize = 1 << 20;
 /// Bound on the parameters of a model, 2^40: four times the largest published, and 4 TiB once they are F32.
 const MAX_PARAMETERS: u128 = 1 << 40;
 
@@ -37,7 +39,7 @@ impl KvFormat {
 /// A model's configuration, checked.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
-    /// `deepseek_v32` or `glm_moe_dsa`.
+    /// `deepseek_v32`, `glm_moe_dsa` or `deepseek_v4`.
     pub model_type: String,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
@@ -49,6 +51,40 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     /// Width of the query latent.
     pub q_lora_rank: usize,
+    /// Heads of the indexer.
+    pub index_n_heads: usize,
+    /// Width of an indexer head and of the cached indexer key.
+    pub index_head_dim: usize,
+    /// Rows that a query attends to at most.
+    pub index_topk: usize,
+    /// Per layer: whether it has an indexer of its own.
+    pub has_indexer: Vec<bool>,
+    /// Epsilon of the layer norms.
+    pub rms_norm_eps: f32,
+    /// Longest sequence.
+    pub max_position_embeddings: usize,
+    /// Whether the output head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Tokens that end a generation.
+    pub eos_token_ids: Vec<TokenId>,
+    /// Rows and columns of a block of FP8 weights that share a scale.
+    pub weight_block: [usize; 2],
+    /// What only this family of models has.
+    pub family: Family,
+}
+
+/// The families of models, by their attention.
+#[derive(Clone, Debug)]
+pub enum Family {
+    /// V3.2 and GLM-5: a latent per token, of which an indexer selects some.
+    Mla(Box<MlaConfig>),
+    /// V4: a window and compressed rows.
+    V4(Box<V4Config>),
+}
+
+/// What a V3.2 or GLM-5 configuration has beyond [`ModelConfig`].
+#[derive(Clone, Debug)]
+pub struct MlaConfig {
     /// Width of the cached latent.
     pub kv_lora_rank: usize,
     /// Width of a head's part without position.
@@ -59,32 +95,15 @@ pub struct ModelConfig {
     pub v_head_dim: usize,
     /// Whether the projections into and out of the attention carry biases.
     pub attention_bias: bool,
-    /// Heads of the indexer.
-    pub index_n_heads: usize,
-    /// Width of an indexer head and of the cached indexer key.
-    pub index_head_dim: usize,
-    /// Rows that a query attends to at most.
-    pub index_topk: usize,
-    /// Whether the indexer rotates pairs (2i, 2i+1) rather than (i, i + half).
+    /// Whether the indexer rotates pairs (2i, 2i+1) rather than (i, i + half). A layer without an indexer of its own
+    /// uses the selection of the nearest one below.
     pub indexer_rope_interleave: bool,
-    /// Per layer: whether it has an indexer of its own; otherwise it uses the selection of the nearest one below.
-    pub has_indexer: Vec<bool>,
     /// Per layer: whether its feed-forward part is a mixture of experts.
     pub is_sparse: Vec<bool>,
     /// Width of a dense feed-forward layer.
     pub intermediate_size: usize,
     /// The mixture of experts; `None` where all layers are dense.
     pub moe: Option<MoeConfig>,
-    /// Epsilon of the layer norms. The norms of the latents and of the indexer key always use 1e-6.
-    pub rms_norm_eps: f32,
-    /// Longest sequence.
-    pub max_position_embeddings: usize,
-    /// Whether the output head is the embedding.
-    pub tie_word_embeddings: bool,
-    /// Tokens that end a generation.
-    pub eos_token_ids: Vec<TokenId>,
-    /// Rows and columns of a block of FP8 weights that share a scale.
-    pub weight_block: [usize; 2],
     pub(crate) rope: RopeConfig,
 }
 
@@ -112,10 +131,62 @@ pub struct MoeConfig {
 impl ModelConfig {
     /// Reads and checks `config.json`.
     pub fn from_json(text: &str) -> Result<Self> {
-        let raw: Raw = serde_json::from_str(text).map_err(|error| DecoderError::Config(error.to_string()))?;
-        raw.check().map_err(DecoderError::Config)
+        #[derive(Deserialize)]
+        struct Kind {
+            model_type: String,
+        }
+        let refuse = |error: serde_json::Error| DecoderError::Config(error.to_string());
+        let kind: Kind = serde_json::from_str(text).map_err(refuse)?;
+        let config = match kind.model_type.as_str() {
+            "deepseek_v32" | "glm_moe_dsa" => serde_json::from_str::<Raw>(text).map_err(refuse)?.check(),
+            "deepseek_v4" => parse_v4(text),
+            other => Err(format!("model_type {other:?} is not deepseek_v32, glm_moe_dsa or deepseek_v4")),
+        };
+        let config = config.map_err(DecoderError::Config)?;
+        if config.parameters() > MAX_PARAMETERS {
+            let reason = format!("the model would exceed {MAX_PARAMETERS} parameters");
+            return Err(DecoderError::Config(reason));
+        }
+        Ok(config)
     }
 
+    /// Tokens of the smallest block that this model's rows fit.
+    pub(crate) fn least_block_tokens(&self) -> usize {
+        match &self.family {
+            Family::Mla(_) => 1,
+            Family::V4(v4) => v4.least_block_tokens(),
+        }
+    }
+
+    /// The layout of this model's blocks. What a published file may give in several ways is written out in the one
+    /// that the layout's own reader takes first.
+    pub(crate) fn layout(&self, text: &str, format: KvFormat, block_tokens: u32) -> Result<KvLayout> {
+        let mut json: Value =
+            serde_json::from_str(text).map_err(|error| DecoderError::Config(error.to_string()))?;
+        match &self.family {
+            Family::Mla(_) => {
+                let names = self.has_indexer.iter().map(|&full| if full { "full" } else { "shared" });
+                json["indexer_types"] = names.collect();
+            }
+            Family::V4(v4) => {
+                json["compress_ratios"] = v4.compress_ratios.clone().into();
+                json["qk_rope_head_dim"] = v4.qk_rope_head_dim.into();
+            }
+        }
+        Ok(KvLayout::from_config(&json.to_string(), format.row_format(), block_tokens)?)
+    }
+
+    /// Parameters of the model, roughly: every matrix, but not all that is small.
+    fn parameters(&self) -> u128 {
+        let layers = match &self.family {
+            Family::Mla(mla) => mla.parameters(self),
+            Family::V4(v4) => v4.parameters(self),
+        };
+        2 * self.vocab_size as u128 * self.hidden_size as u128 + layers
+    }
+}
+
+impl MlaConfig {
     /// Width of a query head, `[nope | rope]`.
     pub fn qk_head_dim(&self) -> usize {
         self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -126,29 +197,19 @@ impl ModelConfig {
         self.kv_lora_rank + self.qk_rope_head_dim
     }
 
-    /// The layout of this model's blocks. The schedule of indexers is written out, because a published file may
-    /// give it as a frequency, which the layout's own reader does not know.
-    pub(crate) fn layout(&self, text: &str, format: KvFormat, block_tokens: u32) -> Result<KvLayout> {
-        let mut json: Value =
-            serde_json::from_str(text).map_err(|error| DecoderError::Config(error.to_string()))?;
-        let names = self.has_indexer.iter().map(|&full| if full { "full" } else { "shared" });
-        json["indexer_types"] = names.collect();
-        Ok(KvLayout::from_config(&json.to_string(), format.row_format(), block_tokens)?)
-    }
-
-    /// Parameters of the model, or `None` beyond [`MAX_PARAMETERS`].
-    fn parameters(&self) -> Option<u128> {
+    /// Parameters of the layers.
+    fn parameters(&self, config: &ModelConfig) -> u128 {
         let wide = |value: usize| value as u128;
-        let (hidden, heads) = (wide(self.hidden_size), wide(self.num_attention_heads));
-        let query = wide(self.q_lora_rank) * (hidden + heads * wide(self.qk_head_dim()));
+        let (hidden, heads) = (wide(config.hidden_size), wide(config.num_attention_heads));
+        let latent = wide(config.q_lora_rank);
+        let query = latent * (hidden + heads * wide(self.qk_head_dim()));
         let key = hidden * wide(self.row_width())
             + wide(self.kv_lora_rank) * heads * wide(self.qk_nope_head_dim + self.v_head_dim);
         let output = heads * wide(self.v_head_dim) * hidden;
-        let indexer = wide(self.index_n_heads)
-            * (wide(self.q_lora_rank) * wide(self.index_head_dim) + hidden)
-            + hidden * wide(self.index_head_dim);
-        let mut total = 2 * wide(self.vocab_size) * hidden;
-        for (&indexed, &sparse) in self.has_indexer.iter().zip(&self.is_sparse) {
+        let indexer = wide(config.index_n_heads) * (latent * wide(config.index_head_dim) + hidden)
+            + hidden * wide(config.index_head_dim);
+        let mut total = 0;
+        for (&indexed, &sparse) in config.has_indexer.iter().zip(&self.is_sparse) {
             total += query + key + output;
             total += if indexed { indexer } else { 0 };
             total += match self.moe.as_ref().filter(|_| sparse) {
@@ -160,7 +221,7 @@ impl ModelConfig {
                 }
             };
         }
-        (total <= MAX_PARAMETERS).then_some(total)
+        total
     }
 }
 
@@ -214,7 +275,7 @@ struct Raw {
 }
 
 #[derive(Deserialize)]
-struct Quantization {
+pub(crate) struct Quantization {
     quant_method: Option<String>,
     fmt: Option<String>,
     weight_block_size: Option<[usize; 2]>,
@@ -222,7 +283,7 @@ struct Quantization {
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum OneOrMany {
+pub(crate) enum OneOrMany {
     One(u32),
     Many(Vec<u32>),
 }
@@ -238,7 +299,7 @@ pub(crate) fn eos_token_ids(text: &str) -> Result<Option<Vec<TokenId>>> {
 }
 
 impl OneOrMany {
-    fn into_tokens(self) -> Vec<TokenId> {
+    pub(crate) fn into_tokens(self) -> Vec<TokenId> {
         match self {
             Self::One(id) => vec![TokenId(id)],
             Self::Many(ids) => ids.into_iter().map(TokenId).collect(),
@@ -248,11 +309,7 @@ impl OneOrMany {
 
 impl Raw {
     fn check(self) -> std::result::Result<ModelConfig, String> {
-        let glm = match self.model_type.as_str() {
-            "deepseek_v32" => false,
-            "glm_moe_dsa" => true,
-            other => return Err(format!("model_type {other:?} is not deepseek_v32 or glm_moe_dsa")),
-        };
+        let glm = self.model_type == "glm_moe_dsa";
         self.check_unsupported()?;
         let q_lora_rank =
             self.q_lora_rank.ok_or("q_lora_rank is missing; the indexer needs a query latent")?;
@@ -295,36 +352,38 @@ impl Raw {
         let mut rope = self.rope_parameters.or(self.rope_scaling).unwrap_or_default();
         rope.rope_theta = rope.rope_theta.or(self.rope_theta);
 
-        let config = ModelConfig {
+        Rope::new(&rope, self.qk_rope_head_dim, self.max_position_embeddings)?;
+
+        let mla = MlaConfig {
+            kv_lora_rank: self.kv_lora_rank,
+            qk_nope_head_dim: self.qk_nope_head_dim,
+            qk_rope_head_dim: self.qk_rope_head_dim,
+            v_head_dim: self.v_head_dim,
+            attention_bias: self.attention_bias.unwrap_or(false),
+            indexer_rope_interleave: self.indexer_rope_interleave.unwrap_or(glm),
+            is_sparse,
+            intermediate_size: self.intermediate_size,
+            moe,
+            rope,
+        };
+        Ok(ModelConfig {
             model_type: self.model_type,
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,
             num_hidden_layers: self.num_hidden_layers,
             num_attention_heads: self.num_attention_heads,
             q_lora_rank,
-            kv_lora_rank: self.kv_lora_rank,
-            qk_nope_head_dim: self.qk_nope_head_dim,
-            qk_rope_head_dim: self.qk_rope_head_dim,
-            v_head_dim: self.v_head_dim,
-            attention_bias: self.attention_bias.unwrap_or(false),
             index_n_heads: self.index_n_heads,
             index_head_dim: self.index_head_dim,
             index_topk: self.index_topk,
-            indexer_rope_interleave: self.indexer_rope_interleave.unwrap_or(glm),
             has_indexer,
-            is_sparse,
-            intermediate_size: self.intermediate_size,
-            moe,
             rms_norm_eps,
             max_position_embeddings: self.max_position_embeddings,
             tie_word_embeddings: self.tie_word_embeddings.unwrap_or(false),
             eos_token_ids: self.eos_token_id.map(OneOrMany::into_tokens).unwrap_or_default(),
             weight_block,
-            rope,
-        };
-        Rope::new(&config)?;
-        config.parameters().ok_or_else(|| format!("the model would exceed {MAX_PARAMETERS} parameters"))?;
-        Ok(config)
+            family: Family::Mla(Box::new(mla)),
+        })
     }
 
     /// Settings of other families that would silently give other numbers.
@@ -430,9 +489,9 @@ impl Raw {
 
 impl Quantization {
     /// The published block of V3.2.
-    const DEFAULT_BLOCK: [usize; 2] = [128, 128];
+    pub(crate) const DEFAULT_BLOCK: [usize; 2] = [128, 128];
 
-    fn weight_block(&self) -> std::result::Result<[usize; 2], String> {
+    pub(crate) fn weight_block(&self) -> std::result::Result<[usize; 2], String> {
         for (name, value, expected) in
             [("quant_method", &self.quant_method, "fp8"), ("fmt", &self.fmt, "e4m3")]
         {
@@ -449,14 +508,14 @@ impl Quantization {
     }
 }
 
-fn in_range(name: &str, value: usize, max: usize) -> std::result::Result<(), String> {
+pub(crate) fn in_range(name: &str, value: usize, max: usize) -> std::result::Result<(), String> {
     if value == 0 || value > max {
         return Err(format!("{name} must be 1 to {max}, got {value}"));
     }
     Ok(())
 }
 
-fn parse_schedule(
+pub(crate) fn parse_schedule(
     name: &str,
     types: &[String],
     yes: &str,

@@ -64,13 +64,25 @@ pub enum DecoderError {
         /// Shape in the shard.
         got: Vec<usize>,
     },
-    /// A tensor's number format is not one of F32, BF16, F16, F8_E4M3.
-    #[error("tensor {tensor} is {got}, expected F32, BF16, F16 or F8_E4M3 with block scales")]
+    /// A tensor's number format is not one that is read.
+    #[error("tensor {tensor} is {got}, expected {expected}")]
     TensorDtype {
         /// Name of the tensor.
         tensor: String,
         /// Format in the shard.
         got: String,
+        /// Formats that are read.
+        expected: &'static str,
+    },
+    /// A table that routes tokens to experts names one that does not exist.
+    #[error("tensor {tensor} names expert {got} of {experts}")]
+    ExpertTable {
+        /// Name of the tensor.
+        tensor: String,
+        /// Number in the table.
+        got: i64,
+        /// Experts of the layer.
+        experts: usize,
     },
     /// `tokenizer.json` is unusable, or text could not be tokenised.
     #[error("tokenizer: {0}")]
@@ -123,6 +135,36 @@ pub enum DecoderError {
         /// Parent of the given block.
         got: BlockHash,
     },
+    /// A sequence restored from blocks alone cannot be continued yet.
+    #[error("the sequence holds the rows of {tokens} tokens, but not the state that continues them")]
+    StateMissing {
+        /// Tokens in the sequence.
+        tokens: usize,
+    },
+    /// The state at a boundary that the sequence has gone beyond, or not reached.
+    #[error("the state after {end} tokens is not held, the sequence has {tokens}")]
+    StateNotHeld {
+        /// The boundary.
+        end: usize,
+        /// Tokens in the sequence.
+        tokens: usize,
+    },
+    /// A state of another length than the sequence.
+    #[error("state continues a prefix of {got} tokens, the sequence holds {expected}")]
+    StatePosition {
+        /// Tokens in the sequence.
+        expected: u64,
+        /// Tokens before the state.
+        got: u64,
+    },
+    /// A state of another prefix than the blocks restored before it.
+    #[error("state continues prefix {got}, the sequence was restored from {expected}")]
+    StatePrefix {
+        /// Hash of the block restored last.
+        expected: BlockHash,
+        /// Prefix of the state.
+        got: BlockHash,
+    },
     /// A temperature or top-p outside its range.
     #[error("temperature {temperature} must be 0 or more, top_p {top_p} above 0 and at most 1")]
     Sampling {
@@ -152,16 +194,21 @@ impl DecoderError {
             | Self::MissingTensor { .. }
             | Self::TensorShape { .. }
             | Self::TensorDtype { .. }
+            | Self::ExpertTable { .. }
             | Self::Golden(_) => ErrorKind::Model,
             Self::Tokenizer(_)
             | Self::UnknownToken { .. }
             | Self::NoTokens
             | Self::TooLong { .. }
             | Self::OtherModel
+            | Self::StateMissing { .. }
             | Self::Sampling { .. } => ErrorKind::Request,
             Self::Prefix(_)
             | Self::BlockIncomplete { .. }
             | Self::BlockPosition { .. }
+            | Self::StateNotHeld { .. }
+            | Self::StatePosition { .. }
+            | Self::StatePrefix { .. }
             | Self::BlockParent { .. } => ErrorKind::Block,
             Self::Cancelled { .. } => ErrorKind::Cancelled,
         }

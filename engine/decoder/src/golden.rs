@@ -1,17 +1,19 @@
 //! Golden vectors: does this decoder reproduce a reference's logits, selections and state?
 //!
 //! A golden folder holds `config.json`, `model.safetensors` and `golden.safetensors`; its tensors are `input_ids [T]`,
-//! `logits [T, vocab]`, `topk.N [T, index_topk]` (ascending, padded with -1) and `state.P.N.{latent, k_pe, index_key}`
-//! after P tokens. The caller reads the files.
+//! `logits [T, vocab]`, `topk.N [T, index_topk]` (ascending, padded with -1) and `state.P.N.FIELD`, a field of layer
+//! N's state after P tokens. The caller reads the files.
+
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use esker_prefix::{BlockHash, BlockObject, NamespaceId, ScopeTag, TokenId};
+use esker_prefix::{BlockHash, BlockObject, NamespaceId, ObjectKind, ScopeTag, StateObject, TokenId};
 use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 
 use crate::{
-    BlockIdentity, DecoderError, KvFormat, Logits, LogitsOut, Model, ModelBuilder, Result, Sequence,
-    StateField,
+    BlockIdentity, DecoderError, KvFormat, Logits, LogitsOut, Model, ModelBuilder, ModelConfig, Result,
+    Sequence, StateField,
 };
 
 /// Bound on the logits' largest difference, for F32 arithmetic in any order of summation.
@@ -25,7 +27,8 @@ const MAX_BOUNDARIES: usize = 8;
 /// How to run a check.
 #[derive(Clone, Copy, Debug)]
 pub struct GoldenSettings {
-    /// Tokens per block of the restored run, a power of two; halved until two blocks fit the golden sequence.
+    /// Tokens per block of the restored run, a power of two; halved until two blocks fit the golden sequence, and
+    /// never below what the model's rows need.
     pub block_tokens: u32,
     /// Lengths of the prefill calls of the uninterrupted run, repeated until all tokens are in; empty for one call.
     pub schedule: &'static [usize],
@@ -79,6 +82,8 @@ pub fn check(
     while block_tokens > 1 && 2 * block_tokens as usize > golden.tokens.len() {
         block_tokens /= 2;
     }
+    let least = ModelConfig::from_json(config_json)?.least_block_tokens();
+    let block_tokens = block_tokens.max(u32::try_from(least).unwrap_or(u32::MAX));
     let mut builder = ModelBuilder::new(config_json, KvFormat::F32, block_tokens)?;
     for (shard, bytes) in shards {
         builder.shard(&shard, bytes)?;
@@ -87,13 +92,20 @@ pub fn check(
 
     let mut sequence = Sequence::new(&model);
     sequence.record_selections();
-    let logits = run(&model, &mut sequence, &golden.tokens, settings.schedule)?;
+    let (mut logits, mut state_max_abs_diff) = (Vec::new(), 0.0);
+    for end in golden.states(&model)? {
+        let rest = &golden.tokens[sequence.tokens()..end];
+        logits.extend(run(&model, &mut sequence, rest, settings.schedule)?);
+        state_max_abs_diff = larger(state_max_abs_diff, golden.compare_state(&model, &sequence)?);
+    }
+    let rest = &golden.tokens[sequence.tokens()..];
+    logits.extend(run(&model, &mut sequence, rest, settings.schedule)?);
     Ok(GoldenReport {
         name: name.to_owned(),
         tokens: golden.tokens.len(),
         max_abs_dlogit: golden.compare_logits(&model, &logits)?,
         topk_sets_equal: golden.compare_selections(&model, &sequence)?,
-        state_max_abs_diff: golden.compare_states(&model, &sequence)?,
+        state_max_abs_diff,
         restored_equals_uninterrupted: restored_equals(&model, &sequence, &golden.tokens, &logits)?,
     })
 }
@@ -127,21 +139,32 @@ fn restored_equals(
     let block_tokens = model.layout().block_tokens() as usize;
     let count = tokens.len().saturating_sub(1) / block_tokens;
     let hash = |index: usize| BlockHash(*blake3::hash(&(index as u64).to_le_bytes()).as_bytes());
-    let take = |index: usize| {
-        let identity = BlockIdentity {
-            namespace: NamespaceId(model.fingerprint()),
-            scope: ScopeTag([0; 16]),
-            parent: hash(index),
-            hash: hash(index + 1),
-        };
-        sequence.block(model, index, identity)
+    let identity = |index: usize| BlockIdentity {
+        namespace: NamespaceId(model.fingerprint()),
+        scope: ScopeTag([0; 16]),
+        parent: hash(index),
+        hash: hash(index + 1),
     };
-    let blocks: Vec<BlockObject> = (0..count).map(take).collect::<Result<_>>()?;
+    let blocks: Vec<BlockObject> =
+        (0..count).map(|index| sequence.block(model, index, identity(index))).collect::<Result<_>>()?;
+    let boundaries: Vec<usize> = (1..=count).rev().step_by(count.div_ceil(MAX_BOUNDARIES).max(1)).collect();
+    let mut states: Vec<StateObject> = Vec::new();
+    if !model.layout().planes(ObjectKind::State).is_empty() {
+        let mut sequence = Sequence::new(model);
+        for &boundary in boundaries.iter().rev() {
+            let rest = &tokens[sequence.tokens()..boundary * block_tokens];
+            sequence.prefill(model, rest, Logits::None)?;
+            states.push(sequence.state(model, boundary - 1, identity(boundary - 1))?);
+        }
+    }
     let expected: Vec<&[f32]> = logits.iter().flat_map(LogitsOut::rows).collect();
-    for (round, boundary) in (1..=count).rev().step_by(count.div_ceil(MAX_BOUNDARIES).max(1)).enumerate() {
+    for (round, boundary) in boundaries.into_iter().enumerate() {
         let mut restored = Sequence::new(model);
         for block in &blocks[..boundary] {
             restored.restore(model, block)?;
+        }
+        if let Some(state) = states.pop() {
+            restored.restore_state(model, &state)?;
         }
         let start = boundary * block_tokens;
         let schedule: &[usize] = if round % 2 == 1 { &[] } else { &[1, 1, 3, 64] };
@@ -201,27 +224,35 @@ impl<'a> Golden<'a> {
         Ok(equal)
     }
 
-    fn compare_states(&self, model: &Model, sequence: &Sequence) -> Result<f32> {
-        let config = model.config();
-        let mut worst = 0.0_f32;
-        for name in self.file.names() {
-            let Some(path) = name.strip_prefix("state.") else { continue };
-            let unknown = || DecoderError::Golden(format!("{name} is not state.P.N.field of this model"));
-            let mut parts = path.splitn(3, '.');
-            let mut number = || parts.next()?.parse::<usize>().ok();
-            let (tokens, layer) = (number().ok_or_else(unknown)?, number().ok_or_else(unknown)?);
-            let (field, width) = match parts.next() {
-                Some("latent") => (StateField::Latent, config.kv_lora_rank),
-                Some("k_pe") => (StateField::RopeKey, config.qk_rope_head_dim),
-                Some("index_key") => (StateField::IndexKey, config.index_head_dim),
-                _ => return Err(unknown()),
-            };
-            if tokens > self.tokens.len() || layer >= config.num_hidden_layers {
-                return Err(unknown());
+    /// The lengths after which the file has a state, ascending.
+    fn states(&self, model: &Model) -> Result<BTreeSet<usize>> {
+        let mut lengths = BTreeSet::new();
+        for name in self.file.names().into_iter().filter(|name| name.starts_with("state.")) {
+            let (tokens, layer, _) = parse_state(name)?;
+            if tokens > self.tokens.len() || layer >= model.config().num_hidden_layers {
+                return Err(unknown_state(name));
             }
-            let expected = self.floats(name, &[tokens, width])?;
-            let rows = sequence.state_rows(model, layer, field);
-            worst = larger(worst, max_difference(rows.iter().take(tokens * width), &expected));
+            lengths.insert(tokens);
+        }
+        Ok(lengths)
+    }
+
+    /// Compares every field of the state after the sequence's tokens.
+    fn compare_state(&self, model: &Model, sequence: &Sequence) -> Result<f32> {
+        let mut worst = 0.0_f32;
+        for name in self.file.names().into_iter().filter(|name| name.starts_with("state.")) {
+            let (tokens, layer, field) = parse_state(name)?;
+            if tokens != sequence.tokens() {
+                continue;
+            }
+            let expected: Vec<[u8; 4]> = self.read(name, Dtype::F32, None)?;
+            let expected: Vec<f32> = expected.into_iter().map(f32::from_le_bytes).collect();
+            let got = sequence.state_rows(model, layer, field);
+            let same_length = got.len() == expected.len();
+            worst = larger(
+                worst,
+                if same_length { max_difference(got.iter(), &expected) } else { f32::INFINITY },
+            );
         }
         Ok(worst)
     }
@@ -248,6 +279,34 @@ impl<'a> Golden<'a> {
         }
         Ok(view.data().as_chunks().0.to_vec())
     }
+}
+
+/// Length, layer and field of `state.P.N.FIELD`.
+fn parse_state(name: &str) -> Result<(usize, usize, StateField)> {
+    let mut parts = name.splitn(4, '.').skip(1);
+    let mut number = || parts.next().and_then(|part| part.parse().ok()).ok_or_else(|| unknown_state(name));
+    let (tokens, layer) = (number()?, number()?);
+    let field = match parts.next() {
+        Some("latent") => StateField::Latent,
+        Some("k_pe") => StateField::RopeKey,
+        Some("index_key") => StateField::IndexKey,
+        Some("swa") => StateField::Window,
+        Some("compressed") => StateField::Compressed,
+        Some("overlap_kv") => StateField::OverlapKv,
+        Some("overlap_gate") => StateField::OverlapGate,
+        Some("index_overlap_kv") => StateField::IndexOverlapKv,
+        Some("index_overlap_gate") => StateField::IndexOverlapGate,
+        Some("tail_kv") => StateField::TailKv,
+        Some("tail_gate") => StateField::TailGate,
+        Some("index_tail_kv") => StateField::IndexTailKv,
+        Some("index_tail_gate") => StateField::IndexTailGate,
+        _ => return Err(unknown_state(name)),
+    };
+    Ok((tokens, layer, field))
+}
+
+fn unknown_state(name: &str) -> DecoderError {
+    DecoderError::Golden(format!("{name} is not state.P.N.FIELD of this model"))
 }
 
 /// Largest difference; infinite where one side has more elements, NaN where one is.

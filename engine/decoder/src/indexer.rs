@@ -31,7 +31,12 @@ pub(crate) struct Indexer {
 }
 
 impl Indexer {
-    pub(crate) fn take(checkpoint: &mut Checkpoint, name: &str, config: &ModelConfig) -> Result<Self> {
+    pub(crate) fn take(
+        checkpoint: &mut Checkpoint,
+        name: &str,
+        config: &ModelConfig,
+        interleave: bool,
+    ) -> Result<Self> {
         let (heads, width) = (config.index_n_heads, config.index_head_dim);
         let (hidden, latent) = (config.hidden_size, config.q_lora_rank);
         Ok(Self {
@@ -42,7 +47,7 @@ impl Indexer {
             heads,
             width,
             topk: config.index_topk,
-            interleave: config.indexer_rope_interleave,
+            interleave,
         })
     }
 

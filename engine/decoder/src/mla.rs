@@ -7,13 +7,14 @@
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
+use crate::config::MlaConfig;
 use crate::indexer::Indexer;
 use crate::kernel::gemm::{View, gemm};
 use crate::kernel::sparse::{Scratch, attend};
 use crate::linear::{Linear, transpose};
 use crate::norm::{LATENT_EPS, RmsNorm};
 use crate::rope::{Angles, Rope};
-use crate::sequence::LayerCache;
+use crate::v32::LayerCache;
 use crate::{KvFormat, ModelConfig, Result};
 
 /// Queries that one task takes through the attention: enough to reuse the packed `W_UK` and `W_UV`.
@@ -45,12 +46,13 @@ impl Mla {
         checkpoint: &mut Checkpoint,
         name: &str,
         config: &ModelConfig,
+        mla: &MlaConfig,
         rope: &Rope,
         indexed: bool,
     ) -> Result<Self> {
-        let (hidden, heads, bias) = (config.hidden_size, config.num_attention_heads, config.attention_bias);
-        let (nope, latent, value) = (config.qk_nope_head_dim, config.kv_lora_rank, config.v_head_dim);
-        let (query, q_lora) = (config.qk_head_dim(), config.q_lora_rank);
+        let (hidden, heads, bias) = (config.hidden_size, config.num_attention_heads, mla.attention_bias);
+        let (nope, latent, value) = (mla.qk_nope_head_dim, mla.kv_lora_rank, mla.v_head_dim);
+        let (query, q_lora) = (mla.qk_head_dim(), config.q_lora_rank);
         let up = checkpoint.take(&format!("{name}.kv_b_proj.weight"), &[heads * (nope + value), latent])?;
         let (mut up_key, mut up_value) = (Vec::new(), Vec::new());
         for head in up.chunks_exact((nope + value) * latent) {
@@ -64,19 +66,24 @@ impl Mla {
         Ok(Self {
             q_a_proj: linear("q_a_proj", q_lora, hidden, bias)?,
             q_b_proj: linear("q_b_proj", heads * query, q_lora, false)?,
-            kv_a_proj: linear("kv_a_proj_with_mqa", config.row_width(), hidden, bias)?,
+            kv_a_proj: linear("kv_a_proj_with_mqa", mla.row_width(), hidden, bias)?,
             o_proj: linear("o_proj", hidden, heads * value, bias)?,
             q_a_layernorm: RmsNorm::take(checkpoint, &format!("{name}.q_a_layernorm"), q_lora, LATENT_EPS)?,
             kv_a_layernorm: RmsNorm::take(checkpoint, &format!("{name}.kv_a_layernorm"), latent, LATENT_EPS)?,
             up_key,
             up_value,
             indexer: match indexed {
-                true => Some(Indexer::take(checkpoint, &format!("{name}.indexer"), config)?),
+                true => Some(Indexer::take(
+                    checkpoint,
+                    &format!("{name}.indexer"),
+                    config,
+                    mla.indexer_rope_interleave,
+                )?),
                 false => None,
             },
             heads,
             nope,
-            rope: config.qk_rope_head_dim,
+            rope: mla.qk_rope_head_dim,
             latent,
             value,
             scale: rope.softmax_factor / (query as f32).sqrt(),

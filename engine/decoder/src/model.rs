@@ -5,14 +5,11 @@ use bytes::Bytes;
 use esker_prefix::{KvLayout, TokenId};
 
 use crate::checkpoint::Checkpoint;
-use crate::config::eos_token_ids;
-use crate::kernel;
+use crate::config::{Family, eos_token_ids};
 use crate::linear::Linear;
-use crate::mla::Mla;
-use crate::moe::{Mlp, Moe};
 use crate::norm::RmsNorm;
-use crate::rope::Rope;
 use crate::{DecoderError, KvFormat, ModelConfig, Result};
+use crate::{kernel, v4, v32};
 
 /// Raised with every change of this crate that changes a bit of any row: kernels, order of sums, rounding,
 /// tie-break. It is part of the fingerprint, so rows of different arithmetic never share a namespace.
@@ -23,27 +20,19 @@ const FINGERPRINT_CONTEXT: &str = "esker 2026-11 decoder fingerprint v1";
 pub struct Model {
     pub(crate) config: ModelConfig,
     pub(crate) format: KvFormat,
-    pub(crate) rope: Rope,
     /// `[vocab, hidden]`.
     pub(crate) embedding: Vec<f32>,
-    pub(crate) layers: Vec<Layer>,
+    pub(crate) layers: Layers,
     pub(crate) norm: RmsNorm,
     pub(crate) head: Linear,
     layout: KvLayout,
     fingerprint: [u8; 32],
 }
 
-/// One decoder layer: `x += attention(norm(x)); x += mlp(norm(x))`.
-pub(crate) struct Layer {
-    pub(crate) input_norm: RmsNorm,
-    pub(crate) attention: Mla,
-    pub(crate) post_norm: RmsNorm,
-    pub(crate) mlp: FeedForward,
-}
-
-pub(crate) enum FeedForward {
-    Dense(Mlp),
-    Sparse(Moe),
+/// The layers, by family.
+pub(crate) enum Layers {
+    Mla(v32::Layers),
+    V4(v4::Layers),
 }
 
 impl Model {
@@ -70,17 +59,11 @@ impl Model {
 
     /// Weights and biases.
     pub fn parameters(&self) -> usize {
-        let layer = |layer: &Layer| {
-            let mlp = match &layer.mlp {
-                FeedForward::Dense(mlp) => mlp.parameters(),
-                FeedForward::Sparse(moe) => moe.parameters(),
-            };
-            mlp + layer.attention.parameters() + layer.input_norm.parameters() + layer.post_norm.parameters()
+        let layers = match &self.layers {
+            Layers::Mla(layers) => layers.parameters(),
+            Layers::V4(layers) => layers.parameters(),
         };
-        self.embedding.len()
-            + self.layers.iter().map(layer).sum::<usize>()
-            + self.norm.parameters()
-            + self.head.parameters()
+        self.embedding.len() + layers + self.norm.parameters() + self.head.parameters()
     }
 
     /// Memory that the weights take: four bytes each, whatever the checkpoint's format.
@@ -93,15 +76,6 @@ impl Model {
         match usize::try_from(token.0) {
             Ok(row) if row < vocab_size => Ok(row),
             _ => Err(DecoderError::UnknownToken { token, vocab_size }),
-        }
-    }
-}
-
-impl FeedForward {
-    pub(crate) fn forward(&self, x: &[f32]) -> Vec<f32> {
-        match self {
-            Self::Dense(mlp) => mlp.forward(x),
-            Self::Sparse(moe) => moe.forward(x),
         }
     }
 }
@@ -121,7 +95,6 @@ pub struct ModelBuilder {
     config: ModelConfig,
     format: KvFormat,
     layout: KvLayout,
-    rope: Rope,
     checkpoint: Checkpoint,
     digests: Vec<(String, blake3::Hash)>,
 }
@@ -133,7 +106,6 @@ impl ModelBuilder {
         let layout = config.layout(config_json, format, block_tokens)?;
         Ok(Self {
             text: config_json.to_owned(),
-            rope: Rope::new(&config).map_err(DecoderError::Config)?,
             checkpoint: Checkpoint::new(config.weight_block),
             config,
             format,
@@ -161,22 +133,25 @@ impl ModelBuilder {
     /// Takes the tensors that the configuration calls for, as F32.
     pub fn finish(mut self) -> Result<Model> {
         let fingerprint = self.fingerprint();
-        let Self { config, rope, mut checkpoint, .. } = self;
+        let Self { config, mut checkpoint, .. } = self;
+        let [embedding, norm, head] = match &config.family {
+            Family::Mla(_) => ["model.embed_tokens.weight", "model.norm", "lm_head"],
+            Family::V4(_) => ["embed.weight", "norm", "head"],
+        };
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let embedding = checkpoint.take("model.embed_tokens.weight", &[vocab, hidden])?;
-        let mut layers = Vec::new();
-        for index in 0..config.num_hidden_layers {
-            layers.push(Layer::take(&mut checkpoint, index, &config, &rope)?);
-        }
-        let norm = RmsNorm::take(&mut checkpoint, "model.norm", hidden, config.rms_norm_eps)?;
+        let embedding = checkpoint.take(embedding, &[vocab, hidden])?;
+        let layers = match &config.family {
+            Family::Mla(mla) => Layers::Mla(v32::Layers::take(&mut checkpoint, &config, mla)?),
+            Family::V4(v4) => Layers::V4(v4::Layers::take(&mut checkpoint, &config, v4)?),
+        };
+        let norm = RmsNorm::take(&mut checkpoint, norm, hidden, config.rms_norm_eps)?;
         let head = match config.tie_word_embeddings {
             true => Linear::from_rows(&embedding, vocab, hidden),
-            false => Linear::take(&mut checkpoint, "lm_head", vocab, hidden, false)?,
+            false => Linear::take(&mut checkpoint, head, vocab, hidden, false)?,
         };
         Ok(Model {
             config,
             format: self.format,
-            rope,
             embedding,
             layers,
             norm,
@@ -201,26 +176,5 @@ impl ModelBuilder {
             part(digest.as_bytes());
         }
         *hasher.finalize().as_bytes()
-    }
-}
-
-impl Layer {
-    fn take(checkpoint: &mut Checkpoint, index: usize, config: &ModelConfig, rope: &Rope) -> Result<Self> {
-        let name = format!("model.layers.{index}");
-        let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
-        let mlp = match config.moe.as_ref().filter(|_| config.is_sparse[index]) {
-            Some(moe) => FeedForward::Sparse(Moe::take(checkpoint, &format!("{name}.mlp"), hidden, moe)?),
-            None => {
-                let width = config.intermediate_size;
-                FeedForward::Dense(Mlp::take(checkpoint, &format!("{name}.mlp"), hidden, width)?)
-            }
-        };
-        let indexed = config.has_indexer[index];
-        Ok(Self {
-            input_norm: RmsNorm::take(checkpoint, &format!("{name}.input_layernorm"), hidden, eps)?,
-            attention: Mla::take(checkpoint, &format!("{name}.self_attn"), config, rope, indexed)?,
-            post_norm: RmsNorm::take(checkpoint, &format!("{name}.post_attention_layernorm"), hidden, eps)?,
-            mlp,
-        })
     }
 }

@@ -46,6 +46,12 @@ impl RmsNorm {
     }
 }
 
+/// Root-mean-square norm of one row without a weight, in place.
+pub(crate) fn rms_norm(x: &mut [f32], eps: f32) {
+    let inverse = 1.0 / (sum_squares(x) / x.len() as f32 + eps).sqrt();
+    x.iter_mut().for_each(|x| *x *= inverse);
+}
+
 /// Norm to mean 0 and variance 1, with weight and bias.
 pub(crate) struct LayerNorm {
     weight: Vec<f32>,

@@ -6,8 +6,6 @@
 
 use serde::Deserialize;
 
-use crate::ModelConfig;
-
 /// `rope_parameters`, or the older `rope_scaling` with `rope_theta` beside it.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(crate) struct RopeConfig {
@@ -20,7 +18,8 @@ pub(crate) struct RopeConfig {
     beta_slow: Option<f64>,
     mscale: Option<f64>,
     mscale_all_dim: Option<f64>,
-    attention_factor: Option<f64>,
+    pub(crate) attention_factor: Option<f64>,
+    pub(crate) partial_rotary_factor: Option<f64>,
     truncate: Option<bool>,
 }
 
@@ -35,9 +34,8 @@ pub(crate) struct Rope {
 }
 
 impl Rope {
-    pub(crate) fn new(config: &ModelConfig) -> Result<Self, String> {
-        let rope = &config.rope;
-        let dim = config.qk_rope_head_dim;
+    /// For `dim` rotated channels.
+    pub(crate) fn new(rope: &RopeConfig, dim: usize, max_position_embeddings: usize) -> Result<Self, String> {
         let theta = rope.rope_theta.unwrap_or(10_000.0);
         if !(theta.is_finite() && theta > 1.0) {
             return Err(format!("rope_theta must be above 1, got {theta}"));
@@ -51,7 +49,7 @@ impl Rope {
                 softmax_factor: 1.0,
             }),
             "yarn" => {
-                let yarn = Yarn::new(rope, config.max_position_embeddings)?;
+                let yarn = Yarn::new(rope, max_position_embeddings)?;
                 let ramp = yarn.ramp(dim, theta);
                 let mix = |(pair, ramp): (usize, f32)| {
                     let extrapolated = 1.0 / power(pair);
@@ -103,6 +101,15 @@ impl Angles {
             let (a, b) = (row[i], row[j]);
             row[i] = a * cos - b * sin;
             row[j] = b * cos + a * sin;
+        }
+    }
+
+    /// Undoes the interleaved rotation.
+    pub(crate) fn rotate_back(&self, token: usize, row: &mut [f32]) {
+        let span = token * self.half..(token + 1) * self.half;
+        let pairs = row.as_chunks_mut::<2>().0.iter_mut();
+        for ([a, b], (cos, sin)) in pairs.zip(self.cos[span.clone()].iter().zip(&self.sin[span])) {
+            (*a, *b) = (*a * cos + *b * sin, *b * cos - *a * sin);
         }
     }
 }

@@ -7,33 +7,30 @@ use std::ops::ControlFlow;
 
 use esker_prefix::{BlockHash, TokenId};
 
-use crate::kernel::vector::add_scaled;
-use crate::panels::KeyPanels;
-use crate::rope::Angles;
-use crate::{DecoderError, KvFormat, Model, Result};
+use crate::config::Family;
+use crate::model::Layers;
+use crate::{DecoderError, KvFormat, Model, Result, v4, v32};
 
 /// Tokens that go through the layers together: enough rows for the products to run at full rate, few enough that
 /// the intermediates stay in cache.
 const CHUNK_TOKENS: usize = 256;
 
-/// The cache of one sequence: per layer and token a latent with its rope key, and an indexer key where the layer has
-/// an indexer. Rows are F32 in memory, rounded already where the model's format is narrower; [`Sequence::len_bytes`]
+/// The cache of one sequence: what its model's layers keep of its tokens. Rows are F32 in memory, rounded already where the model's format is narrower; [`Sequence::len_bytes`]
 /// says what it takes. It grows with its tokens, up to the model's `max_position_embeddings`.
 pub struct Sequence {
-    pub(crate) layers: Vec<LayerCache>,
+    pub(crate) cache: Cache,
     pub(crate) tokens: usize,
     pub(crate) model: [u8; 32],
     /// Hash of the block restored last, while nothing else has been appended.
     pub(crate) restored: Option<BlockHash>,
+    layers: usize,
     recorded: Option<Vec<Vec<Vec<u32>>>>,
 }
 
-/// Rows of one layer.
-pub(crate) struct LayerCache {
-    /// `[tokens, kv_lora_rank + qk_rope_head_dim]`.
-    pub(crate) rows: Vec<f32>,
-    /// Empty where the layer shares a selection.
-    pub(crate) keys: KeyPanels,
+/// What the layers keep, by family.
+pub(crate) enum Cache {
+    Mla(v32::Cache),
+    V4(v4::cache::Cache),
 }
 
 /// Which positions to give logits for.
@@ -75,24 +72,48 @@ pub struct Progress {
     pub total: usize,
 }
 
-/// A field of the cached state, by its published name.
+/// A field of the cached state, by its published name. The first two are of V3.2 and GLM-5, the third of both
+/// families, the others of V4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateField {
     /// Normed latent, `[tokens, kv_lora_rank]`.
     Latent,
     /// Rotated rope key, `[tokens, qk_rope_head_dim]`.
     RopeKey,
-    /// Indexer key after norm and rotation, `[tokens, index_head_dim]`.
+    /// Indexer key after norm and rotation, `[tokens, index_head_dim]`; in V4 one per compressed row.
     IndexKey,
+    /// Rotated window rows, `[up to sliding_window, head_dim]`.
+    Window,
+    /// Rotated compressed rows, `[tokens / ratio, head_dim]`.
+    Compressed,
+    /// Values of the last complete run that the next compressed row needs, `[4, head_dim]`.
+    OverlapKv,
+    /// Their gates, position bias included.
+    OverlapGate,
+    /// The same for the indexer's key, `[4, index_head_dim]`.
+    IndexOverlapKv,
+    /// Their gates, position bias included.
+    IndexOverlapGate,
+    /// Values of the open run, `[tokens % ratio, channels]`.
+    TailKv,
+    /// Their gates, without position bias.
+    TailGate,
+    /// The same for the indexer's key.
+    IndexTailKv,
+    /// Their gates, without position bias.
+    IndexTailGate,
 }
 
 impl Sequence {
     /// An empty sequence of this model.
     pub fn new(model: &Model) -> Self {
-        let width = model.config.index_head_dim;
-        let layer = |_: &_| LayerCache { rows: Vec::new(), keys: KeyPanels::new(width) };
-        let layers = model.layers.iter().map(layer).collect();
-        Self { layers, tokens: 0, model: model.fingerprint(), restored: None, recorded: None }
+        let block_tokens = model.layout().block_tokens() as usize;
+        let cache = match &model.config.family {
+            Family::Mla(mla) => Cache::Mla(v32::Cache::new(&model.config, mla)),
+            Family::V4(v4) => Cache::V4(v4::cache::Cache::new(&model.config, v4, block_tokens)),
+        };
+        let layers = model.config.num_hidden_layers;
+        Self { cache, tokens: 0, model: model.fingerprint(), restored: None, layers, recorded: None }
     }
 
     /// Tokens in the cache.
@@ -102,7 +123,11 @@ impl Sequence {
 
     /// Memory that the rows take.
     pub fn len_bytes(&self) -> usize {
-        self.layers.iter().map(|layer| (layer.rows.len() + layer.keys.len()) * size_of::<f32>()).sum()
+        let numbers = match &self.cache {
+            Cache::Mla(cache) => cache.len(),
+            Cache::V4(cache) => cache.len(),
+        };
+        numbers * size_of::<f32>()
     }
 
     /// Appends `tokens` and gives the logits asked for. On an error that is not [`DecoderError::Cancelled`] the
@@ -122,6 +147,9 @@ impl Sequence {
         self.check_model(model)?;
         if tokens.is_empty() {
             return Err(DecoderError::NoTokens);
+        }
+        if self.needs_state() {
+            return Err(DecoderError::StateMissing { tokens: self.tokens });
         }
         let (end, limit) = (self.tokens + tokens.len(), model.config.max_position_embeddings);
         if end > limit {
@@ -151,25 +179,39 @@ impl Sequence {
         Ok(LogitsOut { vocab_size: model.config.vocab_size, values })
     }
 
-    /// Drops every token from `tokens` on. Exact: rows never depend on later ones.
-    pub fn truncate(&mut self, tokens: usize) {
+    /// Whether the sequence was left without the state that continues it: after blocks alone, or cut back beyond
+    /// what is held. Never so for a model without state groups.
+    pub fn needs_state(&self) -> bool {
+        match &self.cache {
+            Cache::Mla(_) => false,
+            Cache::V4(cache) => !cache.is_resumable(),
+        }
+    }
+
+    /// Drops every token from `tokens` on and gives the length that is left. Exact: rows never depend on later ones.
+    /// With state groups the last block boundary is always within reach, and everything after it; a cut to before it
+    /// leaves whole blocks only, without their state ([`Sequence::needs_state`]).
+    pub fn truncate(&mut self, tokens: usize) -> usize {
         if tokens >= self.tokens {
-            return;
+            return self.tokens;
         }
-        for layer in &mut self.layers {
-            layer.rows.truncate(layer.rows.len() / self.tokens * tokens);
-            layer.keys.truncate(tokens);
-        }
+        self.tokens = match &mut self.cache {
+            Cache::Mla(cache) => {
+                cache.truncate(tokens);
+                tokens
+            }
+            Cache::V4(cache) => cache.truncate(tokens),
+        };
         for layer in self.recorded.iter_mut().flatten() {
-            layer.truncate(tokens);
+            layer.truncate(self.tokens);
         }
-        self.tokens = tokens;
         self.restored = None;
+        self.tokens
     }
 
     /// From now on keeps the selection of every query, see [`Sequence::selections`].
     pub fn record_selections(&mut self) {
-        self.recorded.get_or_insert_with(|| vec![Vec::new(); self.layers.len()]);
+        self.recorded.get_or_insert_with(|| vec![Vec::new(); self.layers]);
     }
 
     /// The rows that `layer`'s indexer selected for each query since recording began, ascending. Empty for a layer
@@ -178,15 +220,15 @@ impl Sequence {
         self.recorded.as_ref().and_then(|layers| layers.get(layer)).map_or(&[], Vec::as_slice)
     }
 
-    /// A field of `layer`'s state for every cached token, row after row; empty where the layer has no such field.
+    /// A field of `layer`'s state now, row after row; empty where the layer has no such field, or where the sequence
+    /// [needs its state](Sequence::needs_state).
     pub fn state_rows(&self, model: &Model, layer: usize, field: StateField) -> Vec<f32> {
-        let latent = model.config.kv_lora_rank;
-        let cache = &self.layers[layer];
-        let rows = cache.rows.chunks_exact(model.config.row_width());
-        match field {
-            StateField::Latent => rows.flat_map(|row| &row[..latent]).copied().collect(),
-            StateField::RopeKey => rows.flat_map(|row| &row[latent..]).copied().collect(),
-            StateField::IndexKey => cache.keys.rows(0..cache.keys.len() / model.config.index_head_dim),
+        match (&self.cache, &model.layers) {
+            (Cache::Mla(cache), _) => cache.field(layer, field),
+            (Cache::V4(cache), Layers::V4(layers)) if cache.is_resumable() => {
+                layers.field(cache, layer, field, self.tokens)
+            }
+            _ => Vec::new(),
         }
     }
 
@@ -197,35 +239,28 @@ impl Sequence {
     /// Makes room for this many more tokens at once. Rows that are moved when a sequence grows, and memory that is
     /// touched anew, cost as much as restoring them.
     pub fn reserve(&mut self, model: &Model, tokens: usize) {
-        for (cache, indexed) in self.layers.iter_mut().zip(&model.config.has_indexer) {
-            cache.rows.reserve(tokens * model.config.row_width());
-            if *indexed {
-                cache.keys.reserve(tokens);
-            }
+        let tokens = tokens.min(model.config.max_position_embeddings.saturating_sub(self.tokens));
+        match &mut self.cache {
+            Cache::Mla(cache) => cache.reserve(tokens),
+            Cache::V4(cache) => cache.reserve(tokens),
         }
     }
 
     /// Takes one chunk through all layers. Gives the residual stream, `[tokens, hidden]`.
     fn forward(&mut self, model: &Model, tokens: &[usize]) -> Vec<f32> {
         let hidden = model.config.hidden_size;
-        let angles: Angles = model.rope.angles(self.tokens, tokens.len());
-        let mut selection = vec![Vec::new(); tokens.len()];
         let mut x = Vec::with_capacity(tokens.len() * hidden);
         for &token in tokens {
             x.extend_from_slice(&model.embedding[token * hidden..][..hidden]);
         }
-        for (index, layer) in model.layers.iter().enumerate() {
-            let normed = layer.input_norm.apply(&x);
-            let cache = &mut self.layers[index];
-            let attended =
-                layer.attention.forward(&normed, &angles, self.tokens, model.format, cache, &mut selection);
-            add_scaled(&mut x, &attended, 1.0);
-            let transformed = layer.mlp.forward(&layer.post_norm.apply(&x));
-            add_scaled(&mut x, &transformed, 1.0);
-            if let Some(recorded) = self.recorded.as_mut().filter(|_| model.config.has_indexer[index]) {
-                recorded[index].extend_from_slice(&selection);
+        let (first, format, recorded) = (self.tokens, model.format, self.recorded.as_mut());
+        let x = match (&model.layers, &mut self.cache) {
+            (Layers::Mla(layers), Cache::Mla(cache)) => layers.forward(x, first, format, cache, recorded),
+            (Layers::V4(layers), Cache::V4(cache)) => {
+                layers.forward(&x, tokens, first, format, cache, recorded)
             }
-        }
+            _ => unreachable!("a sequence is used with the model that it was made for"),
+        };
         self.tokens += tokens.len();
         self.restored = None;
         x

@@ -9,7 +9,23 @@ use esker_decoder::{KvFormat, Model, Sequence, StateField};
 use esker_prefix::TokenId;
 use rayon::ThreadPoolBuilder;
 use serde_json::json;
-use support::{Checkpoint, Random, logit_bits, row_bits, v32, with};
+use support::{Checkpoint, Random, logit_bits, row_bits, v4, v32, with};
+
+const FIELDS: [StateField; 13] = [
+    StateField::Latent,
+    StateField::RopeKey,
+    StateField::IndexKey,
+    StateField::Window,
+    StateField::Compressed,
+    StateField::OverlapKv,
+    StateField::OverlapGate,
+    StateField::IndexOverlapKv,
+    StateField::IndexOverlapGate,
+    StateField::TailKv,
+    StateField::TailGate,
+    StateField::IndexTailKv,
+    StateField::IndexTailGate,
+];
 
 /// Everything that a run computes, as bits.
 fn run(model: &Model, tokens: &[TokenId], lengths: &[usize], threads: usize) -> Vec<Vec<u32>> {
@@ -18,7 +34,7 @@ fn run(model: &Model, tokens: &[TokenId], lengths: &[usize], threads: usize) -> 
         let mut sequence = Sequence::new(model);
         let mut bits = logit_bits(model, &mut sequence, tokens, lengths);
         for layer in 0..model.config().num_hidden_layers {
-            for field in [StateField::Latent, StateField::RopeKey, StateField::IndexKey] {
+            for field in FIELDS {
                 bits.push(row_bits(&sequence.state_rows(model, layer, field)));
             }
         }
@@ -59,6 +75,22 @@ fn a_model_wider_than_every_tile() {
     });
     let model = Checkpoint::random(with(v32(), wide), 8).load(KvFormat::F32, 16);
     compare(&model, &Random(9).tokens(400, 131), 10);
+}
+
+/// Beyond one chunk, with windows shorter and longer than it and than a block, in both row formats.
+#[test]
+fn v4_in_both_formats() {
+    for (window, format, block_tokens) in [(6, KvFormat::F32, 16), (300, KvFormat::Bf16, 64)] {
+        let changes = json!({"sliding_window": window});
+        let model = Checkpoint::random(with(v4(), changes), 13).load(format, block_tokens);
+        compare(&model, &Random(14).tokens(350, 61), 15);
+    }
+    let wide = json!({
+        "hidden_size": 300, "num_attention_heads": 18, "head_dim": 90, "o_groups": 3, "index_n_heads": 9,
+        "index_head_dim": 37, "index_topk": 40, "q_lora_rank": 260, "num_hidden_layers": 3,
+    });
+    let model = Checkpoint::random(with(v4(), wide), 16).load(KvFormat::F32, 16);
+    compare(&model, &Random(17).tokens(300, 61), 18);
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn golden_root() -> Option<PathBuf> {
 
 fn check_all(settings: GoldenSettings) {
     let Some(root) = golden_root() else { return };
-    for name in ["v32-small", "glm5-small", "glm52-small"] {
+    for name in ["v32-small", "glm5-small", "glm52-small", "v4-small", "v4-real-ratios"] {
         let read = |file: &str| fs::read(root.join(name).join(file)).unwrap();
         let config = String::from_utf8(read("config.json")).unwrap();
         let shards = vec![("model.safetensors".to_owned(), Bytes::from(read("model.safetensors")))];

@@ -1,5 +1,5 @@
 //! The decoder computes the published mathematics: logits and selections equal a naive F64 implementation on random
-//! models of both families.
+//! models of all families.
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
@@ -8,13 +8,13 @@ mod support;
 use esker_decoder::{KvFormat, Logits, Sequence};
 use serde_json::{Value, json};
 use support::reference::Reference;
-use support::{Checkpoint, Random, v32, with};
+use support::{Checkpoint, Random, v4, v32, with};
 
 const TOKENS: usize = 40;
 
 /// Compares on the first seed whose choices are clear of rounding.
 fn compare(config: Value) {
-    let (checkpoint, tokens, expected) = (0..50)
+    let (checkpoint, tokens, expected) = (0..80)
         .map(|seed| {
             let checkpoint = Checkpoint::random(config.clone(), seed);
             let vocab = usize::try_from(config["vocab_size"].as_u64().unwrap()).unwrap();
@@ -24,7 +24,7 @@ fn compare(config: Value) {
         })
         .find(|(_, _, outcome)| outcome.margin > 2e-5)
         .expect("a seed without near-ties");
-    let model = checkpoint.load(KvFormat::F32, 8);
+    let model = checkpoint.load(KvFormat::F32, 16);
     let mut sequence = Sequence::new(&model);
     sequence.record_selections();
     let logits = sequence.prefill(&model, &tokens, Logits::All).unwrap();
@@ -113,4 +113,40 @@ fn glm_shares_selections_by_list_by_frequency_and_by_pattern() {
     compare(with(glm(), by_list));
     compare(with(glm(), json!({"index_topk_freq": 4, "index_skip_topk_offset": 2})));
     compare(with(glm(), json!({"index_topk_pattern": "FSFSSF"})));
+}
+
+/// In the released naming, and in that of `transformers`, whose schedule is the same.
+#[test]
+fn v4_in_both_namings() {
+    compare(v4());
+    let named = json!({
+        "compress_ratios": null, "num_hash_layers": null, "qk_rope_head_dim": 8, "rope_scaling": null,
+        "compress_rope_theta": null, "swiglu_limit": 0,
+        "layer_types": [
+            "sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention",
+            "heavily_compressed_attention", "compressed_sparse_attention",
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "hash_moe", "moe"],
+        "rope_parameters": {
+            "main": {"rope_type": "default", "rope_theta": 7000.0},
+            "compress": {
+                "rope_type": "yarn", "rope_theta": 90000.0, "factor": 8.0, "beta_fast": 32, "beta_slow": 1,
+                "original_max_position_embeddings": 32, "attention_factor": 1.0,
+            },
+        },
+    });
+    compare(with(v4(), named));
+}
+
+/// More heads than lanes, rows beyond the widest step, more keys than one step, several groups, no shared expert,
+/// one stream, a window longer than the sequence.
+#[test]
+fn v4_wider_than_every_tile() {
+    let wide = json!({
+        "num_attention_heads": 18, "head_dim": 90, "o_groups": 3, "index_n_heads": 9, "index_head_dim": 37,
+        "q_lora_rank": 270, "num_hidden_layers": 3, "compress_ratios": [4, 8, 4], "n_shared_experts": 0,
+        "hc_mult": 1, "sliding_window": 64, "index_topk": 4,
+    });
+    compare(with(v4(), wide));
 }

@@ -6,6 +6,7 @@
 
 pub(crate) mod gemm;
 mod gemv;
+pub(crate) mod shared;
 pub(crate) mod sparse;
 pub(crate) mod vector;
 

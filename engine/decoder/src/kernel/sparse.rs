@@ -7,7 +7,7 @@ use super::vector::exp;
 use super::{fma, wide};
 
 /// Heads whose sums run side by side.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Keys whose sums run side by side.
 pub(crate) const PANEL: usize = 32;
 
@@ -15,9 +15,9 @@ pub(crate) const PANEL: usize = 32;
 #[derive(Default)]
 pub(crate) struct Scratch {
     /// The query of up to 16 heads, `[width][head]`.
-    query: Vec<[f32; LANES]>,
+    pub(super) query: Vec<[f32; LANES]>,
     /// Scores, then probabilities, `[selected][head]`.
-    weights: Vec<[f32; LANES]>,
+    pub(super) weights: Vec<[f32; LANES]>,
 }
 
 wide! {
@@ -93,7 +93,7 @@ fn row(rows: &[f32], index: u32, width: usize) -> &[f32] {
 
 /// `sums[n][lane] = sum_c rows[n][c] * columns[c][lane]`, in ascending order of c.
 #[inline(always)]
-fn products<const N: usize, const W: usize, const FUSED: bool>(
+pub(super) fn products<const N: usize, const W: usize, const FUSED: bool>(
     rows: [&[f32]; N],
     columns: &[[f32; W]],
 ) -> [[f32; W]; N] {

@@ -23,6 +23,14 @@ wide! {
         }
     }
 
+    /// `out = silu(min(gate, limit)) * clamp(up, -limit, limit)`.
+    pub(crate) fn silu_mul_clamped(gate: &[f32], up: &[f32], limit: f32, out: &mut [f32]) {
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            let (gate, up) = (if *gate > limit { limit } else { *gate }, up.clamp(-limit, limit));
+            *out = gate / (1.0 + exp(-gate)) * up;
+        }
+    }
+
     /// `x = sigmoid(x)`.
     pub(crate) fn sigmoid(x: &mut [f32]) {
         for value in x.iter_mut() {
@@ -92,7 +100,7 @@ fn sum_by(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 /// does not vectorise and whose bits differ between versions. Polynomial: Cephes, `expf`.
 #[inline(always)]
 #[allow(clippy::excessive_precision)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     let clamped = x.clamp(-87.3, 88.3);
     let shifted = clamped * std::f32::consts::LOG2_E + ROUND;

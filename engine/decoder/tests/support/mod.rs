@@ -1,13 +1,17 @@
 //! Random models in the published format, the same on every machine, so that tests need no file.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test file uses a part of it; a test fails by panicking
+// Each test file uses a part of it; a test fails by panicking; tables of experts are drawn as the F32 that all is.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 pub mod reference;
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use esker_decoder::{BlockIdentity, KvFormat, Logits, LogitsOut, Model, ModelBuilder, ModelConfig, Sequence};
+use esker_decoder::{
+    BlockIdentity, Family, KvFormat, Logits, LogitsOut, MlaConfig, Model, ModelBuilder, ModelConfig,
+    Sequence, V4Config,
+};
 use esker_prefix::{BlockHash, NamespaceId, ScopeTag, TokenId};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
@@ -53,6 +57,23 @@ pub fn v32() -> Value {
     })
 }
 
+/// A tiny V4: a layer with only the window, two at ratio 4, two at ratio 16, the first two routed by a table.
+pub fn v4() -> Value {
+    json!({
+        "model_type": "deepseek_v4", "vocab_size": 61, "hidden_size": 40, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "head_dim": 24, "qk_rope_head_dim": 8, "q_lora_rank": 20, "sliding_window": 6,
+        "compress_ratios": [0, 16, 4, 16, 4, 0], "o_groups": 2, "o_lora_rank": 10, "hc_mult": 3,
+        "hc_sinkhorn_iters": 7, "hc_eps": 1e-6, "index_n_heads": 3, "index_head_dim": 16, "index_topk": 5,
+        "num_hash_layers": 2, "moe_intermediate_size": 24, "n_routed_experts": 6, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "norm_topk_prob": true, "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus", "swiglu_limit": 1.0, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048, "rope_theta": 10000, "compress_rope_theta": 40000,
+        "rope_scaling": {
+            "type": "yarn", "factor": 16, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+        },
+    })
+}
+
 /// `base` with some fields replaced.
 pub fn with(mut base: Value, changes: Value) -> Value {
     for (name, value) in changes.as_object().unwrap() {
@@ -74,6 +95,10 @@ impl Checkpoint {
         let c = ModelConfig::from_json(&config.to_string()).unwrap();
         let mut it = Self { config, tensors: BTreeMap::new() };
         let mut random = Random(seed);
+        let experts = match &c.family {
+            Family::V4(v4) => v4.n_routed_experts,
+            Family::Mla(_) => 0,
+        };
         let mut add = |name: String, shape: &[usize]| {
             let count = shape.iter().product();
             let fan_in = *shape.last().unwrap() as f32;
@@ -81,66 +106,18 @@ impl Checkpoint {
                 name if name.contains("norm.weight") || name.contains("layernorm") => {
                     1.0 + 0.1 * random.normal()
                 }
-                name if name.contains("bias") => 0.3 * random.normal(),
+                name if name.ends_with("_scale") => 1.0 + 0.1 * random.normal(),
+                name if name.ends_with("tid2eid") => random.below(experts) as f32,
+                name if name.contains("bias") || name.ends_with("_base") => 0.3 * random.normal(),
+                name if name.ends_with(".ape") || name.ends_with("attn_sink") => random.normal(),
                 _ => random.normal() / fan_in.sqrt(),
             };
             let values = (0..count).map(|_| draw(&mut random)).collect();
             it.tensors.insert(name, (shape.to_vec(), values));
         };
-        let (d, heads) = (c.hidden_size, c.num_attention_heads);
-        add("model.embed_tokens.weight".into(), &[c.vocab_size, d]);
-        add("model.norm.weight".into(), &[d]);
-        if !c.tie_word_embeddings {
-            add("lm_head.weight".into(), &[c.vocab_size, d]);
-        }
-        for layer in 0..c.num_hidden_layers {
-            let l = format!("model.layers.{layer}");
-            let a = format!("{l}.self_attn");
-            add(format!("{l}.input_layernorm.weight"), &[d]);
-            add(format!("{l}.post_attention_layernorm.weight"), &[d]);
-            add(format!("{a}.q_a_proj.weight"), &[c.q_lora_rank, d]);
-            add(format!("{a}.q_a_layernorm.weight"), &[c.q_lora_rank]);
-            add(format!("{a}.q_b_proj.weight"), &[heads * c.qk_head_dim(), c.q_lora_rank]);
-            add(format!("{a}.kv_a_proj_with_mqa.weight"), &[c.row_width(), d]);
-            add(format!("{a}.kv_a_layernorm.weight"), &[c.kv_lora_rank]);
-            add(
-                format!("{a}.kv_b_proj.weight"),
-                &[heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank],
-            );
-            add(format!("{a}.o_proj.weight"), &[d, heads * c.v_head_dim]);
-            if c.attention_bias {
-                add(format!("{a}.q_a_proj.bias"), &[c.q_lora_rank]);
-                add(format!("{a}.kv_a_proj_with_mqa.bias"), &[c.row_width()]);
-                add(format!("{a}.o_proj.bias"), &[d]);
-            }
-            if c.has_indexer[layer] {
-                add(format!("{a}.indexer.wq_b.weight"), &[c.index_n_heads * c.index_head_dim, c.q_lora_rank]);
-                add(format!("{a}.indexer.wk.weight"), &[c.index_head_dim, d]);
-                add(format!("{a}.indexer.k_norm.weight"), &[c.index_head_dim]);
-                add(format!("{a}.indexer.k_norm.bias"), &[c.index_head_dim]);
-                add(format!("{a}.indexer.weights_proj.weight"), &[c.index_n_heads, d]);
-            }
-            let mut mlp = |name: String, width: usize| {
-                add(format!("{name}.gate_proj.weight"), &[width, d]);
-                add(format!("{name}.up_proj.weight"), &[width, d]);
-                add(format!("{name}.down_proj.weight"), &[d, width]);
-            };
-            match c.moe.as_ref().filter(|_| c.is_sparse[layer]) {
-                None => mlp(format!("{l}.mlp"), c.intermediate_size),
-                Some(moe) => {
-                    for expert in 0..moe.n_routed_experts {
-                        mlp(format!("{l}.mlp.experts.{expert}"), moe.moe_intermediate_size);
-                    }
-                    if moe.n_shared_experts > 0 {
-                        mlp(
-                            format!("{l}.mlp.shared_experts"),
-                            moe.moe_intermediate_size * moe.n_shared_experts,
-                        );
-                    }
-                    add(format!("{l}.mlp.gate.weight"), &[moe.n_routed_experts, d]);
-                    add(format!("{l}.mlp.gate.e_score_correction_bias"), &[moe.n_routed_experts]);
-                }
-            }
+        match &c.family {
+            Family::Mla(mla) => add_mla(&c, mla, &mut add),
+            Family::V4(v4) => add_v4(&c, v4, &mut add),
         }
         it
     }
@@ -155,8 +132,17 @@ impl Checkpoint {
             .tensors
             .iter()
             .map(|(name, (shape, values))| {
-                let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-                (name.as_str(), shape.as_slice(), Dtype::F32, bytes)
+                let (dtype, bytes) = match name.strip_suffix(".ffn.gate.tid2eid") {
+                    None => (Dtype::F32, values.iter().flat_map(|value| value.to_le_bytes()).collect()),
+                    // Both formats occur in published tables: even layers have one, odd layers the other.
+                    Some(layer) if layer.ends_with(['0', '2', '4']) => {
+                        (Dtype::I64, values.iter().flat_map(|&value| (value as i64).to_le_bytes()).collect())
+                    }
+                    Some(_) => {
+                        (Dtype::I32, values.iter().flat_map(|&value| (value as i32).to_le_bytes()).collect())
+                    }
+                };
+                (name.as_str(), shape.as_slice(), dtype, bytes)
             })
             .collect();
         serialise(&parts)
@@ -170,6 +156,124 @@ impl Checkpoint {
 
     pub fn load(&self, format: KvFormat, block_tokens: u32) -> Model {
         self.try_load(format, block_tokens).unwrap()
+    }
+}
+
+/// Adds a tensor of a name and shape.
+type Add<'a> = &'a mut dyn FnMut(String, &[usize]);
+
+fn add_mla(c: &ModelConfig, mla: &MlaConfig, add: Add<'_>) {
+    let (d, heads) = (c.hidden_size, c.num_attention_heads);
+    add("model.embed_tokens.weight".into(), &[c.vocab_size, d]);
+    add("model.norm.weight".into(), &[d]);
+    if !c.tie_word_embeddings {
+        add("lm_head.weight".into(), &[c.vocab_size, d]);
+    }
+    for layer in 0..c.num_hidden_layers {
+        let l = format!("model.layers.{layer}");
+        let a = format!("{l}.self_attn");
+        add(format!("{l}.input_layernorm.weight"), &[d]);
+        add(format!("{l}.post_attention_layernorm.weight"), &[d]);
+        add(format!("{a}.q_a_proj.weight"), &[c.q_lora_rank, d]);
+        add(format!("{a}.q_a_layernorm.weight"), &[c.q_lora_rank]);
+        add(format!("{a}.q_b_proj.weight"), &[heads * mla.qk_head_dim(), c.q_lora_rank]);
+        add(format!("{a}.kv_a_proj_with_mqa.weight"), &[mla.row_width(), d]);
+        add(format!("{a}.kv_a_layernorm.weight"), &[mla.kv_lora_rank]);
+        add(
+            format!("{a}.kv_b_proj.weight"),
+            &[heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank],
+        );
+        add(format!("{a}.o_proj.weight"), &[d, heads * mla.v_head_dim]);
+        if mla.attention_bias {
+            add(format!("{a}.q_a_proj.bias"), &[c.q_lora_rank]);
+            add(format!("{a}.kv_a_proj_with_mqa.bias"), &[mla.row_width()]);
+            add(format!("{a}.o_proj.bias"), &[d]);
+        }
+        if c.has_indexer[layer] {
+            add(format!("{a}.indexer.wq_b.weight"), &[c.index_n_heads * c.index_head_dim, c.q_lora_rank]);
+            add(format!("{a}.indexer.wk.weight"), &[c.index_head_dim, d]);
+            add(format!("{a}.indexer.k_norm.weight"), &[c.index_head_dim]);
+            add(format!("{a}.indexer.k_norm.bias"), &[c.index_head_dim]);
+            add(format!("{a}.indexer.weights_proj.weight"), &[c.index_n_heads, d]);
+        }
+        let mut mlp = |name: String, width: usize| {
+            add(format!("{name}.gate_proj.weight"), &[width, d]);
+            add(format!("{name}.up_proj.weight"), &[width, d]);
+            add(format!("{name}.down_proj.weight"), &[d, width]);
+        };
+        match mla.moe.as_ref().filter(|_| mla.is_sparse[layer]) {
+            None => mlp(format!("{l}.mlp"), mla.intermediate_size),
+            Some(moe) => {
+                for expert in 0..moe.n_routed_experts {
+                    mlp(format!("{l}.mlp.experts.{expert}"), moe.moe_intermediate_size);
+                }
+                if moe.n_shared_experts > 0 {
+                    mlp(format!("{l}.mlp.shared_experts"), moe.moe_intermediate_size * moe.n_shared_experts);
+                }
+                add(format!("{l}.mlp.gate.weight"), &[moe.n_routed_experts, d]);
+                add(format!("{l}.mlp.gate.e_score_correction_bias"), &[moe.n_routed_experts]);
+            }
+        }
+    }
+}
+
+fn add_v4(c: &ModelConfig, v4: &V4Config, add: Add<'_>) {
+    let (d, heads, n) = (c.hidden_size, c.num_attention_heads, v4.hc_mult);
+    add("embed.weight".into(), &[c.vocab_size, d]);
+    add("norm.weight".into(), &[d]);
+    add("head.weight".into(), &[c.vocab_size, d]);
+    add("hc_head_fn".into(), &[n, n * d]);
+    add("hc_head_base".into(), &[n]);
+    add("hc_head_scale".into(), &[1]);
+    for (layer, &ratio) in v4.compress_ratios.iter().enumerate() {
+        let l = format!("layers.{layer}");
+        let a = format!("{l}.attn");
+        for site in ["attn", "ffn"] {
+            add(format!("{l}.{site}_norm.weight"), &[d]);
+            add(format!("{l}.hc_{site}_fn"), &[(2 + n) * n, n * d]);
+            add(format!("{l}.hc_{site}_base"), &[(2 + n) * n]);
+            add(format!("{l}.hc_{site}_scale"), &[3]);
+        }
+        add(format!("{a}.wq_a.weight"), &[c.q_lora_rank, d]);
+        add(format!("{a}.q_norm.weight"), &[c.q_lora_rank]);
+        add(format!("{a}.wq_b.weight"), &[heads * v4.head_dim, c.q_lora_rank]);
+        add(format!("{a}.wkv.weight"), &[v4.head_dim, d]);
+        add(format!("{a}.kv_norm.weight"), &[v4.head_dim]);
+        add(format!("{a}.attn_sink"), &[heads]);
+        let of_group = heads / v4.o_groups * v4.head_dim;
+        add(format!("{a}.wo_a.weight"), &[v4.o_groups * v4.o_lora_rank, of_group]);
+        add(format!("{a}.wo_b.weight"), &[d, v4.o_groups * v4.o_lora_rank]);
+        let mut compressor = |name: String, width: usize| {
+            let channels = if ratio == 4 { 2 * width } else { width };
+            add(format!("{name}.ape"), &[ratio, channels]);
+            add(format!("{name}.wkv.weight"), &[channels, d]);
+            add(format!("{name}.wgate.weight"), &[channels, d]);
+            add(format!("{name}.norm.weight"), &[width]);
+        };
+        if ratio > 0 {
+            compressor(format!("{a}.compressor"), v4.head_dim);
+        }
+        if c.has_indexer[layer] {
+            compressor(format!("{a}.indexer.compressor"), c.index_head_dim);
+            add(format!("{a}.indexer.wq_b.weight"), &[c.index_n_heads * c.index_head_dim, c.q_lora_rank]);
+            add(format!("{a}.indexer.weights_proj.weight"), &[c.index_n_heads, d]);
+        }
+        add(format!("{l}.ffn.gate.weight"), &[v4.n_routed_experts, d]);
+        match v4.is_hash[layer] {
+            true => add(format!("{l}.ffn.gate.tid2eid"), &[c.vocab_size, v4.num_experts_per_tok]),
+            false => add(format!("{l}.ffn.gate.bias"), &[v4.n_routed_experts]),
+        }
+        let mut mlp = |name: String, width: usize| {
+            add(format!("{name}.w1.weight"), &[width, d]);
+            add(format!("{name}.w2.weight"), &[d, width]);
+            add(format!("{name}.w3.weight"), &[width, d]);
+        };
+        for expert in 0..v4.n_routed_experts {
+            mlp(format!("{l}.ffn.experts.{expert}"), v4.moe_intermediate_size);
+        }
+        if v4.n_shared_experts > 0 {
+            mlp(format!("{l}.ffn.shared_experts"), v4.moe_intermediate_size * v4.n_shared_experts);
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The published mathematics in F64, written naively from its description: no cache, no absorbed projections, no
 //! tiles, every query against every earlier position. It shares no code with the decoder.
 
+mod v4;
+
 use std::cmp::Ordering;
 use std::f64::consts::PI;
 
@@ -31,6 +33,9 @@ impl<'a> Reference<'a> {
     }
 
     pub fn run(&self, tokens: &[TokenId]) -> Outcome {
+        if self.checkpoint.config["model_type"] == "deepseek_v4" {
+            return self.run_v4(tokens);
+        }
         let (layers, eps) = (self.int("num_hidden_layers"), self.float("rms_norm_eps", 1e-6));
         let embedding = self.matrix("model.embed_tokens");
         let mut x: Rows = tokens.iter().map(|token| embedding[token.0 as usize].clone()).collect();
@@ -218,12 +223,16 @@ impl<'a> Reference<'a> {
 
     fn frequency(&self, pair: usize, dim: usize) -> f64 {
         let theta = self.rope("rope_theta").or(self.checkpoint.config["rope_theta"].as_f64()).unwrap();
+        self.yarn(pair, dim, theta, |field| self.rope(field))
+    }
+
+    fn yarn(&self, pair: usize, dim: usize, theta: f64, rope: impl Fn(&str) -> Option<f64>) -> f64 {
         let plain = theta.powf(-2.0 * pair as f64 / dim as f64);
-        let Some(factor) = self.rope("factor") else { return plain };
-        let original = self.rope("original_max_position_embeddings").unwrap();
+        let Some(factor) = rope("factor") else { return plain };
+        let original = rope("original_max_position_embeddings").unwrap();
         let corr = |turns: f64| dim as f64 * (original / (2.0 * PI * turns)).ln() / (2.0 * theta.ln());
-        let low = corr(self.rope("beta_fast").unwrap()).floor().max(0.0);
-        let mut high = corr(self.rope("beta_slow").unwrap()).ceil().min(dim as f64 - 1.0);
+        let low = corr(rope("beta_fast").unwrap()).floor().max(0.0);
+        let mut high = corr(rope("beta_slow").unwrap()).ceil().min(dim as f64 - 1.0);
         if low == high {
             high += 0.001;
         }

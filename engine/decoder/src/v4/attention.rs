@@ -1,0 +1,249 @@
+//! Attention over the window and compressed rows: one row per position serves all heads, as key and as value.
+//!
+//! A query sees the last `sliding_window` positions uncompressed, and every compressed row whose run has ended by
+//! its own position: all of them, or at ratio 4 those that the indexer selects. Sums over rows run window first,
+//! then compressed, each ascending: the same whether the query came in a chunk or alone.
+
+use rayon::prelude::*;
+
+use crate::checkpoint::Checkpoint;
+use crate::kernel::gemm::{View, gemm};
+use crate::kernel::shared::attend_shared;
+use crate::kernel::sparse::Scratch;
+use crate::linear::{Linear, transpose};
+use crate::norm::{RmsNorm, rms_norm};
+use crate::rope::{Angles, Rope};
+use crate::v4::cache::{KeyCache, LayerCache, RowCache};
+use crate::v4::compressor::Compressor;
+use crate::v4::config::{CSA_RATIO, V4Config};
+use crate::v4::indexer::Indexer;
+use crate::{KvFormat, ModelConfig, Result};
+
+/// Queries that one task takes through the attention and the first output projection.
+const TILE_QUERIES: usize = 16;
+
+/// Attention of one layer.
+pub(super) struct Attention {
+    wq_a: Linear,
+    q_norm: RmsNorm,
+    wq_b: Linear,
+    wkv: Linear,
+    kv_norm: RmsNorm,
+    sinks: Vec<f32>,
+    /// First output projection, `[groups, heads per group * width, o_lora_rank]`.
+    wo_a: Vec<f32>,
+    wo_b: Linear,
+    pub(super) compressor: Option<Compressor>,
+    pub(super) indexer: Option<Indexer>,
+    heads: usize,
+    width: usize,
+    rope: usize,
+    window: usize,
+    ratio: usize,
+    groups: usize,
+    o_lora: usize,
+    eps: f32,
+}
+
+/// Where a chunk stands.
+pub(super) struct Chunk<'a> {
+    /// Position of its first token.
+    pub(super) first: usize,
+    pub(super) rope: &'a Rope,
+    /// The chunk's own positions.
+    pub(super) angles: &'a Angles,
+    pub(super) format: KvFormat,
+}
+
+impl Attention {
+    pub(super) fn take(
+        checkpoint: &mut Checkpoint,
+        name: &str,
+        layer: usize,
+        config: &ModelConfig,
+        v4: &V4Config,
+    ) -> Result<Self> {
+        let (hidden, heads, eps) = (config.hidden_size, config.num_attention_heads, config.rms_norm_eps);
+        let (width, latent, rope) = (v4.head_dim, config.q_lora_rank, v4.qk_rope_head_dim);
+        let (groups, o_lora, ratio) = (v4.o_groups, v4.o_lora_rank, v4.compress_ratios[layer]);
+        let of_group = heads / groups * width;
+        let rows = checkpoint.take(&format!("{name}.wo_a.weight"), &[groups * o_lora, of_group])?;
+        let wo_a =
+            rows.chunks_exact(o_lora * of_group).flat_map(|rows| transpose(rows, o_lora, of_group)).collect();
+        let compressor = match ratio {
+            0 => None,
+            ratio => {
+                let dimensions = [hidden, width, ratio, rope];
+                Some(Compressor::take(checkpoint, &format!("{name}.compressor"), dimensions, eps)?)
+            }
+        };
+        let indexer = match ratio {
+            CSA_RATIO => Some(Indexer::take(checkpoint, &format!("{name}.indexer"), config, v4)?),
+            _ => None,
+        };
+        let mut linear = |part: &str, outputs, inputs| {
+            Linear::take(checkpoint, &format!("{name}.{part}"), outputs, inputs, false)
+        };
+        Ok(Self {
+            wq_a: linear("wq_a", latent, hidden)?,
+            wq_b: linear("wq_b", heads * width, latent)?,
+            wkv: linear("wkv", width, hidden)?,
+            wo_b: linear("wo_b", hidden, groups * o_lora)?,
+            q_norm: RmsNorm::take(checkpoint, &format!("{name}.q_norm"), latent, eps)?,
+            kv_norm: RmsNorm::take(checkpoint, &format!("{name}.kv_norm"), width, eps)?,
+            sinks: checkpoint.take(&format!("{name}.attn_sink"), &[heads])?,
+            wo_a,
+            compressor,
+            indexer,
+            heads,
+            width,
+            rope,
+            window: v4.sliding_window,
+            ratio,
+            groups,
+            o_lora,
+            eps,
+        })
+    }
+
+    pub(super) fn parameters(&self) -> usize {
+        let linear = [&self.wq_a, &self.wq_b, &self.wkv, &self.wo_b];
+        linear.map(Linear::parameters).iter().sum::<usize>()
+            + self.q_norm.parameters()
+            + self.kv_norm.parameters()
+            + self.sinks.len()
+            + self.wo_a.len()
+            + self.compressor.as_ref().map_or(0, Compressor::parameters)
+            + self.indexer.as_ref().map_or(0, Indexer::parameters)
+    }
+
+    /// Attention of a chunk: appends its rows to the cache, selects, attends. `x` and the result are
+    /// `[tokens, hidden]`; with them comes what the indexer selected, if there is one.
+    pub(super) fn forward(
+        &self,
+        x: &[f32],
+        chunk: &Chunk<'_>,
+        cache: &mut LayerCache,
+    ) -> (Vec<f32>, Option<Vec<Vec<u32>>>) {
+        let latents = self.q_norm.apply(&self.wq_a.apply(x));
+        let mut queries = self.wq_b.apply(&latents);
+        queries.par_chunks_mut(self.heads * self.width).enumerate().with_min_len(TILE_QUERIES).for_each(
+            |(token, query)| {
+                for head in query.chunks_exact_mut(self.width) {
+                    rms_norm(head, self.eps);
+                    chunk.angles.rotate(token, true, &mut head[self.width - self.rope..]);
+                }
+            },
+        );
+        self.append(x, chunk, cache);
+        let selection = self
+            .indexer
+            .as_ref()
+            .zip(cache.keys.as_ref())
+            .map(|(indexer, cache)| indexer.select(x, &latents, chunk.angles, chunk.first, &cache.keys));
+        let attended = self.attend(&queries, chunk, cache, selection.as_deref());
+        (self.wo_b.apply(&attended), selection)
+    }
+
+    /// Appends the chunk's window rows and the compressed rows and keys of the runs that it completes.
+    fn append(&self, x: &[f32], chunk: &Chunk<'_>, cache: &mut LayerCache) {
+        let raw = self.wkv.apply(x);
+        let mut rows = vec![0.0; raw.len()];
+        for (token, (raw, row)) in
+            raw.chunks_exact(self.width).zip(rows.chunks_exact_mut(self.width)).enumerate()
+        {
+            self.kv_norm.row(raw, row);
+            chunk.angles.rotate(token, true, &mut row[self.width - self.rope..]);
+        }
+        chunk.format.round(&mut rows);
+        cache.window.extend(&rows);
+
+        let end = cache.window.end();
+        if let Some((compressor, cache)) = self.compressor.as_ref().zip(cache.rows.as_mut()) {
+            let RowCache { inputs, rows } = cache;
+            inputs.extend(&compressor.inputs(x, chunk.first));
+            let mut new = compressor.rows(chunk.first / self.ratio..end / self.ratio, inputs, chunk.rope);
+            chunk.format.round(&mut new);
+            rows.extend_from_slice(&new);
+        }
+        if let Some((indexer, cache)) = self.indexer.as_ref().zip(cache.keys.as_mut()) {
+            let KeyCache { inputs, keys } = cache;
+            inputs.extend(&indexer.compressor.inputs(x, chunk.first));
+            let new = chunk.first / self.ratio..end / self.ratio;
+            let mut new = indexer.compressor.rows(new, inputs, chunk.rope);
+            chunk.format.round(&mut new);
+            keys.extend(&new);
+        }
+    }
+
+    /// Each query's heads through the first output projection, `[tokens, groups * o_lora_rank]`.
+    fn attend(
+        &self,
+        queries: &[f32],
+        chunk: &Chunk<'_>,
+        cache: &LayerCache,
+        selection: Option<&[Vec<u32>]>,
+    ) -> Vec<f32> {
+        let (query, output) = (self.heads * self.width, self.groups * self.o_lora);
+        let mut out = vec![0.0; queries.len() / query * output];
+        out.par_chunks_mut(TILE_QUERIES * output)
+            .zip(queries.par_chunks(TILE_QUERIES * query))
+            .enumerate()
+            .for_each_init(Tile::default, |tile, (index, (out, queries))| {
+                let Tile { keys, attended, scratch } = tile;
+                attended.resize(queries.len(), 0.0);
+                let first = index * TILE_QUERIES;
+                for (token, (query_row, attended)) in
+                    (first..).zip(queries.chunks_exact(query).zip(attended.chunks_exact_mut(query)))
+                {
+                    self.keys(chunk.first + token, cache, selection.map(|all| &all[token][..]), keys);
+                    let scale = 1.0 / (self.width as f32).sqrt();
+                    attend_shared(query_row, keys, &self.sinks, scale, scratch, attended);
+                    for head in attended.chunks_exact_mut(self.width) {
+                        chunk.angles.rotate_back(token, &mut head[self.width - self.rope..]);
+                    }
+                }
+                self.project(attended, out);
+            });
+        out
+    }
+
+    /// The rows that a query at `position` attends to, in the order of their sums.
+    fn keys<'a>(
+        &self,
+        position: usize,
+        cache: &'a LayerCache,
+        selected: Option<&[u32]>,
+        keys: &mut Vec<&'a [f32]>,
+    ) {
+        let first = (position + 1).saturating_sub(self.window);
+        keys.clear();
+        keys.extend(cache.window.rows(first..position + 1).chunks_exact(self.width));
+        let Some(RowCache { rows, .. }) = &cache.rows else { return };
+        match selected {
+            Some(selected) => {
+                keys.extend(selected.iter().map(|&row| &rows[row as usize * self.width..][..self.width]))
+            }
+            None => keys.extend(rows.chunks_exact(self.width).take((position + 1) / self.ratio)),
+        }
+    }
+
+    /// Heads to group outputs: `[tokens, heads * width]` to `[tokens, groups * o_lora_rank]`.
+    fn project(&self, attended: &[f32], out: &mut [f32]) {
+        let (query, output) = (self.heads * self.width, self.groups * self.o_lora);
+        let (of_group, tokens) = (query / self.groups, attended.len() / query);
+        for (group, weight) in self.wo_a.chunks_exact(of_group * self.o_lora).enumerate() {
+            let from = View::new(&attended[group * of_group..], tokens, of_group, query);
+            let weight = View::new(weight, of_group, self.o_lora, self.o_lora);
+            gemm(from, weight, &mut out[group * self.o_lora..], output);
+        }
+    }
+}
+
+/// Buffers that one thread reuses from tile to tile.
+#[derive(Default)]
+struct Tile<'a> {
+    keys: Vec<&'a [f32]>,
+    attended: Vec<f32>,
+    scratch: Scratch,
+}

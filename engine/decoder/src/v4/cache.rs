@@ -1,0 +1,293 @@
+//! What a sequence of V4 keeps: compressed rows and indexer keys of every token, and of the last tokens what later
+//! ones still need: window rows and the inputs of the compressors.
+//!
+//! Tails reach back to what the state at the last block boundary needs, so that it can be taken, and the sequence cut
+//! back to it, until the next boundary is passed. Rows alone, as blocks bring them, cannot be continued: that takes
+//! the state of the boundary they end at.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use crate::block::Place;
+use crate::panels::KeyPanels;
+use crate::v4::compressor::{channels, overlap};
+use crate::v4::config::{CSA_RATIO, V4Config};
+use crate::v4::tail::Tail;
+use crate::{KvFormat, ModelConfig, StateField};
+
+/// The cache of one sequence.
+pub(crate) struct Cache {
+    pub(super) layers: Vec<LayerCache>,
+    width: usize,
+    key_width: usize,
+    window: usize,
+    block_tokens: usize,
+    /// The shortest length that the sequence can be cut to and continued from; `None` if it cannot be continued.
+    resumable_from: Option<usize>,
+}
+
+/// Rows of one layer.
+pub(super) struct LayerCache {
+    ratio: usize,
+    pub(super) window: Tail,
+    pub(super) rows: Option<RowCache>,
+    pub(super) keys: Option<KeyCache>,
+}
+
+/// Compressed rows, and values and gates of the tokens that are not yet compressed or needed again.
+pub(super) struct RowCache {
+    pub(super) inputs: Tail,
+    /// `[rows, head_dim]`.
+    pub(super) rows: Vec<f32>,
+}
+
+/// The same for the indexer.
+pub(super) struct KeyCache {
+    pub(super) inputs: Tail,
+    pub(super) keys: KeyPanels,
+}
+
+impl Cache {
+    pub(crate) fn new(config: &ModelConfig, v4: &V4Config, block_tokens: usize) -> Self {
+        let (width, key_width) = (v4.head_dim, config.index_head_dim);
+        let layer = |&ratio: &usize| LayerCache {
+            ratio,
+            window: Tail::new(width),
+            rows: (ratio > 0)
+                .then(|| RowCache { inputs: Tail::new(2 * channels(width, ratio)), rows: Vec::new() }),
+            keys: (ratio == CSA_RATIO).then(|| KeyCache {
+                inputs: Tail::new(2 * channels(key_width, ratio)),
+                keys: KeyPanels::new(key_width),
+            }),
+        };
+        let layers = v4.compress_ratios.iter().map(layer).collect();
+        Self { layers, width, key_width, window: v4.sliding_window, block_tokens, resumable_from: Some(0) }
+    }
+
+    /// Whether tokens can be appended.
+    pub(crate) fn is_resumable(&self) -> bool {
+        self.resumable_from.is_some()
+    }
+
+    /// Whether the state after `tokens` tokens is held.
+    pub(crate) fn holds_state(&self, tokens: usize) -> bool {
+        self.resumable_from.is_some_and(|first| first <= tokens)
+    }
+
+    /// Numbers held.
+    pub(crate) fn len(&self) -> usize {
+        let layer = |layer: &LayerCache| {
+            let rows = layer.rows.as_ref().map_or(0, |cache| cache.inputs.len() + cache.rows.len());
+            let keys = layer.keys.as_ref().map_or(0, |cache| cache.inputs.len() + cache.keys.len());
+            layer.window.len() + rows + keys
+        };
+        self.layers.iter().map(layer).sum()
+    }
+
+    pub(crate) fn reserve(&mut self, tokens: usize) {
+        for layer in &mut self.layers {
+            if let Some(cache) = &mut layer.rows {
+                cache.rows.reserve((tokens / layer.ratio + 1) * self.width);
+            }
+            if let Some(cache) = &mut layer.keys {
+                cache.keys.reserve(tokens / layer.ratio + 1);
+            }
+        }
+    }
+
+    /// Drops what neither a later token nor the state at the last block boundary needs. The sequence holds `tokens`.
+    pub(super) fn trim(&mut self, tokens: usize) {
+        let boundary = tokens / self.block_tokens * self.block_tokens;
+        if self.holds_state(boundary) && self.resumable_from != Some(boundary) {
+            self.resumable_from = Some(boundary);
+            for layer in &mut self.layers {
+                layer.window.drop_before(boundary.saturating_sub(self.window));
+                let first = boundary.saturating_sub(overlap(layer.ratio));
+                layer.inputs().for_each(|inputs| inputs.drop_before(first));
+            }
+        }
+    }
+
+    /// Drops every token from `tokens` on and gives the length that is left: `tokens`, or, where the state to go on
+    /// from there is not held, the block boundary before it, without a state unless that is 0.
+    pub(crate) fn truncate(&mut self, tokens: usize) -> usize {
+        let held = self.holds_state(tokens);
+        let end = if held { tokens } else { tokens / self.block_tokens * self.block_tokens };
+        for layer in &mut self.layers {
+            if let Some(cache) = &mut layer.rows {
+                cache.rows.truncate(end / layer.ratio * self.width);
+            }
+            if let Some(cache) = &mut layer.keys {
+                cache.keys.truncate(end / layer.ratio);
+            }
+            if held {
+                layer.window.truncate(end);
+                layer.inputs().for_each(|inputs| inputs.truncate(end));
+            }
+        }
+        if !held {
+            self.drop_state(end);
+        }
+        end
+    }
+
+    /// Forgets the state of a sequence that now holds rows of `tokens` tokens.
+    pub(crate) fn drop_state(&mut self, tokens: usize) {
+        self.resumable_from = (tokens == 0).then_some(0);
+        for layer in &mut self.layers {
+            layer.window.restart(tokens, &[]);
+            layer.inputs().for_each(|inputs| inputs.restart(tokens, &[]));
+        }
+    }
+
+    /// A layer's rows of one group of the layout, for a run of tokens that ends where a block does.
+    pub(crate) fn rows(&self, group: &str, layer: usize, tokens: Range<usize>) -> Cow<'_, [f32]> {
+        let LayerCache { ratio, rows, keys, .. } = &self.layers[layer];
+        let range = tokens.start / ratio..tokens.end / ratio;
+        match (rows, keys, group) {
+            (_, Some(cache), KEY_GROUP) => cache.keys.rows(range).into(),
+            (Some(cache), ..) => cache.rows[range.start * self.width..range.end * self.width].into(),
+            _ => unreachable!("the layout lists compressed rows only for layers that have a compressor"),
+        }
+    }
+
+    /// Where rows of one group of the layout are appended.
+    pub(crate) fn place(&mut self, group: &str, layer: usize) -> Place<'_> {
+        let LayerCache { rows, keys, .. } = &mut self.layers[layer];
+        match (rows, keys, group) {
+            (_, Some(cache), KEY_GROUP) => Place::Keys(&mut cache.keys),
+            (Some(cache), ..) => Place::Rows(&mut cache.rows),
+            _ => unreachable!("the layout lists compressed rows only for layers that have a compressor"),
+        }
+    }
+
+    /// A layer's state of one group after `tokens` tokens, which is held: the window's rows, oldest first, zero where
+    /// there was no position yet; or the overlap, `[4, values | gates | indexer values | indexer gates]`.
+    pub(crate) fn state(&self, group: &str, layer: usize, tokens: usize) -> Vec<f32> {
+        let cache = &self.layers[layer];
+        if group != OVERLAP_GROUP {
+            let first = tokens.saturating_sub(self.window);
+            let mut rows = vec![0.0; (self.window - (tokens - first)) * self.width];
+            rows.extend_from_slice(cache.window.rows(first..tokens));
+            return rows;
+        }
+        let mut rows = Vec::new();
+        for position in tokens - CSA_RATIO..tokens {
+            for inputs in cache.both_inputs() {
+                let (values, gates) = first_halves(inputs.row(position));
+                rows.extend_from_slice(values);
+                rows.extend_from_slice(gates);
+            }
+        }
+        rows
+    }
+
+    /// Puts back what [`Cache::state`] gave.
+    pub(crate) fn restore_state(&mut self, group: &str, layer: usize, tokens: usize, rows: &[f32]) {
+        let (width, key_width) = (self.width, self.key_width);
+        let cache = &mut self.layers[layer];
+        if group != OVERLAP_GROUP {
+            let first = tokens.saturating_sub(self.window);
+            cache.window.restart(first, &rows[rows.len() - (tokens - first) * width..]);
+            return;
+        }
+        // A later row reads only the first halves of these tokens.
+        let fill = |values: &[f32]| [values, &vec![0.0; values.len()]].concat();
+        let (mut inputs, mut key_inputs) = (Vec::new(), Vec::new());
+        for row in rows.chunks_exact(2 * (width + key_width)) {
+            let (own, key) = row.split_at(2 * width);
+            own.chunks_exact(width).for_each(|values| inputs.extend(fill(values)));
+            key.chunks_exact(key_width).for_each(|values| key_inputs.extend(fill(values)));
+        }
+        for (tail, rows) in cache.inputs().zip([inputs, key_inputs]) {
+            tail.restart(tokens - CSA_RATIO, &rows);
+        }
+    }
+
+    /// The state of every group was put back: tokens can be appended after `tokens`.
+    pub(crate) fn resume(&mut self, tokens: usize) {
+        self.resumable_from = Some(tokens);
+    }
+
+    /// A field of a layer's state at the end of a sequence of `tokens`, whose state is held. `ape` gives what is added
+    /// to a gate, of the compressor (0) or the indexer's (1), at a position.
+    pub(crate) fn field<'a>(
+        &self,
+        layer: usize,
+        field: StateField,
+        tokens: usize,
+        ape: impl Fn(usize, usize) -> &'a [f32],
+    ) -> Vec<f32> {
+        let cache = &self.layers[layer];
+        let overlap = |which: usize, gates: bool| {
+            let last = tokens - tokens % CSA_RATIO;
+            let Some(inputs) =
+                cache.both_inputs().nth(which).filter(|_| cache.ratio == CSA_RATIO && last > 0)
+            else {
+                return Vec::new();
+            };
+            let half = |position: usize| {
+                let (values, of_gates) = first_halves(inputs.row(position));
+                if gates { of_gates } else { values }
+            };
+            (last - CSA_RATIO..last).flat_map(half).copied().collect()
+        };
+        let tail = |which: usize, gates: bool| {
+            let Some(inputs) = cache.both_inputs().nth(which) else { return Vec::new() };
+            let mut out = Vec::new();
+            for position in tokens - tokens % cache.ratio..tokens {
+                let (values, of_gates) = inputs.row(position).split_at(inputs.row(position).len() / 2);
+                match gates {
+                    false => out.extend_from_slice(values),
+                    true => {
+                        out.extend(of_gates.iter().zip(ape(which, position)).map(|(gate, ape)| gate - ape))
+                    }
+                }
+            }
+            out
+        };
+        match field {
+            StateField::Window => cache.window.rows(tokens.saturating_sub(self.window)..tokens).to_vec(),
+            StateField::Compressed => cache.rows.as_ref().map_or(Vec::new(), |cache| cache.rows.clone()),
+            StateField::IndexKey => {
+                let keys = cache.keys.as_ref().map(|cache| &cache.keys);
+                keys.map_or(Vec::new(), |keys| keys.rows(0..keys.len() / self.key_width))
+            }
+            StateField::OverlapKv => overlap(0, false),
+            StateField::OverlapGate => overlap(0, true),
+            StateField::IndexOverlapKv => overlap(1, false),
+            StateField::IndexOverlapGate => overlap(1, true),
+            StateField::TailKv => tail(0, false),
+            StateField::TailGate => tail(0, true),
+            StateField::IndexTailKv => tail(1, false),
+            StateField::IndexTailGate => tail(1, true),
+            StateField::Latent | StateField::RopeKey => Vec::new(),
+        }
+    }
+}
+
+const KEY_GROUP: &str = "csa_indexer_key";
+const OVERLAP_GROUP: &str = "csa_overlap";
+
+/// Whether a state group is stored in the model's row format; what sums are formed from stays F32.
+pub(crate) fn state_format(group: &str, format: KvFormat) -> KvFormat {
+    if group == OVERLAP_GROUP { KvFormat::F32 } else { format }
+}
+
+impl LayerCache {
+    fn inputs(&mut self) -> impl Iterator<Item = &mut Tail> {
+        let keys = self.keys.iter_mut().map(|cache| &mut cache.inputs);
+        self.rows.iter_mut().map(|cache| &mut cache.inputs).chain(keys)
+    }
+
+    fn both_inputs(&self) -> impl Iterator<Item = &Tail> {
+        let keys = self.keys.iter().map(|cache| &cache.inputs);
+        self.rows.iter().map(|cache| &cache.inputs).chain(keys)
+    }
+}
+
+/// Of an input at ratio 4, the channels for the next run: of its values and of its gates.
+fn first_halves(input: &[f32]) -> (&[f32], &[f32]) {
+    let quarter = input.len() / 4;
+    (&input[..quarter], &input[2 * quarter..3 * quarter])
+}

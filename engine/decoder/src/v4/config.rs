@@ -1,0 +1,355 @@
+//! `config.json` of DeepSeek V4, under both namings: that of the released files (`compress_ratios`,
+//! `num_hash_layers`, `rope_scaling`) and that of `transformers` (`layer_types` with `compress_rates`,
+//! `mlp_layer_types`, `rope_parameters`). The schedule is data: what each layer does is listed per layer.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::config::{Family, MAX_DIMENSION, ModelConfig, OneOrMany, Quantization, in_range};
+use crate::rope::{Rope, RopeConfig};
+
+/// The ratio that means compressed sparse attention.
+pub(crate) const CSA_RATIO: usize = 4;
+
+/// What a V4 configuration has beyond [`ModelConfig`].
+#[derive(Clone, Debug)]
+pub struct V4Config {
+    /// Width of a query head and of the one key-and-value row that all heads share.
+    pub head_dim: usize,
+    /// Width of the rotated part, the last channels of a row.
+    pub qk_rope_head_dim: usize,
+    /// Positions that a query sees uncompressed, its own included.
+    pub sliding_window: usize,
+    /// Per layer: tokens per compressed row; 0 where the window is all there is, 4 where an indexer selects rows.
+    pub compress_ratios: Vec<usize>,
+    /// Groups of heads that share a first output projection.
+    pub o_groups: usize,
+    /// Width of a group's output.
+    pub o_lora_rank: usize,
+    /// Streams of the residual.
+    pub hc_mult: usize,
+    /// Rounds that make the mixing matrix doubly stochastic.
+    pub hc_sinkhorn_iters: usize,
+    /// Epsilon of the mixing weights.
+    pub hc_eps: f32,
+    /// Per layer: whether a table gives a token's experts instead of their scores.
+    pub is_hash: Vec<bool>,
+    /// Experts to choose from.
+    pub n_routed_experts: usize,
+    /// Experts that see every token; one MLP of their joint width.
+    pub n_shared_experts: usize,
+    /// Experts chosen per token.
+    pub num_experts_per_tok: usize,
+    /// Width of one expert.
+    pub moe_intermediate_size: usize,
+    /// Whether the chosen weights are normalised to sum to one.
+    pub norm_topk_prob: bool,
+    /// Factor on the routed experts' output.
+    pub routed_scaling_factor: f32,
+    /// Bound on an expert's gate (above) and up projection (both sides), if any.
+    pub swiglu_limit: Option<f32>,
+    /// Rotation in layers that have only the window.
+    pub(crate) main_rope: RopeConfig,
+    /// Rotation of everything in the other layers.
+    pub(crate) compress_rope: RopeConfig,
+}
+
+impl V4Config {
+    /// Tokens of the smallest block in which every layer completes whole rows.
+    pub(crate) fn least_block_tokens(&self) -> usize {
+        self.compress_ratios.iter().copied().max().unwrap_or(1).max(1)
+    }
+
+    /// Parameters of the layers, of `hidden` width.
+    pub(crate) fn parameters(&self, config: &ModelConfig) -> u128 {
+        let wide = |value: usize| value as u128;
+        let (hidden, heads, head) =
+            (wide(config.hidden_size), wide(config.num_attention_heads), wide(self.head_dim));
+        let (latent, streams) = (wide(config.q_lora_rank), wide(self.hc_mult));
+        let output = wide(self.o_groups) * wide(self.o_lora_rank);
+        let attention = latent * (hidden + heads * head)
+            + hidden * head
+            + heads * head * wide(self.o_lora_rank)
+            + output * hidden;
+        let mixing = 2 * (2 + streams) * streams * streams * hidden;
+        let experts = wide(self.n_routed_experts) + wide(self.n_shared_experts);
+        let feed_forward =
+            3 * hidden * experts * wide(self.moe_intermediate_size) + hidden * wide(self.n_routed_experts);
+        let of_ratio = |ratio: &usize| match *ratio {
+            0 => 0,
+            CSA_RATIO => {
+                let (heads, key) = (wide(config.index_n_heads), wide(config.index_head_dim));
+                4 * hidden * (head + key) + heads * (latent * key + hidden)
+            }
+            ratio => 2 * head * (hidden + wide(ratio)),
+        };
+        let compression: u128 = self.compress_ratios.iter().map(of_ratio).sum();
+        wide(config.num_hidden_layers) * (attention + mixing + feed_forward) + compression
+    }
+}
+
+/// `config.json` as it is written. Fields that other tools read are ignored.
+#[derive(Deserialize)]
+struct Raw {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: usize,
+    q_lora_rank: usize,
+    qk_rope_head_dim: Option<usize>,
+    partial_rotary_factor: Option<f64>,
+    sliding_window: usize,
+    compress_ratios: Option<Vec<usize>>,
+    layer_types: Option<Vec<String>>,
+    compress_rates: Option<BTreeMap<String, usize>>,
+    o_groups: usize,
+    o_lora_rank: usize,
+    hc_mult: usize,
+    hc_sinkhorn_iters: usize,
+    hc_eps: f32,
+    index_n_heads: usize,
+    index_head_dim: usize,
+    index_topk: usize,
+    num_hash_layers: Option<usize>,
+    mlp_layer_types: Option<Vec<String>>,
+    moe_intermediate_size: usize,
+    n_routed_experts: usize,
+    n_shared_experts: Option<usize>,
+    num_experts_per_tok: usize,
+    norm_topk_prob: Option<bool>,
+    routed_scaling_factor: Option<f32>,
+    scoring_func: Option<String>,
+    topk_method: Option<String>,
+    swiglu_limit: Option<f32>,
+    hidden_act: Option<String>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    rms_norm_eps: Option<f32>,
+    max_position_embeddings: usize,
+    rope_theta: Option<f64>,
+    compress_rope_theta: Option<f64>,
+    rope_scaling: Option<RopeConfig>,
+    rope_parameters: Option<Ropes>,
+    tie_word_embeddings: Option<bool>,
+    eos_token_id: Option<OneOrMany>,
+    quantization_config: Option<Quantization>,
+}
+
+/// `rope_parameters` in the newer naming.
+#[derive(Clone, Deserialize)]
+struct Ropes {
+    main: RopeConfig,
+    compress: RopeConfig,
+}
+
+/// Reads and checks `config.json`.
+pub(crate) fn parse(text: &str) -> Result<ModelConfig, String> {
+    let raw: Raw = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    raw.check()
+}
+
+impl Raw {
+    fn check(self) -> Result<ModelConfig, String> {
+        self.check_unsupported()?;
+        for (name, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("head_dim", self.head_dim),
+            ("q_lora_rank", self.q_lora_rank),
+            ("sliding_window", self.sliding_window),
+            ("o_groups", self.o_groups),
+            ("o_lora_rank", self.o_lora_rank),
+            ("index_n_heads", self.index_n_heads),
+            ("index_head_dim", self.index_head_dim),
+            ("moe_intermediate_size", self.moe_intermediate_size),
+            ("n_routed_experts", self.n_routed_experts),
+            ("num_experts_per_tok", self.num_experts_per_tok),
+        ] {
+            in_range(name, value, MAX_DIMENSION)?;
+        }
+        in_range("num_hidden_layers", self.num_hidden_layers, 4096)?;
+        in_range("max_position_embeddings", self.max_position_embeddings, 1 << 30)?;
+        in_range("index_topk", self.index_topk, 1 << 30)?;
+        in_range("hc_mult", self.hc_mult, 64)?;
+        in_range("hc_sinkhorn_iters", self.hc_sinkhorn_iters, 1000)?;
+        if self.num_experts_per_tok > self.n_routed_experts {
+            return Err(format!(
+                "{} experts per token cannot come from {}",
+                self.num_experts_per_tok, self.n_routed_experts
+            ));
+        }
+        if !self.num_attention_heads.is_multiple_of(self.o_groups) {
+            return Err(format!(
+                "{} heads do not divide into o_groups {}",
+                self.num_attention_heads, self.o_groups
+            ));
+        }
+        let n_shared_experts = self.n_shared_experts.unwrap_or(1);
+        if n_shared_experts > 4096 {
+            return Err(format!("n_shared_experts {n_shared_experts} is above 4096"));
+        }
+        let rms_norm_eps = self.rms_norm_eps.unwrap_or(1e-6);
+        let routed_scaling_factor = self.routed_scaling_factor.unwrap_or(1.0);
+        for (name, value) in [
+            ("rms_norm_eps", rms_norm_eps),
+            ("hc_eps", self.hc_eps),
+            ("swiglu_limit", self.swiglu_limit.unwrap_or(0.0)),
+            ("routed_scaling_factor", routed_scaling_factor),
+        ] {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(format!("{name} {value} must be finite and not negative"));
+            }
+        }
+
+        let qk_rope_head_dim = self.rope_dim()?;
+        let compress_ratios = self.ratios()?;
+        let is_hash = self.hash_schedule()?;
+        let (main_rope, compress_rope) = self.ropes();
+        for rope in [&main_rope, &compress_rope] {
+            Rope::new(rope, qk_rope_head_dim, self.max_position_embeddings)?;
+        }
+        let v4 = V4Config {
+            head_dim: self.head_dim,
+            qk_rope_head_dim,
+            sliding_window: self.sliding_window,
+            o_groups: self.o_groups,
+            o_lora_rank: self.o_lora_rank,
+            hc_mult: self.hc_mult,
+            hc_sinkhorn_iters: self.hc_sinkhorn_iters,
+            hc_eps: self.hc_eps,
+            is_hash,
+            n_routed_experts: self.n_routed_experts,
+            n_shared_experts,
+            num_experts_per_tok: self.num_experts_per_tok,
+            moe_intermediate_size: self.moe_intermediate_size,
+            norm_topk_prob: self.norm_topk_prob.unwrap_or(true),
+            routed_scaling_factor,
+            // Zero stands for "no bound", as in the published files.
+            swiglu_limit: self.swiglu_limit.filter(|&limit| limit > 0.0),
+            main_rope,
+            compress_rope,
+            compress_ratios,
+        };
+        Ok(ModelConfig {
+            model_type: self.model_type,
+            vocab_size: self.vocab_size,
+            hidden_size: self.hidden_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            q_lora_rank: self.q_lora_rank,
+            index_n_heads: self.index_n_heads,
+            index_head_dim: self.index_head_dim,
+            index_topk: self.index_topk,
+            has_indexer: v4.compress_ratios.iter().map(|&ratio| ratio == CSA_RATIO).collect(),
+            rms_norm_eps,
+            max_position_embeddings: self.max_position_embeddings,
+            tie_word_embeddings: self.tie_word_embeddings.unwrap_or(false),
+            eos_token_ids: self.eos_token_id.map(OneOrMany::into_tokens).unwrap_or_default(),
+            weight_block: match &self.quantization_config {
+                Some(quantization) => quantization.weight_block()?,
+                None => Quantization::DEFAULT_BLOCK,
+            },
+            family: Family::V4(Box::new(v4)),
+        })
+    }
+
+    /// Settings that would silently give other numbers.
+    fn check_unsupported(&self) -> Result<(), String> {
+        let only = |name: &str, value: &Option<String>, expected: &str| match value {
+            Some(value) if value != expected => {
+                Err(format!("{name} {value:?} is not supported, only {expected:?}"))
+            }
+            _ => Ok(()),
+        };
+        only("hidden_act", &self.hidden_act, "silu")?;
+        only("scoring_func", &self.scoring_func, "sqrtsoftplus")?;
+        only("topk_method", &self.topk_method, "noaux_tc")?;
+        for (name, value) in [("attention_bias", self.attention_bias), ("mlp_bias", self.mlp_bias)] {
+            if value == Some(true) {
+                return Err(format!("{name} is not supported"));
+            }
+        }
+        match self.num_key_value_heads {
+            Some(heads) if heads != 1 => Err(format!("num_key_value_heads must be 1, got {heads}")),
+            _ => Ok(()),
+        }
+    }
+
+    fn rope_dim(&self) -> Result<usize, String> {
+        let of_main = self.rope_parameters.as_ref().and_then(|ropes| ropes.main.partial_rotary_factor);
+        let rope = match (self.qk_rope_head_dim, self.partial_rotary_factor.or(of_main)) {
+            (Some(rope), _) => rope,
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of head_dim")]
+            (None, Some(factor)) if (0.0..=1.0).contains(&factor) => {
+                (self.head_dim as f64 * factor).round() as usize
+            }
+            _ => return Err("qk_rope_head_dim or partial_rotary_factor is missing".into()),
+        };
+        if rope == 0 || rope % 2 != 0 || rope >= self.head_dim || rope > self.index_head_dim {
+            return Err(format!(
+                "qk_rope_head_dim {rope} must be even, below head_dim {} and at most index_head_dim {}",
+                self.head_dim, self.index_head_dim
+            ));
+        }
+        Ok(rope)
+    }
+
+    /// Ratio per layer. Entries beyond the layers belong to the draft module.
+    fn ratios(&self) -> Result<Vec<usize>, String> {
+        let layers = self.num_hidden_layers;
+        let mut ratios = match (&self.compress_ratios, &self.layer_types) {
+            (Some(ratios), _) => ratios.clone(),
+            (None, Some(types)) => {
+                let ratio = |kind: &String| match kind.as_str() {
+                    "sliding_attention" => Ok(0),
+                    kind => self
+                        .compress_rates
+                        .as_ref()
+                        .and_then(|rates| rates.get(kind).copied())
+                        .filter(|&rate| (kind == "compressed_sparse_attention") == (rate == CSA_RATIO))
+                        .ok_or_else(|| format!("layer type {kind:?} has no usable entry in compress_rates")),
+                };
+                types.iter().map(ratio).collect::<Result<_, _>>()?
+            }
+            (None, None) => return Err("compress_ratios or layer_types is missing".into()),
+        };
+        if ratios.len() < layers {
+            return Err(format!("the layer schedule has {} entries for {layers} layers", ratios.len()));
+        }
+        ratios.truncate(layers);
+        match ratios.iter().find(|&&ratio| ratio != 0 && !(CSA_RATIO..=1 << 16).contains(&ratio)) {
+            Some(ratio) => Err(format!("compression ratio {ratio} is not 0 or 4 to 65536")),
+            None => Ok(ratios),
+        }
+    }
+
+    fn hash_schedule(&self) -> Result<Vec<bool>, String> {
+        let layers = self.num_hidden_layers;
+        let Some(types) = &self.mlp_layer_types else {
+            let hashed = self.num_hash_layers.unwrap_or(0);
+            return Ok((0..layers).map(|layer| layer < hashed).collect());
+        };
+        if types.len() != layers {
+            return Err(format!("mlp_layer_types has {} entries for {layers} layers", types.len()));
+        }
+        crate::config::parse_schedule("mlp_layer_types", types, "hash_moe", "moe")
+    }
+
+    /// Rotations of the window-only layers and of the others. V4 never scales cosines, whatever YaRN would.
+    fn ropes(&self) -> (RopeConfig, RopeConfig) {
+        let Ropes { mut main, mut compress } = self.rope_parameters.clone().unwrap_or_else(|| Ropes {
+            main: RopeConfig::default(),
+            compress: self.rope_scaling.clone().unwrap_or_default(),
+        });
+        main.rope_theta = main.rope_theta.or(self.rope_theta);
+        compress.rope_theta = compress.rope_theta.or(self.compress_rope_theta).or(Some(160_000.0));
+        main.attention_factor = main.attention_factor.or(Some(1.0));
+        compress.attention_factor = compress.attention_factor.or(Some(1.0));
+        (main, compress)
+    }
+}

@@ -1,0 +1,161 @@
+//! V4 state as values: blocks and the state of a boundary continue bit for bit; only the right state is accepted.
+
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
+mod support;
+
+use esker_decoder::{DecoderError, ErrorKind, KvFormat, Logits, Model, Sequence, StateField};
+use esker_prefix::{BlockObject, ObjectKind, StateObject, TokenId};
+use serde_json::json;
+use support::{Checkpoint, Random, identity, logit_bits, v4, v32, with};
+
+const TOKENS: usize = 139;
+
+fn model(format: KvFormat, window: usize) -> Model {
+    Checkpoint::random(with(v4(), json!({"sliding_window": window})), 3).load(format, 16)
+}
+
+/// A whole sequence, its blocks, and its state at every boundary.
+fn taken(model: &Model, tokens: &[TokenId]) -> (Sequence, Vec<BlockObject>, Vec<StateObject>) {
+    let mut sequence = Sequence::new(model);
+    let mut states = Vec::new();
+    for (index, chunk) in tokens.chunks_exact(16).enumerate() {
+        sequence.prefill(model, chunk, Logits::None).unwrap();
+        states.push(sequence.state(model, index, identity(0, index)).unwrap());
+    }
+    sequence.prefill(model, &tokens[sequence.tokens()..], Logits::None).unwrap();
+    let take = |index| sequence.block(model, index, identity(0, index)).unwrap();
+    let blocks = (0..tokens.len() / 16).map(take).collect();
+    (sequence, blocks, states)
+}
+
+fn restored(model: &Model, blocks: &[BlockObject], state: &StateObject) -> Sequence {
+    let mut sequence = Sequence::new(model);
+    blocks.iter().for_each(|block| sequence.restore(model, block).unwrap());
+    sequence.restore_state(model, state).unwrap();
+    sequence
+}
+
+#[test]
+fn restored_equals_uninterrupted_at_every_boundary_in_both_formats() {
+    for (format, window) in [(KvFormat::F32, 6), (KvFormat::Bf16, 6), (KvFormat::Bf16, 40)] {
+        let model = model(format, window);
+        let tokens = Random(4).tokens(TOKENS, 61);
+        let whole = logit_bits(&model, &mut Sequence::new(&model), &tokens, &[TOKENS]);
+        let (_, blocks, states) = taken(&model, &tokens);
+        for boundary in 1..=blocks.len() {
+            let start = boundary * 16;
+            for lengths in [&[TOKENS][..], &[1, 1, 3, 30], &[1]] {
+                let mut sequence = restored(&model, &blocks[..boundary], &states[boundary - 1]);
+                let rest = logit_bits(&model, &mut sequence, &tokens[start..], lengths);
+                assert!(rest == whole[start..], "{format:?}, window {window}, at {start}");
+            }
+            // What a restored sequence gives is the same bytes again, and those of later boundaries too.
+            let mut sequence = restored(&model, &blocks[..boundary], &states[boundary - 1]);
+            for index in boundary - 1..blocks.len() {
+                assert_eq!(sequence.block(&model, index, identity(0, index)).unwrap(), blocks[index]);
+                assert_eq!(sequence.state(&model, index, identity(0, index)).unwrap(), states[index]);
+                let end = TOKENS.min((index + 2) * 16);
+                sequence.prefill(&model, &tokens[(index + 1) * 16..end], Logits::None).unwrap();
+            }
+        }
+    }
+}
+
+/// The promise that needs no plan: whenever a prefill ends, the state at the last boundary can still be taken.
+#[test]
+fn the_last_boundary_is_within_reach_after_any_prefill() {
+    let model = model(KvFormat::F32, 6);
+    let tokens = Random(5).tokens(700, 61);
+    let (_, _, states) = taken(&model, &tokens);
+    let mut random = Random(6);
+    for _ in 0..20 {
+        let length = 16 + random.below(684);
+        let mut sequence = Sequence::new(&model);
+        sequence.prefill(&model, &tokens[..length], Logits::None).unwrap();
+        let index = length / 16 - 1;
+        assert_eq!(sequence.state(&model, index, identity(0, index)).unwrap(), states[index]);
+    }
+}
+
+/// What a long sequence keeps beside its rows is bounded.
+#[test]
+fn tails_do_not_grow() {
+    let model = model(KvFormat::F32, 6);
+    let mut sequence = Sequence::new(&model);
+    let tokens = Random(7).tokens(2048, 61);
+    let mut beside = Vec::new();
+    for chunk in tokens.chunks(512) {
+        sequence.prefill(&model, chunk, Logits::None).unwrap();
+        let of_block = usize::try_from(model.layout().object_bytes(ObjectKind::Block)).unwrap();
+        let rows = of_block * sequence.tokens() / 16;
+        beside.push(sequence.len_bytes() - rows);
+    }
+    assert!(beside.iter().all(|bytes| *bytes == beside[0]), "{beside:?}");
+}
+
+#[test]
+fn a_cut_is_exact_within_reach_and_leaves_whole_blocks_beyond() {
+    let model = model(KvFormat::F32, 6);
+    let tokens = Random(8).tokens(TOKENS, 61);
+    let whole = logit_bits(&model, &mut Sequence::new(&model), &tokens, &[TOKENS]);
+    let (mut sequence, blocks, states) = taken(&model, &tokens);
+    for length in [TOKENS + 1, 137, 130, 128] {
+        assert_eq!(sequence.truncate(length), length.min(TOKENS));
+        let rest = logit_bits(&model, &mut sequence, &tokens[length.min(TOKENS)..], &[5, 1, 40]);
+        assert!(rest == whole[length.min(TOKENS)..], "cut to {length}");
+    }
+    assert_eq!(sequence.truncate(101), 96);
+    assert!(sequence.needs_state());
+    let refused = sequence.prefill(&model, &tokens[96..], Logits::Last).unwrap_err();
+    assert!(matches!(refused, DecoderError::StateMissing { tokens: 96 }), "{refused}");
+    assert!(sequence.state_rows(&model, 0, StateField::Window).is_empty());
+    assert_eq!(sequence.block(&model, 5, identity(0, 5)).unwrap(), blocks[5]);
+    sequence.restore_state(&model, &states[5]).unwrap();
+    assert!(!sequence.needs_state());
+    assert!(logit_bits(&model, &mut sequence, &tokens[96..], &[9]) == whole[96..]);
+    assert_eq!(sequence.truncate(3), 0);
+    assert!(logit_bits(&model, &mut sequence, &tokens, &[50]) == whole);
+}
+
+#[test]
+fn only_the_state_of_the_same_prefix_is_accepted() {
+    let model = model(KvFormat::F32, 6);
+    let tokens = Random(9).tokens(TOKENS, 61);
+    let (sequence, blocks, states) = taken(&model, &tokens);
+    let mut fresh = Sequence::new(&model);
+    fresh.restore(&model, &blocks[0]).unwrap();
+    assert!(fresh.needs_state());
+    let refused = fresh.restore_state(&model, &states[1]).unwrap_err();
+    assert!(matches!(refused, DecoderError::StatePosition { expected: 16, got: 32 }), "{refused}");
+    let other = restored(&model, &blocks[..1], &states[0]).state(&model, 0, identity(1, 0)).unwrap();
+    let refused = fresh.restore_state(&model, &other).unwrap_err();
+    assert!(matches!(refused, DecoderError::StatePrefix { .. }), "{refused}");
+    assert_eq!(refused.kind(), ErrorKind::Block);
+    assert!(fresh.needs_state(), "a refused state leaves the sequence as it was");
+    let narrow = self::model(KvFormat::Bf16, 6);
+    let (_, _, theirs) = taken(&narrow, &tokens);
+    assert!(matches!(fresh.restore_state(&model, &theirs[0]), Err(DecoderError::Prefix(_))));
+    fresh.restore_state(&model, &states[0]).unwrap();
+
+    for index in [0, 6, 8, usize::MAX] {
+        let refused = sequence.state(&model, index, identity(0, 0)).unwrap_err();
+        assert!(matches!(refused, DecoderError::StateNotHeld { tokens: TOKENS, .. }), "{refused}");
+    }
+    let mut blocks_only = Sequence::new(&model);
+    blocks_only.restore(&model, &blocks[0]).unwrap();
+    assert!(blocks_only.state(&model, 0, identity(0, 0)).is_err());
+}
+
+#[test]
+fn a_model_without_state_groups_has_an_empty_state_and_needs_none() {
+    let model = Checkpoint::random(v32(), 3).load(KvFormat::F32, 16);
+    let mut sequence = Sequence::new(&model);
+    sequence.prefill(&model, &Random(4).tokens(40, 61), Logits::None).unwrap();
+    let state = sequence.state(&model, 1, identity(0, 1)).unwrap();
+    assert_eq!(state.len_bytes(), 0);
+    assert!(sequence.restore_state(&model, &state).is_err(), "it is that of 32 tokens");
+    assert_eq!(sequence.truncate(32), 32);
+    sequence.restore_state(&model, &state).unwrap();
+    assert!(!sequence.needs_state());
+}
