@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::rope::{Rope, RopeConfig};
-use crate::v4::config::{V4Config, parse as parse_v4};
+use crate::v4::config::{Compression, V4Config, parse as parse_v4};
 use crate::{DecoderError, Result};
 
 /// Bound on one dimension; every product of four fits a `u128` and every product of three a `u64`.
@@ -169,7 +169,15 @@ impl ModelConfig {
                 json["indexer_types"] = names.collect();
             }
             Family::V4(v4) => {
-                json["compress_ratios"] = v4.compress_ratios.clone().into();
+                let layers = || v4.compression.iter().copied();
+                json["compress_ratios"] =
+                    layers().map(|layer| layer.map_or(0, |layer| layer.ratio)).collect();
+                let kind = |layer: Option<Compression>| match layer {
+                    None => "sliding_attention",
+                    Some(Compression { sparse: true, .. }) => "compressed_sparse_attention",
+                    Some(Compression { sparse: false, .. }) => "heavily_compressed_attention",
+                };
+                json["layer_types"] = layers().map(kind).collect();
                 json["qk_rope_head_dim"] = v4.qk_rope_head_dim.into();
             }
         }

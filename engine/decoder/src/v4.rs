@@ -143,7 +143,7 @@ impl Layer {
             around_experts: HyperConnection::take(checkpoint, &format!("{name}.hc_ffn"), streams)?,
             experts_norm: RmsNorm::take(checkpoint, &format!("{name}.ffn_norm"), hidden, eps)?,
             experts: Moe::take(checkpoint, &format!("{name}.ffn"), sizes, hash, v4)?,
-            compressed: v4.compress_ratios[index] > 0,
+            compressed: v4.compression[index].is_some(),
         })
     }
 

@@ -1,7 +1,7 @@
 //! Attention over the window and compressed rows: one row per position serves all heads, as key and as value.
 //!
 //! A query sees the last `sliding_window` positions uncompressed, and every compressed row whose run has ended by
-//! its own position: all of them, or at ratio 4 those that the indexer selects. Sums over rows run window first,
+//! its own position: all of them, or in a sparse layer those that the indexer selects. Sums over rows run window first,
 //! then compressed, each ascending: the same whether the query came in a chunk or alone.
 
 use rayon::prelude::*;
@@ -15,7 +15,7 @@ use crate::norm::{RmsNorm, rms_norm};
 use crate::rope::{Angles, Rope};
 use crate::v4::cache::{KeyCache, LayerCache, RowCache};
 use crate::v4::compressor::Compressor;
-use crate::v4::config::{CSA_RATIO, V4Config};
+use crate::v4::config::V4Config;
 use crate::v4::indexer::Indexer;
 use crate::{KvFormat, ModelConfig, Result};
 
@@ -65,21 +65,23 @@ impl Attention {
     ) -> Result<Self> {
         let (hidden, heads, eps) = (config.hidden_size, config.num_attention_heads, config.rms_norm_eps);
         let (width, latent, rope) = (v4.head_dim, config.q_lora_rank, v4.qk_rope_head_dim);
-        let (groups, o_lora, ratio) = (v4.o_groups, v4.o_lora_rank, v4.compress_ratios[layer]);
+        let (groups, o_lora, compression) = (v4.o_groups, v4.o_lora_rank, v4.compression[layer]);
         let of_group = heads / groups * width;
         let rows = checkpoint.take(&format!("{name}.wo_a.weight"), &[groups * o_lora, of_group])?;
         let wo_a =
             rows.chunks_exact(o_lora * of_group).flat_map(|rows| transpose(rows, o_lora, of_group)).collect();
-        let compressor = match ratio {
-            0 => None,
-            ratio => {
-                let dimensions = [hidden, width, ratio, rope];
-                Some(Compressor::take(checkpoint, &format!("{name}.compressor"), dimensions, eps)?)
+        let compressor = match compression {
+            None => None,
+            Some(compression) => {
+                let (name, dimensions) = (format!("{name}.compressor"), [hidden, width, rope]);
+                Some(Compressor::take(checkpoint, &name, dimensions, compression, eps)?)
             }
         };
-        let indexer = match ratio {
-            CSA_RATIO => Some(Indexer::take(checkpoint, &format!("{name}.indexer"), config, v4)?),
-            _ => None,
+        let indexer = match compression.filter(|compression| compression.sparse) {
+            None => None,
+            Some(compression) => {
+                Some(Indexer::take(checkpoint, &format!("{name}.indexer"), config, v4, compression)?)
+            }
         };
         let mut linear = |part: &str, outputs, inputs| {
             Linear::take(checkpoint, &format!("{name}.{part}"), outputs, inputs, false)
@@ -99,7 +101,7 @@ impl Attention {
             width,
             rope,
             window: v4.sliding_window,
-            ratio,
+            ratio: compression.map_or(0, |compression| compression.ratio),
             groups,
             o_lora,
             eps,

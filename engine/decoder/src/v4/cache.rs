@@ -10,8 +10,7 @@ use std::ops::Range;
 
 use crate::block::Place;
 use crate::panels::KeyPanels;
-use crate::v4::compressor::{channels, overlap};
-use crate::v4::config::{CSA_RATIO, V4Config};
+use crate::v4::config::{Compression, V4Config};
 use crate::v4::tail::Tail;
 use crate::{KvFormat, ModelConfig, StateField};
 
@@ -28,7 +27,7 @@ pub(crate) struct Cache {
 
 /// Rows of one layer.
 pub(super) struct LayerCache {
-    ratio: usize,
+    compression: Option<Compression>,
     pub(super) window: Tail,
     pub(super) rows: Option<RowCache>,
     pub(super) keys: Option<KeyCache>,
@@ -50,17 +49,19 @@ pub(super) struct KeyCache {
 impl Cache {
     pub(crate) fn new(config: &ModelConfig, v4: &V4Config, block_tokens: usize) -> Self {
         let (width, key_width) = (v4.head_dim, config.index_head_dim);
-        let layer = |&ratio: &usize| LayerCache {
-            ratio,
+        let layer = |&compression: &Option<Compression>| LayerCache {
+            compression,
             window: Tail::new(width),
-            rows: (ratio > 0)
-                .then(|| RowCache { inputs: Tail::new(2 * channels(width, ratio)), rows: Vec::new() }),
-            keys: (ratio == CSA_RATIO).then(|| KeyCache {
-                inputs: Tail::new(2 * channels(key_width, ratio)),
+            rows: compression.map(|compression| RowCache {
+                inputs: Tail::new(2 * compression.channels(width)),
+                rows: Vec::new(),
+            }),
+            keys: compression.filter(|compression| compression.sparse).map(|compression| KeyCache {
+                inputs: Tail::new(2 * compression.channels(key_width)),
                 keys: KeyPanels::new(key_width),
             }),
         };
-        let layers = v4.compress_ratios.iter().map(layer).collect();
+        let layers = v4.compression.iter().map(layer).collect();
         Self { layers, width, key_width, window: v4.sliding_window, block_tokens, resumable_from: Some(0) }
     }
 
@@ -86,11 +87,12 @@ impl Cache {
 
     pub(crate) fn reserve(&mut self, tokens: usize) {
         for layer in &mut self.layers {
+            let ratio = layer.ratio();
             if let Some(cache) = &mut layer.rows {
-                cache.rows.reserve((tokens / layer.ratio + 1) * self.width);
+                cache.rows.reserve((tokens / ratio + 1) * self.width);
             }
             if let Some(cache) = &mut layer.keys {
-                cache.keys.reserve(tokens / layer.ratio + 1);
+                cache.keys.reserve(tokens / ratio + 1);
             }
         }
     }
@@ -102,7 +104,7 @@ impl Cache {
             self.resumable_from = Some(boundary);
             for layer in &mut self.layers {
                 layer.window.drop_before(boundary.saturating_sub(self.window));
-                let first = boundary.saturating_sub(overlap(layer.ratio));
+                let first = boundary.saturating_sub(layer.overlap());
                 layer.inputs().for_each(|inputs| inputs.drop_before(first));
             }
         }
@@ -114,11 +116,12 @@ impl Cache {
         let held = self.holds_state(tokens);
         let end = if held { tokens } else { tokens / self.block_tokens * self.block_tokens };
         for layer in &mut self.layers {
+            let ratio = layer.ratio();
             if let Some(cache) = &mut layer.rows {
-                cache.rows.truncate(end / layer.ratio * self.width);
+                cache.rows.truncate(end / ratio * self.width);
             }
             if let Some(cache) = &mut layer.keys {
-                cache.keys.truncate(end / layer.ratio);
+                cache.keys.truncate(end / ratio);
             }
             if held {
                 layer.window.truncate(end);
@@ -142,7 +145,8 @@ impl Cache {
 
     /// A layer's rows of one group of the layout, for a run of tokens that ends where a block does.
     pub(crate) fn rows(&self, group: &str, layer: usize, tokens: Range<usize>) -> Cow<'_, [f32]> {
-        let LayerCache { ratio, rows, keys, .. } = &self.layers[layer];
+        let layer = &self.layers[layer];
+        let (ratio, LayerCache { rows, keys, .. }) = (layer.ratio(), layer);
         let range = tokens.start / ratio..tokens.end / ratio;
         match (rows, keys, group) {
             (_, Some(cache), KEY_GROUP) => cache.keys.rows(range).into(),
@@ -162,7 +166,7 @@ impl Cache {
     }
 
     /// A layer's state of one group after `tokens` tokens, which is held: the window's rows, oldest first, zero where
-    /// there was no position yet; or the overlap, `[4, values | gates | indexer values | indexer gates]`.
+    /// there was no position yet; or the overlap, `[ratio, values | gates | indexer values | indexer gates]`.
     pub(crate) fn state(&self, group: &str, layer: usize, tokens: usize) -> Vec<f32> {
         let cache = &self.layers[layer];
         if group != OVERLAP_GROUP {
@@ -172,7 +176,7 @@ impl Cache {
             return rows;
         }
         let mut rows = Vec::new();
-        for position in tokens - CSA_RATIO..tokens {
+        for position in tokens - cache.overlap()..tokens {
             for inputs in cache.both_inputs() {
                 let (values, gates) = first_halves(inputs.row(position));
                 rows.extend_from_slice(values);
@@ -199,8 +203,9 @@ impl Cache {
             own.chunks_exact(width).for_each(|values| inputs.extend(fill(values)));
             key.chunks_exact(key_width).for_each(|values| key_inputs.extend(fill(values)));
         }
+        let first = tokens - cache.overlap();
         for (tail, rows) in cache.inputs().zip([inputs, key_inputs]) {
-            tail.restart(tokens - CSA_RATIO, &rows);
+            tail.restart(first, &rows);
         }
     }
 
@@ -220,9 +225,8 @@ impl Cache {
     ) -> Vec<f32> {
         let cache = &self.layers[layer];
         let overlap = |which: usize, gates: bool| {
-            let last = tokens - tokens % CSA_RATIO;
-            let Some(inputs) =
-                cache.both_inputs().nth(which).filter(|_| cache.ratio == CSA_RATIO && last > 0)
+            let last = tokens - tokens % cache.ratio();
+            let Some(inputs) = cache.both_inputs().nth(which).filter(|_| cache.overlap() > 0 && last > 0)
             else {
                 return Vec::new();
             };
@@ -230,12 +234,12 @@ impl Cache {
                 let (values, of_gates) = first_halves(inputs.row(position));
                 if gates { of_gates } else { values }
             };
-            (last - CSA_RATIO..last).flat_map(half).copied().collect()
+            (last - cache.overlap()..last).flat_map(half).copied().collect()
         };
         let tail = |which: usize, gates: bool| {
             let Some(inputs) = cache.both_inputs().nth(which) else { return Vec::new() };
             let mut out = Vec::new();
-            for position in tokens - tokens % cache.ratio..tokens {
+            for position in tokens - tokens % cache.ratio()..tokens {
                 let (values, of_gates) = inputs.row(position).split_at(inputs.row(position).len() / 2);
                 match gates {
                     false => out.extend_from_slice(values),
@@ -275,6 +279,15 @@ pub(crate) fn state_format(group: &str, format: KvFormat) -> KvFormat {
 }
 
 impl LayerCache {
+    /// Tokens per compressed row; 1 where there are none.
+    fn ratio(&self) -> usize {
+        self.compression.map_or(1, |compression| compression.ratio)
+    }
+
+    fn overlap(&self) -> usize {
+        self.compression.map_or(0, Compression::overlap)
+    }
+
     fn inputs(&mut self) -> impl Iterator<Item = &mut Tail> {
         let keys = self.keys.iter_mut().map(|cache| &mut cache.inputs);
         self.rows.iter_mut().map(|cache| &mut cache.inputs).chain(keys)
@@ -286,7 +299,7 @@ impl LayerCache {
     }
 }
 
-/// Of an input at ratio 4, the channels for the next run: of its values and of its gates.
+/// Of an input in a sparse layer, the channels for the next run: of its values and of its gates.
 fn first_halves(input: &[f32]) -> (&[f32], &[f32]) {
     let quarter = input.len() / 4;
     (&input[..quarter], &input[2 * quarter..3 * quarter])

@@ -1,7 +1,7 @@
 //! Compression of runs of tokens into single rows, and what it needs of the tokens before they are compressed.
 //!
 //! Every token gives values and gates. A row is, per channel, the values of its run weighted by the softmax of the
-//! gates, normed and rotated at the run's first position. At ratio 4 a row also spans the run before: a token's
+//! gates, normed and rotated at the run's first position. In a sparse layer a row also spans the run before: a token's
 //! channels are two halves, the second for its own run, the first for the next one.
 
 use std::ops::Range;
@@ -12,7 +12,7 @@ use crate::kernel::shared::gated_sum;
 use crate::linear::Linear;
 use crate::norm::RmsNorm;
 use crate::rope::Rope;
-use crate::v4::config::CSA_RATIO;
+use crate::v4::config::Compression;
 use crate::v4::tail::Tail;
 
 /// Compressor of one layer, for its rows or for its indexer's keys.
@@ -22,7 +22,7 @@ pub(super) struct Compressor {
     /// Added to the gate of the token at a place of its run, `[ratio, channels]`.
     ape: Vec<f32>,
     norm: RmsNorm,
-    ratio: usize,
+    compression: Compression,
     /// Width of a row.
     width: usize,
     /// Rotated channels, the last of a row.
@@ -33,17 +33,18 @@ impl Compressor {
     pub(super) fn take(
         checkpoint: &mut Checkpoint,
         name: &str,
-        [hidden, width, ratio, rope]: [usize; 4],
+        [hidden, width, rope]: [usize; 3],
+        compression: Compression,
         eps: f32,
     ) -> Result<Self> {
-        let channels = channels(width, ratio);
+        let channels = compression.channels(width);
         let mut rows = checkpoint.take(&format!("{name}.wkv.weight"), &[channels, hidden])?;
         rows.extend(checkpoint.take(&format!("{name}.wgate.weight"), &[channels, hidden])?);
         Ok(Self {
             wkv_gate: Linear::from_rows(&rows, 2 * channels, hidden),
-            ape: checkpoint.take(&format!("{name}.ape"), &[ratio, channels])?,
+            ape: checkpoint.take(&format!("{name}.ape"), &[compression.ratio, channels])?,
             norm: RmsNorm::take(checkpoint, &format!("{name}.norm"), width, eps)?,
-            ratio,
+            compression,
             width,
             rope,
         })
@@ -55,10 +56,10 @@ impl Compressor {
 
     /// Values and gates of a chunk that starts at position `first`, `[tokens, values | gates]`.
     pub(super) fn inputs(&self, x: &[f32], first: usize) -> Vec<f32> {
-        let channels = channels(self.width, self.ratio);
+        let channels = self.compression.channels(self.width);
         let mut inputs = self.wkv_gate.apply(x);
         for (position, row) in (first..).zip(inputs.chunks_exact_mut(2 * channels)) {
-            let ape = &self.ape[position % self.ratio * channels..][..channels];
+            let ape = &self.ape[position % self.compression.ratio * channels..][..channels];
             row[channels..].iter_mut().zip(ape).for_each(|(gate, ape)| *gate += ape);
         }
         inputs
@@ -66,14 +67,14 @@ impl Compressor {
 
     /// What [`Compressor::inputs`] added to the gates of the token at `position`.
     pub(super) fn ape(&self, position: usize) -> &[f32] {
-        let channels = channels(self.width, self.ratio);
-        &self.ape[position % self.ratio * channels..][..channels]
+        let channels = self.compression.channels(self.width);
+        &self.ape[position % self.compression.ratio * channels..][..channels]
     }
 
     /// Rows `rows` of the sequence, `[rows, width]`, from inputs that are held as far back as they reach.
     pub(super) fn rows(&self, rows: Range<usize>, inputs: &Tail, rope: &Rope) -> Vec<f32> {
-        let Self { ratio, width, .. } = *self;
-        let channels = channels(width, ratio);
+        let Self { compression: Compression { ratio, .. }, width, .. } = *self;
+        let channels = self.compression.channels(width);
         let mut out = vec![0.0; rows.len() * width];
         let (mut values, mut gates, mut summed) = (Vec::new(), Vec::new(), vec![0.0; width]);
         for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
@@ -96,12 +97,14 @@ impl Compressor {
     }
 }
 
-/// Channels that a token gives to a compressor of this ratio.
-pub(super) fn channels(width: usize, ratio: usize) -> usize {
-    if ratio == CSA_RATIO { 2 * width } else { width }
-}
+impl Compression {
+    /// Channels that a token gives for rows of `width`.
+    pub(super) fn channels(self, width: usize) -> usize {
+        if self.sparse { 2 * width } else { width }
+    }
 
-/// Tokens before a boundary between runs that the next row still needs.
-pub(super) fn overlap(ratio: usize) -> usize {
-    if ratio == CSA_RATIO { ratio } else { 0 }
+    /// Tokens before a boundary between runs that the next row still needs.
+    pub(super) fn overlap(self) -> usize {
+        if self.sparse { self.ratio } else { 0 }
+    }
 }

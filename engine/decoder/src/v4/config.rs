@@ -9,8 +9,12 @@ use serde::Deserialize;
 use crate::config::{Family, MAX_DIMENSION, ModelConfig, OneOrMany, Quantization, in_range};
 use crate::rope::{Rope, RopeConfig};
 
-/// The ratio that means compressed sparse attention.
-pub(crate) const CSA_RATIO: usize = 4;
+/// The ratio that means sparse attention where a file gives only ratios.
+const SPARSE_RATIO: usize = 4;
+/// Ratios that a file which gives only layer types leaves out.
+const DEFAULT_RATES: [usize; 2] = [SPARSE_RATIO, 128];
+/// Layers that a table routes, if a file does not say.
+const DEFAULT_HASH_LAYERS: usize = 3;
 
 /// What a V4 configuration has beyond [`ModelConfig`].
 #[derive(Clone, Debug)]
@@ -21,8 +25,8 @@ pub struct V4Config {
     pub qk_rope_head_dim: usize,
     /// Positions that a query sees uncompressed, its own included.
     pub sliding_window: usize,
-    /// Per layer: tokens per compressed row; 0 where the window is all there is, 4 where an indexer selects rows.
-    pub compress_ratios: Vec<usize>,
+    /// Per layer: how it compresses; `None` where the window is all there is.
+    pub compression: Vec<Option<Compression>>,
     /// Groups of heads that share a first output projection.
     pub o_groups: usize,
     /// Width of a group's output.
@@ -43,9 +47,7 @@ pub struct V4Config {
     pub num_experts_per_tok: usize,
     /// Width of one expert.
     pub moe_intermediate_size: usize,
-    /// Whether the chosen weights are normalised to sum to one.
-    pub norm_topk_prob: bool,
-    /// Factor on the routed experts' output.
+    /// Factor on the routed experts' output, whose weights are normalised first.
     pub routed_scaling_factor: f32,
     /// Bound on an expert's gate (above) and up projection (both sides), if any.
     pub swiglu_limit: Option<f32>,
@@ -55,10 +57,20 @@ pub struct V4Config {
     pub(crate) compress_rope: RopeConfig,
 }
 
+/// How a layer compresses what it has seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compression {
+    /// Tokens per row.
+    pub ratio: usize,
+    /// Whether rows span the run before theirs too, and an indexer selects among them (published as CSA); otherwise
+    /// every query attends to all rows (HCA).
+    pub sparse: bool,
+}
+
 impl V4Config {
     /// Tokens of the smallest block in which every layer completes whole rows.
     pub(crate) fn least_block_tokens(&self) -> usize {
-        self.compress_ratios.iter().copied().max().unwrap_or(1).max(1)
+        self.compression.iter().flatten().map(|compression| compression.ratio).max().unwrap_or(1)
     }
 
     /// Parameters of the layers, of `hidden` width.
@@ -76,15 +88,14 @@ impl V4Config {
         let experts = wide(self.n_routed_experts) + wide(self.n_shared_experts);
         let feed_forward =
             3 * hidden * experts * wide(self.moe_intermediate_size) + hidden * wide(self.n_routed_experts);
-        let of_ratio = |ratio: &usize| match *ratio {
-            0 => 0,
-            CSA_RATIO => {
+        let of_layer = |compression: &Compression| match compression.sparse {
+            true => {
                 let (heads, key) = (wide(config.index_n_heads), wide(config.index_head_dim));
                 4 * hidden * (head + key) + heads * (latent * key + hidden)
             }
-            ratio => 2 * head * (hidden + wide(ratio)),
+            false => 2 * head * (hidden + wide(compression.ratio)),
         };
-        let compression: u128 = self.compress_ratios.iter().map(of_ratio).sum();
+        let compression: u128 = self.compression.iter().flatten().map(of_layer).sum();
         wide(config.num_hidden_layers) * (attention + mixing + feed_forward) + compression
     }
 }
@@ -120,7 +131,6 @@ struct Raw {
     n_routed_experts: usize,
     n_shared_experts: Option<usize>,
     num_experts_per_tok: usize,
-    norm_topk_prob: Option<bool>,
     routed_scaling_factor: Option<f32>,
     scoring_func: Option<String>,
     topk_method: Option<String>,
@@ -207,7 +217,7 @@ impl Raw {
         }
 
         let qk_rope_head_dim = self.rope_dim()?;
-        let compress_ratios = self.ratios()?;
+        let compression = self.compression()?;
         let is_hash = self.hash_schedule()?;
         let (main_rope, compress_rope) = self.ropes();
         for rope in [&main_rope, &compress_rope] {
@@ -227,13 +237,12 @@ impl Raw {
             n_shared_experts,
             num_experts_per_tok: self.num_experts_per_tok,
             moe_intermediate_size: self.moe_intermediate_size,
-            norm_topk_prob: self.norm_topk_prob.unwrap_or(true),
             routed_scaling_factor,
             // Zero stands for "no bound", as in the published files.
             swiglu_limit: self.swiglu_limit.filter(|&limit| limit > 0.0),
             main_rope,
             compress_rope,
-            compress_ratios,
+            compression,
         };
         Ok(ModelConfig {
             model_type: self.model_type,
@@ -245,7 +254,7 @@ impl Raw {
             index_n_heads: self.index_n_heads,
             index_head_dim: self.index_head_dim,
             index_topk: self.index_topk,
-            has_indexer: v4.compress_ratios.iter().map(|&ratio| ratio == CSA_RATIO).collect(),
+            has_indexer: v4.compression.iter().map(|layer| layer.is_some_and(|layer| layer.sparse)).collect(),
             rms_norm_eps,
             max_position_embeddings: self.max_position_embeddings,
             tie_word_embeddings: self.tie_word_embeddings.unwrap_or(false),
@@ -299,39 +308,44 @@ impl Raw {
         Ok(rope)
     }
 
-    /// Ratio per layer. Entries beyond the layers belong to the draft module.
-    fn ratios(&self) -> Result<Vec<usize>, String> {
+    /// What each layer compresses. Types decide where both they and ratios are given; entries beyond the layers belong
+    /// to the draft module.
+    fn compression(&self) -> Result<Vec<Option<Compression>>, String> {
         let layers = self.num_hidden_layers;
-        let mut ratios = match (&self.compress_ratios, &self.layer_types) {
-            (Some(ratios), _) => ratios.clone(),
-            (None, Some(types)) => {
-                let ratio = |kind: &String| match kind.as_str() {
-                    "sliding_attention" => Ok(0),
-                    kind => self
-                        .compress_rates
-                        .as_ref()
-                        .and_then(|rates| rates.get(kind).copied())
-                        .filter(|&rate| (kind == "compressed_sparse_attention") == (rate == CSA_RATIO))
-                        .ok_or_else(|| format!("layer type {kind:?} has no usable entry in compress_rates")),
-                };
-                types.iter().map(ratio).collect::<Result<_, _>>()?
+        let (ratios, types) = (self.compress_ratios.as_deref(), self.layer_types.as_deref());
+        let given = ratios.map(<[_]>::len).into_iter().chain(types.map(<[_]>::len)).min();
+        match given {
+            None => return Err("compress_ratios or layer_types is missing".into()),
+            Some(given) if given < layers => {
+                return Err(format!("the layer schedule has {given} entries for {layers} layers"));
             }
-            (None, None) => return Err("compress_ratios or layer_types is missing".into()),
-        };
-        if ratios.len() < layers {
-            return Err(format!("the layer schedule has {} entries for {layers} layers", ratios.len()));
+            Some(_) => {}
         }
-        ratios.truncate(layers);
-        match ratios.iter().find(|&&ratio| ratio != 0 && !(CSA_RATIO..=1 << 16).contains(&ratio)) {
-            Some(ratio) => Err(format!("compression ratio {ratio} is not 0 or 4 to 65536")),
-            None => Ok(ratios),
-        }
+        (0..layers)
+            .map(|layer| match types.map(|types| types[layer].as_str()) {
+                None => checked(ratios.map_or(0, |ratios| ratios[layer]), None),
+                Some("sliding_attention") => Ok(None),
+                Some(kind) => {
+                    let sparse = match kind {
+                        "compressed_sparse_attention" => true,
+                        "heavily_compressed_attention" => false,
+                        other => return Err(format!("layer type {other:?} is not known")),
+                    };
+                    let rate = self.compress_rates.as_ref().and_then(|rates| rates.get(kind).copied());
+                    let ratio = ratios.map(|ratios| ratios[layer]).or(rate);
+                    let ratio = ratio.unwrap_or(DEFAULT_RATES[usize::from(!sparse)]);
+                    checked(ratio, Some(sparse)).and_then(|compression| {
+                        compression.ok_or_else(|| format!("layer {layer}, {kind:?}, has ratio 0")).map(Some)
+                    })
+                }
+            })
+            .collect()
     }
 
     fn hash_schedule(&self) -> Result<Vec<bool>, String> {
         let layers = self.num_hidden_layers;
         let Some(types) = &self.mlp_layer_types else {
-            let hashed = self.num_hash_layers.unwrap_or(0);
+            let hashed = self.num_hash_layers.unwrap_or(DEFAULT_HASH_LAYERS);
             return Ok((0..layers).map(|layer| layer < hashed).collect());
         };
         if types.len() != layers {
@@ -351,5 +365,16 @@ impl Raw {
         main.attention_factor = main.attention_factor.or(Some(1.0));
         compress.attention_factor = compress.attention_factor.or(Some(1.0));
         (main, compress)
+    }
+}
+
+/// A layer of this ratio, 0 for none; only ratios tell the kind where `sparse` is not given.
+fn checked(ratio: usize, sparse: Option<bool>) -> Result<Option<Compression>, String> {
+    match (ratio, sparse) {
+        (0, _) => Ok(None),
+        (1 | 65_537.., _) | (..SPARSE_RATIO, None) => {
+            Err(format!("compression ratio {ratio} is not 0, nor 4 to 65536 (2 where layer_types are given)"))
+        }
+        (ratio, sparse) => Ok(Some(Compression { ratio, sparse: sparse.unwrap_or(ratio == SPARSE_RATIO) })),
     }
 }

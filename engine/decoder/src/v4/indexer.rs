@@ -1,4 +1,4 @@
-//! The lightning indexer: which compressed rows a query of a ratio-4 layer attends to.
+//! The lightning indexer: which compressed rows a query of a sparse layer attends to.
 //!
 //! `score(t, i) = sum_h w_h(t) relu(q_h(t) . k(i))` over the rows that are visible to the query; the `index_topk` best
 //! are selected, ties to the lower row. As in V3.2 a score depends on its query and key alone.
@@ -12,7 +12,7 @@ use crate::panels::KeyPanels;
 use crate::rope::Angles;
 use crate::topk::TopK;
 use crate::v4::compressor::Compressor;
-use crate::v4::config::{CSA_RATIO, V4Config};
+use crate::v4::config::{Compression, V4Config};
 use crate::{ModelConfig, Result};
 
 /// Queries that one task scores: each pass over the keys serves all of them.
@@ -26,6 +26,7 @@ pub(super) struct Indexer {
     heads: usize,
     width: usize,
     rope: usize,
+    ratio: usize,
     topk: usize,
 }
 
@@ -35,10 +36,11 @@ impl Indexer {
         name: &str,
         config: &ModelConfig,
         v4: &V4Config,
+        compression: Compression,
     ) -> Result<Self> {
         let (heads, width, rope) = (config.index_n_heads, config.index_head_dim, v4.qk_rope_head_dim);
         let (hidden, latent) = (config.hidden_size, config.q_lora_rank);
-        let dimensions = [hidden, width, CSA_RATIO, rope];
+        let dimensions = [hidden, width, rope];
         Ok(Self {
             wq_b: Linear::take(checkpoint, &format!("{name}.wq_b"), heads * width, latent, false)?,
             weights_proj: Linear::take(checkpoint, &format!("{name}.weights_proj"), heads, hidden, false)?,
@@ -46,11 +48,13 @@ impl Indexer {
                 checkpoint,
                 &format!("{name}.compressor"),
                 dimensions,
+                compression,
                 config.rms_norm_eps,
             )?,
             heads,
             width,
             rope,
+            ratio: compression.ratio,
             topk: config.index_topk,
         })
     }
@@ -101,7 +105,7 @@ impl Indexer {
         selection: &mut [Vec<u32>],
         scratch: &mut Scratch,
     ) {
-        let visible = (first + selection.len()) / CSA_RATIO;
+        let visible = (first + selection.len()) / self.ratio;
         let stride = visible.next_multiple_of(PANEL).max(PANEL);
         let Scratch { scores, topk } = scratch;
         scores.resize(selection.len() * stride, 0.0);
@@ -112,7 +116,7 @@ impl Indexer {
         for (position, (selection, scores)) in
             (first..).zip(selection.iter_mut().zip(scores.chunks_exact(stride)))
         {
-            topk.select(&scores[..(position + 1) / CSA_RATIO], self.topk, selection);
+            topk.select(&scores[..(position + 1) / self.ratio], self.topk, selection);
         }
     }
 }

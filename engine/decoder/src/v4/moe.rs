@@ -15,7 +15,6 @@ pub(super) struct Moe {
     choice: Choice,
     experts: Experts,
     chosen: usize,
-    normalise: bool,
     factor: f32,
 }
 
@@ -52,7 +51,6 @@ impl Moe {
                 v4.swiglu_limit,
             )?,
             chosen,
-            normalise: v4.norm_topk_prob,
             factor: v4.routed_scaling_factor,
         })
     }
@@ -87,10 +85,7 @@ impl Moe {
                     .map(|&expert| expert as usize)
                     .collect(),
             };
-            let norm = match self.normalise {
-                true => chosen.iter().map(|&expert| scores[expert]).sum::<f32>() + 1e-20,
-                false => 1.0,
-            };
+            let norm = chosen.iter().map(|&expert| scores[expert]).sum::<f32>() + 1e-20;
             for expert in chosen {
                 assigned[expert].push((row, scores[expert] / norm * self.factor));
             }

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use esker_decoder::{
-    BlockIdentity, Family, KvFormat, Logits, LogitsOut, MlaConfig, Model, ModelBuilder, ModelConfig,
-    Sequence, V4Config,
+    BlockIdentity, Compression, Family, KvFormat, Logits, LogitsOut, MlaConfig, Model, ModelBuilder,
+    ModelConfig, Sequence, V4Config,
 };
 use esker_prefix::{BlockHash, NamespaceId, ScopeTag, TokenId};
 use safetensors::{Dtype, tensor::TensorView};
@@ -65,7 +65,7 @@ pub fn v4() -> Value {
         "compress_ratios": [0, 16, 4, 16, 4, 0], "o_groups": 2, "o_lora_rank": 10, "hc_mult": 3,
         "hc_sinkhorn_iters": 7, "hc_eps": 1e-6, "index_n_heads": 3, "index_head_dim": 16, "index_topk": 5,
         "num_hash_layers": 2, "moe_intermediate_size": 24, "n_routed_experts": 6, "n_shared_experts": 1,
-        "num_experts_per_tok": 2, "norm_topk_prob": true, "routed_scaling_factor": 1.5,
+        "num_experts_per_tok": 2, "routed_scaling_factor": 1.5,
         "scoring_func": "sqrtsoftplus", "swiglu_limit": 1.0, "rms_norm_eps": 1e-6,
         "max_position_embeddings": 2048, "rope_theta": 10000, "compress_rope_theta": 40000,
         "rope_scaling": {
@@ -225,7 +225,7 @@ fn add_v4(c: &ModelConfig, v4: &V4Config, add: Add<'_>) {
     add("hc_head_fn".into(), &[n, n * d]);
     add("hc_head_base".into(), &[n]);
     add("hc_head_scale".into(), &[1]);
-    for (layer, &ratio) in v4.compress_ratios.iter().enumerate() {
+    for (layer, &compression) in v4.compression.iter().enumerate() {
         let l = format!("layers.{layer}");
         let a = format!("{l}.attn");
         for site in ["attn", "ffn"] {
@@ -244,15 +244,14 @@ fn add_v4(c: &ModelConfig, v4: &V4Config, add: Add<'_>) {
         add(format!("{a}.wo_a.weight"), &[v4.o_groups * v4.o_lora_rank, of_group]);
         add(format!("{a}.wo_b.weight"), &[d, v4.o_groups * v4.o_lora_rank]);
         let mut compressor = |name: String, width: usize| {
-            let channels = if ratio == 4 { 2 * width } else { width };
+            let Some(Compression { ratio, sparse }) = compression else { return };
+            let channels = if sparse { 2 * width } else { width };
             add(format!("{name}.ape"), &[ratio, channels]);
             add(format!("{name}.wkv.weight"), &[channels, d]);
             add(format!("{name}.wgate.weight"), &[channels, d]);
             add(format!("{name}.norm.weight"), &[width]);
         };
-        if ratio > 0 {
-            compressor(format!("{a}.compressor"), v4.head_dim);
-        }
+        compressor(format!("{a}.compressor"), v4.head_dim);
         if c.has_indexer[layer] {
             compressor(format!("{a}.indexer.compressor"), c.index_head_dim);
             add(format!("{a}.indexer.wq_b.weight"), &[c.index_n_heads * c.index_head_dim, c.q_lora_rank]);

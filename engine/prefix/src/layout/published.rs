@@ -46,7 +46,8 @@ struct Config {
     indexer_types: Option<Vec<String>>,
     index_topk_freq: Option<u16>,
     index_skip_topk_offset: Option<u16>,
-    // V4: released files say compress_ratios, transformers says layer_types and compress_rates
+    // V4: released files say compress_ratios, transformers says layer_types and compress_rates; with both, types tell
+    // the kind of a layer and compress_ratios its ratio
     head_dim: Option<u32>,
     partial_rotary_factor: Option<f64>,
     sliding_window: Option<u32>,
@@ -119,13 +120,13 @@ fn mla_dsa(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<
     ])
 }
 
-/// V4: compressed rows per 4 or `m'` tokens, windows in every layer, the overlap of the ratio-4 compressors.
+/// V4: compressed rows per 4 or `m'` tokens, windows in every layer, the overlap of the compressors of sparse layers.
 fn v4(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<Group>> {
     let width = require(config.head_dim, "head_dim")?;
     let key = require(config.index_head_dim, "index_head_dim")?;
     let window = require(config.sliding_window, "sliding_window")?;
     let rope = rope_dim(config, width)?;
-    let ratios = schedule(config)?;
+    let schedule = schedule(config)?;
     let row = match format {
         RowFormat::Deployed | RowFormat::DeployedFp8Keys => vec![
             field("latent", Dtype::F8E4m3, width - rope),
@@ -146,71 +147,98 @@ fn v4(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<Group
         RowFormat::F32 => vec![field("key", Dtype::F32, key)],
     };
 
-    let layers_with = |ratio: u32| -> Vec<u16> {
-        (0..config.num_hidden_layers).filter(|&layer| ratios[usize::from(layer)] == ratio).collect()
+    let layers_with = |kind: Option<Compression>| -> Vec<u16> {
+        (0..config.num_hidden_layers).filter(|&layer| schedule[usize::from(layer)] == kind).collect()
     };
-    const CSA_RATIO: u32 = 4;
-    let csa = layers_with(CSA_RATIO);
-    let mut groups = vec![history("csa_indexer_key", csa.clone(), block_tokens / CSA_RATIO, key_row, 2)];
-    let mut heavy: Vec<u32> = ratios.iter().copied().filter(|&ratio| ratio > CSA_RATIO).collect();
-    heavy.sort_unstable();
-    heavy.dedup();
-    groups.push(history("csa", csa.clone(), block_tokens / CSA_RATIO, row.clone(), 3));
-    for ratio in heavy {
-        if !block_tokens.is_multiple_of(ratio) {
-            return Err(PrefixError::BadConfig(format!(
+    let ratios = |sparse: bool| -> Result<Vec<u32>> {
+        let of_kind = schedule.iter().flatten().filter(|compression| compression.sparse == sparse);
+        let mut ratios: Vec<u32> = of_kind.map(|compression| compression.ratio).collect();
+        ratios.sort_unstable();
+        ratios.dedup();
+        match ratios.iter().find(|&&ratio| !block_tokens.is_multiple_of(ratio)) {
+            None => Ok(ratios),
+            Some(ratio) => Err(PrefixError::BadConfig(format!(
                 "compression ratio {ratio} does not divide blocks of {block_tokens} tokens"
+            ))),
+        }
+    };
+    let sparse_ratio = match ratios(true)?[..] {
+        [] => SPARSE_RATIO,
+        [ratio] => ratio,
+        [first, second, ..] => {
+            return Err(PrefixError::BadConfig(format!(
+                "sparse layers compress by one ratio, not by {first} and {second}"
             )));
         }
-        groups.push(history(
-            &format!("hca_{ratio}"),
-            layers_with(ratio),
-            block_tokens / ratio,
-            row.clone(),
-            3,
-        ));
+    };
+    let csa = layers_with(Some(Compression { ratio: sparse_ratio, sparse: true }));
+    let csa_rows = (block_tokens / sparse_ratio).max(1);
+    let mut groups = vec![
+        history("csa_indexer_key", csa.clone(), csa_rows, key_row, 2),
+        history("csa", csa.clone(), csa_rows, row.clone(), 3),
+    ];
+    for ratio in ratios(false)? {
+        let layers = layers_with(Some(Compression { ratio, sparse: false }));
+        groups.push(history(&format!("hca_{ratio}"), layers, block_tokens / ratio, row.clone(), 3));
     }
     let all: Vec<u16> = (0..config.num_hidden_layers).collect();
     groups.push(Group { family: Family::State, ..history("window", all, window, row, 0) });
-    // The ratio-4 compressor and its indexer each need the previous window's 4 tokens, values and gates, in f32.
+    // The compressor of a sparse layer and its indexer each need the tokens of the run before, values and gates, in f32.
     let overlap = vec![
         field("kv", Dtype::F32, width),
         field("gate", Dtype::F32, width),
         field("indexer_kv", Dtype::F32, key),
         field("indexer_gate", Dtype::F32, key),
     ];
-    groups.push(Group { family: Family::State, ..history("csa_overlap", csa, CSA_RATIO, overlap, 1) });
+    groups.push(Group { family: Family::State, ..history("csa_overlap", csa, sparse_ratio, overlap, 1) });
     Ok(groups)
 }
 
-/// Compression ratio per layer (0: window only), from either naming of the schedule. Entries beyond the layers
-/// belong to the draft module and are cut.
-fn schedule(config: &Config) -> Result<Vec<u32>> {
+/// The ratio that means sparse attention where a file gives only ratios.
+const SPARSE_RATIO: u32 = 4;
+
+/// How a layer compresses: tokens per row, and whether an indexer selects rows, which then overlap.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Compression {
+    ratio: u32,
+    sparse: bool,
+}
+
+/// Compression per layer (`None`: window only), from either naming of the schedule. Entries beyond the layers belong to
+/// the draft module and are left out.
+fn schedule(config: &Config) -> Result<Vec<Option<Compression>>> {
     let layers = usize::from(config.num_hidden_layers);
-    let mut ratios = if let Some(ratios) = &config.compress_ratios {
-        ratios.clone()
-    } else {
-        let types = config.layer_types.as_ref().ok_or_else(|| missing("compress_ratios or layer_types"))?;
-        let rates = config.compress_rates.as_ref().ok_or_else(|| missing("compress_rates"))?;
-        let rate = |kind: &String| match kind.as_str() {
-            "sliding_attention" => Ok(0),
-            kind => rates.get(kind).copied().ok_or_else(|| {
-                PrefixError::BadConfig(format!("layer type {kind:?} has no entry in compress_rates"))
-            }),
-        };
-        types.iter().map(rate).collect::<Result<_>>()?
+    let (ratios, types) = (config.compress_ratios.as_deref(), config.layer_types.as_deref());
+    let given = ratios.map(<[_]>::len).into_iter().chain(types.map(<[_]>::len)).min();
+    let given = given.ok_or_else(|| missing("compress_ratios or layer_types"))?;
+    if given < layers {
+        return Err(PrefixError::BadConfig(format!("schedule has {given} entries for {layers} layers")));
+    }
+    let rate = |kind: &str| {
+        config.compress_rates.as_ref().and_then(|rates| rates.get(kind).copied()).ok_or_else(|| {
+            PrefixError::BadConfig(format!("layer type {kind:?} has no entry in compress_rates"))
+        })
     };
-    if ratios.len() < layers {
-        return Err(PrefixError::BadConfig(format!(
-            "schedule has {} entries for {layers} layers",
-            ratios.len()
-        )));
-    }
-    ratios.truncate(layers);
-    match ratios.iter().find(|&&ratio| ratio != 0 && ratio < 4) {
-        Some(ratio) => Err(PrefixError::BadConfig(format!("compression ratio {ratio} is not known"))),
-        None => Ok(ratios),
-    }
+    (0..layers)
+        .map(|layer| {
+            let sparse = match types.map(|types| types[layer].as_str()) {
+                Some("sliding_attention") => return Ok(None),
+                Some(kind) => Some(kind == "compressed_sparse_attention"),
+                None => None,
+            };
+            let ratio = match (ratios, types) {
+                (Some(ratios), _) => ratios[layer],
+                (None, types) => rate(types.map_or("", |types| &types[layer]))?,
+            };
+            match ratio {
+                0 if sparse.is_none() => Ok(None),
+                2.. if sparse.is_some() || ratio >= SPARSE_RATIO => {
+                    Ok(Some(Compression { ratio, sparse: sparse.unwrap_or(ratio == SPARSE_RATIO) }))
+                }
+                _ => Err(PrefixError::BadConfig(format!("compression ratio {ratio} is not known"))),
+            }
+        })
+        .collect()
 }
 
 fn rope_dim(config: &Config, width: u32) -> Result<u32> {

@@ -93,17 +93,17 @@ impl Reference<'_> {
         let a = format!("layers.{layer}.attn");
         let (heads, width, window) =
             (self.int("num_attention_heads"), self.int("head_dim"), self.int("sliding_window"));
-        let ratio = self.ratio(layer);
+        let (ratio, sparse) = self.compression(layer);
         let latents = self.norm(&self.linear(h, &format!("{a}.wq_a")), &format!("{a}.q_norm"), self.eps());
         let queries = self.linear(&latents, &format!("{a}.wq_b"));
         let kv = self.norm(&self.linear(h, &format!("{a}.wkv")), &format!("{a}.kv_norm"), self.eps());
         let kv: Rows = kv.iter().enumerate().map(|(t, row)| self.turn(row, t as f64, ratio)).collect();
         let compressed = match ratio {
             0 => Vec::new(),
-            _ => self.compress(h, &format!("{a}.compressor"), width, ratio),
+            _ => self.compress(h, &format!("{a}.compressor"), width, ratio, sparse),
         };
-        if ratio == 4 {
-            *selections = self.select_v4(h, &latents, &a, margin);
+        if sparse {
+            *selections = self.select_v4(h, &latents, &a, ratio, margin);
         }
         let sinks = self.vector(&format!("{a}.attn_sink"));
         let mut out: Rows = Vec::new();
@@ -111,7 +111,7 @@ impl Reference<'_> {
             let mut keys: Vec<&Vec<f64>> = (0..=t).filter(|s| s + window > t).map(|s| &kv[s]).collect();
             match ratio {
                 0 => {}
-                4 => keys.extend(selections[t].iter().map(|&i| &compressed[i as usize])),
+                _ if sparse => keys.extend(selections[t].iter().map(|&i| &compressed[i as usize])),
                 _ => keys.extend((0..(t + 1) / ratio).map(|i| &compressed[i])),
             }
             let mut row = Vec::new();
@@ -143,7 +143,7 @@ impl Reference<'_> {
     }
 
     /// Rows of a compressor whose windows the sequence completes.
-    fn compress(&self, h: &Rows, name: &str, width: usize, ratio: usize) -> Rows {
+    fn compress(&self, h: &Rows, name: &str, width: usize, ratio: usize, sparse: bool) -> Rows {
         let (kv, gate) = (self.linear(h, &format!("{name}.wkv")), self.linear(h, &format!("{name}.wgate")));
         let ape = self.plain_matrix(&format!("{name}.ape"));
         let rows: Rows = (0..h.len() / ratio)
@@ -151,10 +151,10 @@ impl Reference<'_> {
                 (0..width)
                     .map(|channel| {
                         let mut slots = Vec::new();
-                        let own = if ratio == 4 { channel + width } else { channel };
+                        let own = if sparse { channel + width } else { channel };
                         for t in row * ratio..(row + 1) * ratio {
                             slots.push((kv[t][own], gate[t][own] + ape[t % ratio][own]));
-                            if ratio == 4 && row > 0 {
+                            if sparse && row > 0 {
                                 let t = t - ratio;
                                 slots.push((kv[t][channel], gate[t][channel] + ape[t % ratio][channel]));
                             }
@@ -169,17 +169,17 @@ impl Reference<'_> {
         rows.iter().enumerate().map(|(i, row)| self.turn(row, (i * ratio) as f64, ratio)).collect()
     }
 
-    fn select_v4(&self, h: &Rows, latents: &Rows, a: &str, margin: &mut f64) -> Vec<Vec<u32>> {
+    fn select_v4(&self, h: &Rows, latents: &Rows, a: &str, ratio: usize, margin: &mut f64) -> Vec<Vec<u32>> {
         let (heads, width) = (self.int("index_n_heads"), self.int("index_head_dim"));
         let queries = self.linear(latents, &format!("{a}.indexer.wq_b"));
         let weights = self.linear(h, &format!("{a}.indexer.weights_proj"));
-        let keys = self.compress(h, &format!("{a}.indexer.compressor"), width, 4);
+        let keys = self.compress(h, &format!("{a}.indexer.compressor"), width, ratio, true);
         let select = |t: usize| {
             let of_head = |key: &[f64], head: usize| {
-                let query = self.turn(&queries[t][head * width..][..width], t as f64, 4);
+                let query = self.turn(&queries[t][head * width..][..width], t as f64, ratio);
                 weights[t][head] / ((width * heads) as f64).sqrt() * dot(&query, key).max(0.0)
             };
-            let visible = keys.iter().take((t + 1) / 4);
+            let visible = keys.iter().take((t + 1) / ratio);
             let scores: Vec<f64> =
                 visible.map(|key| (0..heads).map(|head| of_head(key, head)).sum()).collect();
             let (mut best, gap) = best(&scores, self.int("index_topk"));
@@ -260,13 +260,22 @@ impl Reference<'_> {
         self.yarn(pair, dim, theta, |field| yarn[field].as_f64())
     }
 
-    fn ratio(&self, layer: usize) -> usize {
+    /// Tokens per row, 0 for window only, and whether an indexer selects rows.
+    fn compression(&self, layer: usize) -> (usize, bool) {
         let config = &self.checkpoint.config;
-        let ratio = config["compress_ratios"][layer].as_u64().or_else(|| {
-            let kind = config["layer_types"][layer].as_str().unwrap();
-            Some(config["compress_rates"][kind].as_u64().unwrap_or(0))
-        });
-        usize::try_from(ratio.unwrap()).unwrap()
+        let Some(kind) = config["layer_types"][layer].as_str() else {
+            let ratio = usize::try_from(config["compress_ratios"][layer].as_u64().unwrap()).unwrap();
+            return (ratio, ratio == 4);
+        };
+        let sparse = kind == "compressed_sparse_attention";
+        let default = if sparse { 4 } else { 128 };
+        match kind {
+            "sliding_attention" => (0, false),
+            _ => {
+                let rate = config["compress_rates"][kind].as_u64().unwrap_or(default);
+                (usize::try_from(rate).unwrap(), sparse)
+            }
+        }
     }
 
     fn eps(&self) -> f64 {
