@@ -141,6 +141,16 @@ pub enum DecoderError {
         /// Tokens in the sequence.
         tokens: usize,
     },
+    /// A replay was given too few tokens, or more than the sequence holds.
+    #[error("a replay needs the last {needed} tokens of the sequence or more, up to all {tokens}, got {got}")]
+    ReplayTokens {
+        /// Tokens that it computes.
+        needed: usize,
+        /// Tokens in the sequence.
+        tokens: usize,
+        /// Tokens given.
+        got: usize,
+    },
     /// The state at a boundary that the sequence has gone beyond, or not reached.
     #[error("the state after {end} tokens is not held, the sequence has {tokens}")]
     StateNotHeld {
@@ -202,6 +212,7 @@ impl DecoderError {
             | Self::TooLong { .. }
             | Self::OtherModel
             | Self::StateMissing { .. }
+            | Self::ReplayTokens { .. }
             | Self::Sampling { .. } => ErrorKind::Request,
             Self::Prefix(_)
             | Self::BlockIncomplete { .. }

@@ -34,6 +34,11 @@ impl Linear {
         Self { weight: transpose(rows, outputs, inputs), bias: None, inputs, outputs }
     }
 
+    /// Numbers per input row.
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
     /// Numbers per output row.
     pub(crate) fn outputs(&self) -> usize {
         self.outputs

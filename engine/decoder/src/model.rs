@@ -57,6 +57,16 @@ impl Model {
         self.fingerprint
     }
 
+    /// Tokens that [`Sequence::replay`](crate::Sequence::replay) computes to rebuild the state after `tokens` tokens:
+    /// up to `layers * (sliding_window - 1) + 1`, and never more than `tokens`. Layers drop out one window after the
+    /// other, so it costs about half of a prefill of that length. None for a model without state groups.
+    pub fn replay_tokens(&self, tokens: usize) -> usize {
+        match &self.config.family {
+            Family::Mla(_) => 0,
+            Family::V4(v4) => tokens - v4.replay_plan(tokens)[0],
+        }
+    }
+
     /// Weights and biases.
     pub fn parameters(&self) -> usize {
         let layers = match &self.layers {
@@ -69,6 +79,16 @@ impl Model {
     /// Memory that the weights take: four bytes each, whatever the checkpoint's format.
     pub fn memory_bytes(&self) -> usize {
         self.parameters() * size_of::<f32>()
+    }
+
+    /// Embeddings, `[tokens, hidden]`, of tokens of the vocabulary.
+    pub(crate) fn embed(&self, tokens: &[usize]) -> Vec<f32> {
+        let hidden = self.config.hidden_size;
+        let mut x = Vec::with_capacity(tokens.len() * hidden);
+        for &token in tokens {
+            x.extend_from_slice(&self.embedding[token * hidden..][..hidden]);
+        }
+        x
     }
 
     pub(crate) fn check_token(&self, token: TokenId) -> Result<usize> {

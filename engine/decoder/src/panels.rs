@@ -17,6 +17,11 @@ impl KeyPanels {
         Self { width, keys: 0, data: Vec::new() }
     }
 
+    /// Keys held.
+    pub(crate) fn count(&self) -> usize {
+        self.keys
+    }
+
     /// Numbers held, without the lanes that hold no key.
     pub(crate) fn len(&self) -> usize {
         self.keys * self.width

@@ -85,6 +85,7 @@ impl Rope {
 }
 
 /// Cosines and sines of a run of positions, `[tokens, rope_dim / 2]`.
+#[derive(Clone)]
 pub(crate) struct Angles {
     half: usize,
     cos: Vec<f32>,

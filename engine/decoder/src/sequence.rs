@@ -188,6 +188,57 @@ impl Sequence {
         }
     }
 
+    /// Tokens that [`Sequence::replay`] would compute now; 0 if the sequence does not [need a
+    /// state](Sequence::needs_state).
+    pub fn replay_tokens(&self, model: &Model) -> usize {
+        if self.needs_state() { model.replay_tokens(self.tokens) } else { 0 }
+    }
+
+    /// Rebuilds the state that the sequence needs from its last tokens and the rows that it holds: bit for bit the state
+    /// that [`Sequence::restore_state`] would put back. `tokens` are the last of the sequence,
+    /// [`Sequence::replay_tokens`] of them or more. Rows are read, never written. Does nothing if no state is needed.
+    pub fn replay(&mut self, model: &Model, tokens: &[TokenId]) -> Result<()> {
+        self.replay_observed(model, tokens, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// [`Sequence::replay`] that reports after each chunk; after a break the state is still needed.
+    pub fn replay_observed(
+        &mut self,
+        model: &Model,
+        tokens: &[TokenId],
+        observer: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.check_model(model)?;
+        let (needed, got) = (self.replay_tokens(model), tokens.len());
+        if got < needed || got > self.tokens {
+            return Err(DecoderError::ReplayTokens { needed, tokens: self.tokens, got });
+        }
+        let rows: Vec<usize> =
+            tokens[got - needed..].iter().map(|&token| model.check_token(token)).collect::<Result<_>>()?;
+        let (Family::V4(v4), Layers::V4(layers), Cache::V4(cache)) =
+            (&model.config.family, &model.layers, &mut self.cache)
+        else {
+            return Ok(());
+        };
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let plan = v4.replay_plan(self.tokens);
+        cache.begin_replay(&plan, self.tokens);
+        let mut done = 0;
+        for chunk in rows.chunks(CHUNK_TOKENS) {
+            let (x, first) = (model.embed(chunk), plan[0] + done);
+            rayon::scope(|_| layers.replay(&x, chunk, first, model.format, cache, &plan));
+            done += chunk.len();
+            if observer(Progress { done, total: rows.len() }).is_break() && done < rows.len() {
+                cache.drop_state(self.tokens);
+                return Err(DecoderError::Cancelled { tokens: self.tokens });
+            }
+        }
+        cache.resume(self.tokens);
+        Ok(())
+    }
+
     /// Drops every token from `tokens` on and gives the length that is left. Exact: rows never depend on later ones.
     /// With state groups the last block boundary is always within reach, and everything after it; a cut to before it
     /// leaves whole blocks only, without their state ([`Sequence::needs_state`]).
@@ -248,11 +299,7 @@ impl Sequence {
 
     /// Takes one chunk through all layers. Gives the residual stream, `[tokens, hidden]`.
     fn forward(&mut self, model: &Model, tokens: &[usize]) -> Vec<f32> {
-        let hidden = model.config.hidden_size;
-        let mut x = Vec::with_capacity(tokens.len() * hidden);
-        for &token in tokens {
-            x.extend_from_slice(&model.embedding[token * hidden..][..hidden]);
-        }
+        let x = model.embed(tokens);
         let (first, format, recorded) = (self.tokens, model.format, self.recorded.as_mut());
         let x = match (&model.layers, &mut self.cache) {
             (Layers::Mla(layers), Cache::Mla(cache)) => layers.forward(x, first, format, cache, recorded),

@@ -13,12 +13,14 @@ mod indexer;
 mod moe;
 mod tail;
 
+use std::borrow::Cow;
+
 use crate::checkpoint::Checkpoint;
 use crate::norm::RmsNorm;
 use crate::rope::{Angles, Rope};
 use crate::{DecoderError, KvFormat, ModelConfig, Result, StateField};
 use attention::{Attention, Chunk};
-use cache::Cache;
+use cache::{Cache, LayerCache};
 use config::V4Config;
 use hyper::{HyperConnection, HyperHead, Streams};
 use moe::Moe;
@@ -83,32 +85,67 @@ impl Layers {
         cache: &mut Cache,
         recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
     ) -> Vec<f32> {
+        let x = self.run(embedded, tokens, first, format, cache, &[], recorded);
+        cache.trim(first + tokens.len());
+        self.head.apply(&x)
+    }
+
+    /// Takes one chunk of tokens whose compressed rows the cache holds through the layers, as far as `plan` wants it, to
+    /// rebuild windows and inputs of the compressors.
+    pub(crate) fn replay(
+        &self,
+        embedded: &[f32],
+        tokens: &[usize],
+        first: usize,
+        format: KvFormat,
+        cache: &mut Cache,
+        plan: &[usize],
+    ) {
+        self.run(embedded, tokens, first, format, cache, plan, None);
+        cache.drop_windows(first + tokens.len());
+    }
+
+    /// The streams of a chunk after all layers. Layer `l` is wanted from position `wanted[l]` on only, if that is given.
+    #[expect(clippy::too_many_arguments, reason = "a chunk, where it stands, and what it is wanted for")]
+    fn run(
+        &self,
+        embedded: &[f32],
+        tokens: &[usize],
+        first: usize,
+        format: KvFormat,
+        cache: &mut Cache,
+        wanted: &[usize],
+        mut recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
+    ) -> Vec<f32> {
         let [main, compress]: [Angles; 2] =
             [&self.main_rope, &self.compress_rope].map(|rope| rope.angles(first, tokens.len()));
         let mut x: Vec<f32> = Vec::with_capacity(embedded.len() * self.streams);
         for row in embedded.chunks_exact(embedded.len() / tokens.len()) {
             (0..self.streams).for_each(|_| x.extend_from_slice(row));
         }
-        let mut recorded = recorded;
+        let mut skipped = 0;
         for (index, layer) in self.layers.iter().enumerate() {
             let (rope, angles) = match layer.compressed {
                 true => (&self.compress_rope, &compress),
                 false => (&self.main_rope, &main),
             };
-            let chunk = Chunk { first, rope, angles, format };
-            let (input, mixing) = layer.around_attention.enter(&x);
-            let normed = layer.attention_norm.apply(&input);
-            let (attended, selection) = layer.attention.forward(&normed, &chunk, &mut cache.layers[index]);
-            layer.around_attention.leave(&mut x, &attended, &mixing);
-            let (input, mixing) = layer.around_experts.enter(&x);
-            let transformed = layer.experts.forward(&layer.experts_norm.apply(&input), tokens);
-            layer.around_experts.leave(&mut x, &transformed, &mixing);
+            let mut chunk = Chunk { first, rope, angles: Cow::Borrowed(angles), format };
+            if skipped > 0 {
+                chunk.skip(skipped, tokens.len());
+            }
+            let skip = wanted.get(index + 1).map_or(0, |&wanted| wanted.saturating_sub(chunk.first));
+            let tokens = &tokens[skipped..];
+            let skip = skip.min(tokens.len());
+            let selection = layer.forward(&mut x, tokens, chunk, &mut cache.layers[index], skip);
             if let (Some(recorded), Some(selection)) = (&mut recorded, selection) {
                 recorded[index].extend(selection);
             }
+            skipped += skip;
+            if x.is_empty() {
+                break;
+            }
         }
-        cache.trim(first + tokens.len());
-        self.head.apply(&x)
+        x
     }
 
     /// A field of a layer's state after `tokens` tokens, which the cache holds.
@@ -145,6 +182,36 @@ impl Layer {
             experts: Moe::take(checkpoint, &format!("{name}.ffn"), sizes, hash, v4)?,
             compressed: v4.compression[index].is_some(),
         })
+    }
+
+    /// Takes a chunk through the layer. The cache gets all of its rows; the output of the first `skip` tokens is not
+    /// wanted: `x` is without them after. With them comes what the indexer selected, if there is one.
+    fn forward(
+        &self,
+        x: &mut Vec<f32>,
+        tokens: &[usize],
+        mut chunk: Chunk<'_>,
+        cache: &mut LayerCache,
+        skip: usize,
+    ) -> Option<Vec<Vec<u32>>> {
+        let (input, mut mixing) = self.around_attention.enter(x);
+        let mut normed = self.attention_norm.apply(&input);
+        self.attention.append(&normed, &chunk, cache);
+        if skip > 0 {
+            x.drain(..x.len() / tokens.len() * skip);
+            normed.drain(..normed.len() / tokens.len() * skip);
+            mixing.skip(skip, tokens.len());
+            chunk.skip(skip, tokens.len());
+        }
+        if x.is_empty() {
+            return None;
+        }
+        let (attended, selection) = self.attention.forward(&normed, &chunk, cache);
+        self.around_attention.leave(x, &attended, &mixing);
+        let (input, mixing) = self.around_experts.enter(x);
+        let transformed = self.experts.forward(&self.experts_norm.apply(&input), &tokens[skip..]);
+        self.around_experts.leave(x, &transformed, &mixing);
+        selection
     }
 
     fn parameters(&self) -> usize {

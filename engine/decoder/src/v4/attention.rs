@@ -4,6 +4,8 @@
 //! its own position: all of them, or in a sparse layer those that the indexer selects. Sums over rows run window first,
 //! then compressed, each ascending: the same whether the query came in a chunk or alone.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
@@ -51,8 +53,16 @@ pub(super) struct Chunk<'a> {
     pub(super) first: usize,
     pub(super) rope: &'a Rope,
     /// The chunk's own positions.
-    pub(super) angles: &'a Angles,
+    pub(super) angles: Cow<'a, Angles>,
     pub(super) format: KvFormat,
+}
+
+impl Chunk<'_> {
+    /// Leaves out the first `count` of its `tokens`.
+    pub(super) fn skip(&mut self, count: usize, tokens: usize) {
+        self.first += count;
+        self.angles = Cow::Owned(self.rope.angles(self.first, tokens - count));
+    }
 }
 
 impl Attention {
@@ -119,13 +129,13 @@ impl Attention {
             + self.indexer.as_ref().map_or(0, Indexer::parameters)
     }
 
-    /// Attention of a chunk: appends its rows to the cache, selects, attends. `x` and the result are
-    /// `[tokens, hidden]`; with them comes what the indexer selected, if there is one.
+    /// Attention of a chunk whose rows the cache holds: selects, attends. `x` and the result are `[tokens, hidden]`;
+    /// with them comes what the indexer selected, if there is one.
     pub(super) fn forward(
         &self,
         x: &[f32],
         chunk: &Chunk<'_>,
-        cache: &mut LayerCache,
+        cache: &LayerCache,
     ) -> (Vec<f32>, Option<Vec<Vec<u32>>>) {
         let latents = self.q_norm.apply(&self.wq_a.apply(x));
         let mut queries = self.wq_b.apply(&latents);
@@ -137,18 +147,18 @@ impl Attention {
                 }
             },
         );
-        self.append(x, chunk, cache);
         let selection = self
             .indexer
             .as_ref()
             .zip(cache.keys.as_ref())
-            .map(|(indexer, cache)| indexer.select(x, &latents, chunk.angles, chunk.first, &cache.keys));
+            .map(|(indexer, cache)| indexer.select(x, &latents, &chunk.angles, chunk.first, &cache.keys));
         let attended = self.attend(&queries, chunk, cache, selection.as_deref());
         (self.wo_b.apply(&attended), selection)
     }
 
-    /// Appends the chunk's window rows and the compressed rows and keys of the runs that it completes.
-    fn append(&self, x: &[f32], chunk: &Chunk<'_>, cache: &mut LayerCache) {
+    /// Appends what the cache does not hold yet of the chunk's window rows, the inputs of the compressors, and the
+    /// compressed rows and keys of the runs that it completes. A compressed row that is held is never formed again.
+    pub(super) fn append(&self, x: &[f32], chunk: &Chunk<'_>, cache: &mut LayerCache) {
         let raw = self.wkv.apply(x);
         let mut rows = vec![0.0; raw.len()];
         for (token, (raw, row)) in
@@ -163,15 +173,16 @@ impl Attention {
         let end = cache.window.end();
         if let Some((compressor, cache)) = self.compressor.as_ref().zip(cache.rows.as_mut()) {
             let RowCache { inputs, rows } = cache;
-            inputs.extend(&compressor.inputs(x, chunk.first));
-            let mut new = compressor.rows(chunk.first / self.ratio..end / self.ratio, inputs, chunk.rope);
+            compressor.extend(inputs, x, chunk.first);
+            let new = rows.len() / self.width..end / self.ratio;
+            let mut new = compressor.rows(new, inputs, chunk.rope);
             chunk.format.round(&mut new);
             rows.extend_from_slice(&new);
         }
         if let Some((indexer, cache)) = self.indexer.as_ref().zip(cache.keys.as_mut()) {
             let KeyCache { inputs, keys } = cache;
-            inputs.extend(&indexer.compressor.inputs(x, chunk.first));
-            let new = chunk.first / self.ratio..end / self.ratio;
+            indexer.compressor.extend(inputs, x, chunk.first);
+            let new = keys.count()..end / self.ratio;
             let mut new = indexer.compressor.rows(new, inputs, chunk.rope);
             chunk.format.round(&mut new);
             keys.extend(&new);

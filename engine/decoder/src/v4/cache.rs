@@ -102,11 +102,30 @@ impl Cache {
         let boundary = tokens / self.block_tokens * self.block_tokens;
         if self.holds_state(boundary) && self.resumable_from != Some(boundary) {
             self.resumable_from = Some(boundary);
+            self.drop_windows(boundary);
             for layer in &mut self.layers {
-                layer.window.drop_before(boundary.saturating_sub(self.window));
                 let first = boundary.saturating_sub(layer.overlap());
                 layer.inputs().for_each(|inputs| inputs.drop_before(first));
             }
+        }
+    }
+
+    /// Drops window rows that neither a token from `tokens` on nor the state there needs.
+    pub(super) fn drop_windows(&mut self, tokens: usize) {
+        for layer in &mut self.layers {
+            layer.window.drop_before(tokens.saturating_sub(self.window));
+        }
+    }
+
+    /// Forgets the state of a sequence of `tokens`, which is to be rebuilt: each layer will be fed from the position on
+    /// that [`V4Config::replay_plan`] gave.
+    pub(crate) fn begin_replay(&mut self, plan: &[usize], tokens: usize) {
+        self.drop_state(tokens);
+        self.resumable_from = None;
+        for (layer, &first) in self.layers.iter_mut().zip(plan) {
+            layer.window.restart(first, &[]);
+            let kept = layer.compression.map_or(0, |compression| compression.kept(tokens));
+            layer.inputs().for_each(|inputs| inputs.restart(tokens - kept, &[]));
         }
     }
 

@@ -54,8 +54,17 @@ impl Compressor {
         self.wkv_gate.parameters() + self.ape.len() + self.norm.parameters()
     }
 
+    /// Appends to `inputs` what they do not hold yet of a chunk that starts at position `first`.
+    pub(super) fn extend(&self, inputs: &mut Tail, x: &[f32], first: usize) {
+        let hidden = self.wkv_gate.inputs();
+        let skipped = inputs.end().saturating_sub(first);
+        if skipped * hidden < x.len() {
+            inputs.extend(&self.inputs(&x[skipped * hidden..], first + skipped));
+        }
+    }
+
     /// Values and gates of a chunk that starts at position `first`, `[tokens, values | gates]`.
-    pub(super) fn inputs(&self, x: &[f32], first: usize) -> Vec<f32> {
+    fn inputs(&self, x: &[f32], first: usize) -> Vec<f32> {
         let channels = self.compression.channels(self.width);
         let mut inputs = self.wkv_gate.apply(x);
         for (position, row) in (first..).zip(inputs.chunks_exact_mut(2 * channels)) {
@@ -106,5 +115,10 @@ impl Compression {
     /// Tokens before a boundary between runs that the next row still needs.
     pub(super) fn overlap(self) -> usize {
         if self.sparse { self.ratio } else { 0 }
+    }
+
+    /// Tokens at the end of a sequence that the next row still needs.
+    pub(super) fn kept(self, tokens: usize) -> usize {
+        (tokens % self.ratio + self.overlap()).min(tokens)
     }
 }

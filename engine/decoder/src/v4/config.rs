@@ -73,6 +73,19 @@ impl V4Config {
         self.compression.iter().flatten().map(|compression| compression.ratio).max().unwrap_or(1)
     }
 
+    /// For each layer the first position that it must be fed, and behind them `tokens`, to rebuild the state after
+    /// `tokens` tokens, of which the compressed rows are held. A layer's own state takes its last window and what its
+    /// compressor keeps; what it feeds the next layer takes one window less one token before that.
+    pub(crate) fn replay_plan(&self, tokens: usize) -> Vec<usize> {
+        let mut plan = vec![tokens; self.compression.len() + 1];
+        for (layer, compression) in self.compression.iter().enumerate().rev() {
+            let kept = compression.map_or(0, |compression| compression.kept(tokens));
+            let own = tokens.saturating_sub(self.sliding_window.max(kept));
+            plan[layer] = own.min(plan[layer + 1].saturating_sub(self.sliding_window - 1));
+        }
+        plan
+    }
+
     /// Parameters of the layers, of `hidden` width.
     pub(crate) fn parameters(&self, config: &ModelConfig) -> u128 {
         let wide = |value: usize| value as u128;

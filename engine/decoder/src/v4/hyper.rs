@@ -40,6 +40,14 @@ pub(super) struct Mixing {
     matrix: Vec<f32>,
 }
 
+impl Mixing {
+    /// Leaves out the first `count` of `tokens` tokens.
+    pub(super) fn skip(&mut self, count: usize, tokens: usize) {
+        self.post.drain(..self.post.len() / tokens * count);
+        self.matrix.drain(..self.matrix.len() / tokens * count);
+    }
+}
+
 impl HyperConnection {
     /// Takes `{name}_fn`, `{name}_base` and `{name}_scale`.
     pub(super) fn take(checkpoint: &mut Checkpoint, name: &str, streams: Streams) -> Result<Self> {
