@@ -118,6 +118,7 @@ impl Sequence {
             cache.drop_state(self.tokens);
         }
         self.restored = Some(block.id().hash);
+        self.keep_from_here();
         Ok(())
     }
 

@@ -141,6 +141,17 @@ pub enum DecoderError {
         /// Tokens in the sequence.
         tokens: usize,
     },
+    /// A draft was asked for of a model that was loaded without a draft block.
+    #[error("the model was loaded without a draft block")]
+    NoDraft,
+    /// A draft was given another number of next tokens than rows.
+    #[error("a draft of {expected} rows needs as many next tokens, got {got}")]
+    DraftTokens {
+        /// Rows of the residual.
+        expected: usize,
+        /// Tokens given.
+        got: usize,
+    },
     /// A replay was given too few tokens, or more than the sequence holds.
     #[error("a replay needs the last {needed} tokens of the sequence or more, up to all {tokens}, got {got}")]
     ReplayTokens {
@@ -213,6 +224,8 @@ impl DecoderError {
             | Self::OtherModel
             | Self::StateMissing { .. }
             | Self::ReplayTokens { .. }
+            | Self::NoDraft
+            | Self::DraftTokens { .. }
             | Self::Sampling { .. } => ErrorKind::Request,
             Self::Prefix(_)
             | Self::BlockIncomplete { .. }

@@ -8,6 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{Family, eos_token_ids};
 use crate::linear::Linear;
 use crate::norm::RmsNorm;
+use crate::v4::draft::DraftBlock;
 use crate::{DecoderError, KvFormat, ModelConfig, Result};
 use crate::{kernel, v4, v32};
 
@@ -25,6 +26,7 @@ pub struct Model {
     pub(crate) layers: Layers,
     pub(crate) norm: RmsNorm,
     pub(crate) head: Linear,
+    pub(crate) draft: Option<DraftBlock>,
     layout: KvLayout,
     fingerprint: [u8; 32],
 }
@@ -73,7 +75,8 @@ impl Model {
             Layers::Mla(layers) => layers.parameters(),
             Layers::V4(layers) => layers.parameters(),
         };
-        self.embedding.len() + layers + self.norm.parameters() + self.head.parameters()
+        let draft = self.draft.as_ref().map_or(0, DraftBlock::parameters);
+        self.embedding.len() + layers + self.norm.parameters() + self.head.parameters() + draft
     }
 
     /// Memory that the weights take: four bytes each, whatever the checkpoint's format.
@@ -116,6 +119,7 @@ pub struct ModelBuilder {
     format: KvFormat,
     layout: KvLayout,
     checkpoint: Checkpoint,
+    draft: bool,
     digests: Vec<(String, blake3::Hash)>,
 }
 
@@ -130,6 +134,7 @@ impl ModelBuilder {
             config,
             format,
             layout,
+            draft: false,
             digests: Vec::new(),
         })
     }
@@ -140,6 +145,12 @@ impl ModelBuilder {
             self.config.eos_token_ids = tokens;
         }
         Ok(())
+    }
+
+    /// Also loads the draft block, which a checkpoint of V4 may hold below `mtp.0.`. It shares nothing with the rows of a
+    /// sequence, so the fingerprint does not depend on it.
+    pub fn draft(&mut self) {
+        self.draft = true;
     }
 
     /// Adds one safetensors file, in any order. Its bytes are held, not copied, until [`ModelBuilder::finish`].
@@ -169,6 +180,11 @@ impl ModelBuilder {
             true => Linear::from_rows(&embedding, vocab, hidden),
             false => Linear::take(&mut checkpoint, head, vocab, hidden, false)?,
         };
+        let draft = match (&config.family, self.draft) {
+            (_, false) => None,
+            (Family::V4(v4), true) => Some(DraftBlock::take(&mut checkpoint, &config, v4)?),
+            (Family::Mla(_), true) => return Err(DecoderError::NoDraft),
+        };
         Ok(Model {
             config,
             format: self.format,
@@ -176,6 +192,7 @@ impl ModelBuilder {
             layers,
             norm,
             head,
+            draft,
             layout: self.layout,
             fingerprint,
         })

@@ -9,11 +9,13 @@ use esker_prefix::{BlockHash, TokenId};
 
 use crate::config::Family;
 use crate::model::Layers;
+use crate::v4::Passage;
+use crate::v4::draft::Residual;
 use crate::{DecoderError, KvFormat, Model, Result, v4, v32};
 
 /// Tokens that go through the layers together: enough rows for the products to run at full rate, few enough that
 /// the intermediates stay in cache.
-const CHUNK_TOKENS: usize = 256;
+pub(crate) const CHUNK_TOKENS: usize = 256;
 
 /// The cache of one sequence: what its model's layers keep of its tokens. Rows are F32 in memory, rounded already where the model's format is narrower; [`Sequence::len_bytes`]
 /// says what it takes. It grows with its tokens, up to the model's `max_position_embeddings`.
@@ -25,6 +27,7 @@ pub struct Sequence {
     pub(crate) restored: Option<BlockHash>,
     layers: usize,
     recorded: Option<Vec<Vec<Vec<u32>>>>,
+    residual: Option<Residual>,
 }
 
 /// What the layers keep, by family.
@@ -52,6 +55,10 @@ pub struct LogitsOut {
 }
 
 impl LogitsOut {
+    pub(crate) fn new(vocab_size: usize, values: Vec<f32>) -> Self {
+        Self { vocab_size, values }
+    }
+
     /// Rows of `vocab_size` numbers.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
         self.values.chunks_exact(self.vocab_size)
@@ -113,7 +120,15 @@ impl Sequence {
             Family::V4(v4) => Cache::V4(v4::cache::Cache::new(&model.config, v4, block_tokens)),
         };
         let layers = model.config.num_hidden_layers;
-        Self { cache, tokens: 0, model: model.fingerprint(), restored: None, layers, recorded: None }
+        Self {
+            cache,
+            tokens: 0,
+            model: model.fingerprint(),
+            restored: None,
+            layers,
+            recorded: None,
+            residual: None,
+        }
     }
 
     /// Tokens in the cache.
@@ -227,8 +242,8 @@ impl Sequence {
         cache.begin_replay(&plan, self.tokens);
         let mut done = 0;
         for chunk in rows.chunks(CHUNK_TOKENS) {
-            let (x, first) = (model.embed(chunk), plan[0] + done);
-            rayon::scope(|_| layers.replay(&x, chunk, first, model.format, cache, &plan));
+            let passage = Passage { tokens: chunk, first: plan[0] + done, format: model.format };
+            rayon::scope(|_| layers.replay(&model.embed(chunk), &passage, cache, &plan));
             done += chunk.len();
             if observer(Progress { done, total: rows.len() }).is_break() && done < rows.len() {
                 cache.drop_state(self.tokens);
@@ -257,12 +272,33 @@ impl Sequence {
             layer.truncate(self.tokens);
         }
         self.restored = None;
+        self.keep_from_here();
         self.tokens
     }
 
     /// From now on keeps the selection of every query, see [`Sequence::selections`].
     pub fn record_selections(&mut self) {
         self.recorded.get_or_insert_with(|| vec![Vec::new(); self.layers]);
+    }
+
+    /// From now on keeps the residual of every token after the last layer, see [`Sequence::take_residual`]. Only V4 has
+    /// one to keep; it takes `hc_mult * hidden_size` numbers per token.
+    pub fn keep_residual(&mut self) {
+        self.residual.get_or_insert(Residual { first: self.tokens, values: Vec::new() });
+    }
+
+    /// The residual of the tokens appended since it was kept or taken last: what a [`Draft`](crate::Draft) starts from.
+    /// A cut or a restored block forgets what was not taken.
+    pub fn take_residual(&mut self) -> Option<Residual> {
+        let next = Residual { first: self.tokens, values: Vec::new() };
+        self.residual.as_mut().map(|residual| std::mem::replace(residual, next))
+    }
+
+    /// The tokens whose residual was not taken are no longer the last of the sequence.
+    pub(crate) fn keep_from_here(&mut self) {
+        if let Some(residual) = &mut self.residual {
+            *residual = Residual { first: self.tokens, values: Vec::new() };
+        }
     }
 
     /// The rows that `layer`'s indexer selected for each query since recording began, ascending. Empty for a layer
@@ -304,7 +340,8 @@ impl Sequence {
         let x = match (&model.layers, &mut self.cache) {
             (Layers::Mla(layers), Cache::Mla(cache)) => layers.forward(x, first, format, cache, recorded),
             (Layers::V4(layers), Cache::V4(cache)) => {
-                layers.forward(&x, tokens, first, format, cache, recorded)
+                let kept = self.residual.as_mut().map(|residual| &mut residual.values);
+                layers.forward(&x, &Passage { tokens, first, format }, cache, recorded, kept)
             }
             _ => unreachable!("a sequence is used with the model that it was made for"),
         };

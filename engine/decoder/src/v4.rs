@@ -8,12 +8,11 @@ mod attention;
 pub(crate) mod cache;
 mod compressor;
 pub(crate) mod config;
+pub(crate) mod draft;
 mod hyper;
 mod indexer;
 mod moe;
 mod tail;
-
-use std::borrow::Cow;
 
 use crate::checkpoint::Checkpoint;
 use crate::norm::RmsNorm;
@@ -21,7 +20,7 @@ use crate::rope::{Angles, Rope};
 use crate::{DecoderError, KvFormat, ModelConfig, Result, StateField};
 use attention::{Attention, Chunk};
 use cache::{Cache, LayerCache};
-use config::V4Config;
+use config::{Compression, V4Config};
 use hyper::{HyperConnection, HyperHead, Streams};
 use moe::Moe;
 
@@ -32,6 +31,22 @@ pub(crate) struct Layers {
     layers: Vec<Layer>,
     head: HyperHead,
     streams: usize,
+}
+
+/// A run of a sequence's tokens.
+pub(crate) struct Passage<'a> {
+    /// Their ids.
+    pub(crate) tokens: &'a [usize],
+    /// Position of the first.
+    pub(crate) first: usize,
+    /// Number format of the rows.
+    pub(crate) format: KvFormat,
+}
+
+impl Passage<'_> {
+    fn end(&self) -> usize {
+        self.first + self.tokens.len()
+    }
 }
 
 /// One layer: attention, then experts, each inside a hyper-connection.
@@ -50,22 +65,16 @@ impl Layers {
         let rope = |rope| {
             Rope::new(rope, v4.qk_rope_head_dim, config.max_position_embeddings).map_err(DecoderError::Config)
         };
-        let streams = Streams {
-            count: v4.hc_mult,
-            hidden: config.hidden_size,
-            sinkhorn_iters: v4.hc_sinkhorn_iters,
-            hc_eps: v4.hc_eps,
-            rms_eps: config.rms_norm_eps,
-        };
         let mut layers = Vec::new();
         for index in 0..config.num_hidden_layers {
-            layers.push(Layer::take(checkpoint, index, config, v4, streams)?);
+            let kind = (v4.compression[index], v4.is_hash[index]);
+            layers.push(Layer::take(checkpoint, &format!("layers.{index}"), kind, config, v4)?);
         }
         Ok(Self {
             main_rope: rope(&v4.main_rope)?,
             compress_rope: rope(&v4.compress_rope)?,
             layers,
-            head: HyperHead::take(checkpoint, "hc_head", streams)?,
+            head: HyperHead::take(checkpoint, "hc_head", Streams::of(config, v4))?,
             streams: v4.hc_mult,
         })
     }
@@ -74,51 +83,43 @@ impl Layers {
         self.layers.iter().map(Layer::parameters).sum::<usize>() + self.head.parameters()
     }
 
-    /// Takes one chunk, which starts at position `first`, through all layers. `embedded` and the result are
-    /// `[tokens, hidden]`, `tokens` the ids; selections go to `recorded` by layer.
+    /// Takes one chunk through all layers. `embedded` and the result are `[tokens, hidden]`; selections go to `recorded`
+    /// by layer, the residual to `kept`.
     pub(crate) fn forward(
         &self,
         embedded: &[f32],
-        tokens: &[usize],
-        first: usize,
-        format: KvFormat,
+        passage: &Passage<'_>,
         cache: &mut Cache,
         recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
+        kept: Option<&mut Vec<f32>>,
     ) -> Vec<f32> {
-        let x = self.run(embedded, tokens, first, format, cache, &[], recorded);
-        cache.trim(first + tokens.len());
+        let x = self.run(embedded, passage, cache, &[], recorded);
+        cache.trim(passage.end());
+        if let Some(kept) = kept {
+            kept.extend_from_slice(&x);
+        }
         self.head.apply(&x)
     }
 
     /// Takes one chunk of tokens whose compressed rows the cache holds through the layers, as far as `plan` wants it, to
     /// rebuild windows and inputs of the compressors.
-    pub(crate) fn replay(
-        &self,
-        embedded: &[f32],
-        tokens: &[usize],
-        first: usize,
-        format: KvFormat,
-        cache: &mut Cache,
-        plan: &[usize],
-    ) {
-        self.run(embedded, tokens, first, format, cache, plan, None);
-        cache.drop_windows(first + tokens.len());
+    pub(crate) fn replay(&self, embedded: &[f32], passage: &Passage<'_>, cache: &mut Cache, plan: &[usize]) {
+        self.run(embedded, passage, cache, plan, None);
+        cache.drop_windows(passage.end());
     }
 
     /// The streams of a chunk after all layers. Layer `l` is wanted from position `wanted[l]` on only, if that is given.
-    #[expect(clippy::too_many_arguments, reason = "a chunk, where it stands, and what it is wanted for")]
     fn run(
         &self,
         embedded: &[f32],
-        tokens: &[usize],
-        first: usize,
-        format: KvFormat,
+        passage: &Passage<'_>,
         cache: &mut Cache,
         wanted: &[usize],
         mut recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
     ) -> Vec<f32> {
+        let tokens = passage.tokens;
         let [main, compress]: [Angles; 2] =
-            [&self.main_rope, &self.compress_rope].map(|rope| rope.angles(first, tokens.len()));
+            [&self.main_rope, &self.compress_rope].map(|rope| rope.angles(passage.first, tokens.len()));
         let mut x: Vec<f32> = Vec::with_capacity(embedded.len() * self.streams);
         for row in embedded.chunks_exact(embedded.len() / tokens.len()) {
             (0..self.streams).for_each(|_| x.extend_from_slice(row));
@@ -129,7 +130,7 @@ impl Layers {
                 true => (&self.compress_rope, &compress),
                 false => (&self.main_rope, &main),
             };
-            let mut chunk = Chunk { first, rope, angles: Cow::Borrowed(angles), format };
+            let mut chunk = Chunk::new(passage, rope, angles);
             if skipped > 0 {
                 chunk.skip(skipped, tokens.len());
             }
@@ -165,22 +166,22 @@ impl Layers {
 impl Layer {
     fn take(
         checkpoint: &mut Checkpoint,
-        index: usize,
+        name: &str,
+        (compression, hash): (Option<Compression>, bool),
         config: &ModelConfig,
         v4: &V4Config,
-        streams: Streams,
     ) -> Result<Self> {
-        let name = format!("layers.{index}");
+        let streams = Streams::of(config, v4);
         let (hidden, vocab, eps) = (config.hidden_size, config.vocab_size, config.rms_norm_eps);
-        let (hash, sizes) = (v4.is_hash[index], [hidden, vocab]);
+        let sizes = [hidden, vocab];
         Ok(Self {
             around_attention: HyperConnection::take(checkpoint, &format!("{name}.hc_attn"), streams)?,
             attention_norm: RmsNorm::take(checkpoint, &format!("{name}.attn_norm"), hidden, eps)?,
-            attention: Attention::take(checkpoint, &format!("{name}.attn"), index, config, v4)?,
+            attention: Attention::take(checkpoint, &format!("{name}.attn"), compression, config, v4)?,
             around_experts: HyperConnection::take(checkpoint, &format!("{name}.hc_ffn"), streams)?,
             experts_norm: RmsNorm::take(checkpoint, &format!("{name}.ffn_norm"), hidden, eps)?,
             experts: Moe::take(checkpoint, &format!("{name}.ffn"), sizes, hash, v4)?,
-            compressed: v4.compression[index].is_some(),
+            compressed: compression.is_some(),
         })
     }
 

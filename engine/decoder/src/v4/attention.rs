@@ -15,9 +15,10 @@ use crate::kernel::sparse::Scratch;
 use crate::linear::{Linear, transpose};
 use crate::norm::{RmsNorm, rms_norm};
 use crate::rope::{Angles, Rope};
+use crate::v4::Passage;
 use crate::v4::cache::{KeyCache, LayerCache, RowCache};
 use crate::v4::compressor::Compressor;
-use crate::v4::config::V4Config;
+use crate::v4::config::{Compression, V4Config};
 use crate::v4::indexer::Indexer;
 use crate::{KvFormat, ModelConfig, Result};
 
@@ -57,7 +58,11 @@ pub(super) struct Chunk<'a> {
     pub(super) format: KvFormat,
 }
 
-impl Chunk<'_> {
+impl<'a> Chunk<'a> {
+    pub(super) fn new(passage: &Passage<'_>, rope: &'a Rope, angles: &'a Angles) -> Self {
+        Self { first: passage.first, rope, angles: Cow::Borrowed(angles), format: passage.format }
+    }
+
     /// Leaves out the first `count` of its `tokens`.
     pub(super) fn skip(&mut self, count: usize, tokens: usize) {
         self.first += count;
@@ -69,13 +74,13 @@ impl Attention {
     pub(super) fn take(
         checkpoint: &mut Checkpoint,
         name: &str,
-        layer: usize,
+        compression: Option<Compression>,
         config: &ModelConfig,
         v4: &V4Config,
     ) -> Result<Self> {
         let (hidden, heads, eps) = (config.hidden_size, config.num_attention_heads, config.rms_norm_eps);
         let (width, latent, rope) = (v4.head_dim, config.q_lora_rank, v4.qk_rope_head_dim);
-        let (groups, o_lora, compression) = (v4.o_groups, v4.o_lora_rank, v4.compression[layer]);
+        let (groups, o_lora) = (v4.o_groups, v4.o_lora_rank);
         let of_group = heads / groups * width;
         let rows = checkpoint.take(&format!("{name}.wo_a.weight"), &[groups * o_lora, of_group])?;
         let wo_a =
@@ -221,7 +226,8 @@ impl Attention {
         out
     }
 
-    /// The rows that a query at `position` attends to, in the order of their sums.
+    /// The rows that a query at `position` attends to, in the order of their sums. A window that is not held in full
+    /// is that of a draft: a sequence has all that a query needs.
     fn keys<'a>(
         &self,
         position: usize,
@@ -229,7 +235,7 @@ impl Attention {
         selected: Option<&[u32]>,
         keys: &mut Vec<&'a [f32]>,
     ) {
-        let first = (position + 1).saturating_sub(self.window);
+        let first = (position + 1).saturating_sub(self.window).max(cache.window.first());
         keys.clear();
         keys.extend(cache.window.rows(first..position + 1).chunks_exact(self.width));
         let Some(RowCache { rows, .. }) = &cache.rows else { return };

@@ -298,6 +298,11 @@ pub(crate) fn state_format(group: &str, format: KvFormat) -> KvFormat {
 }
 
 impl LayerCache {
+    /// Of a layer with only a window.
+    pub(super) fn window_only(width: usize) -> Self {
+        Self { compression: None, window: Tail::new(width), rows: None, keys: None }
+    }
+
     /// Tokens per compressed row; 1 where there are none.
     fn ratio(&self) -> usize {
         self.compression.map_or(1, |compression| compression.ratio)

@@ -6,10 +6,11 @@
 
 use rayon::prelude::*;
 
-use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::kernel::vector::{exp, sum_squares};
 use crate::linear::Linear;
+use crate::v4::config::V4Config;
+use crate::{ModelConfig, Result};
 
 /// Tokens that one task mixes.
 const TILE_TOKENS: usize = 16;
@@ -166,6 +167,16 @@ impl HyperHead {
 }
 
 impl Streams {
+    pub(super) fn of(config: &ModelConfig, v4: &V4Config) -> Self {
+        Self {
+            count: v4.hc_mult,
+            hidden: config.hidden_size,
+            sinkhorn_iters: v4.hc_sinkhorn_iters,
+            hc_eps: v4.hc_eps,
+            rms_eps: config.rms_norm_eps,
+        }
+    }
+
     /// Root-mean-square norm over all streams of a token, without a weight.
     fn norm(&self, x: &[f32]) -> Vec<f32> {
         let width = self.count * self.hidden;

@@ -20,6 +20,11 @@ impl Tail {
         self.data.len()
     }
 
+    /// Position of the first row held.
+    pub(super) fn first(&self) -> usize {
+        self.first
+    }
+
     /// One past the last position.
     pub(super) fn end(&self) -> usize {
         self.first + self.data.len() / self.width

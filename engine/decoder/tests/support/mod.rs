@@ -90,9 +90,10 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Draws every weight of the model that `config` describes.
+    /// Draws every weight of the model that `config` describes; for V4 with a draft block, if it names one.
     pub fn random(config: Value, seed: u64) -> Self {
         let c = ModelConfig::from_json(&config.to_string()).unwrap();
+        let drafts = config["num_nextn_predict_layers"].as_u64().unwrap_or(0) > 0;
         let mut it = Self { config, tensors: BTreeMap::new() };
         let mut random = Random(seed);
         let experts = match &c.family {
@@ -117,7 +118,12 @@ impl Checkpoint {
         };
         match &c.family {
             Family::Mla(mla) => add_mla(&c, mla, &mut add),
-            Family::V4(v4) => add_v4(&c, v4, &mut add),
+            Family::V4(v4) => {
+                add_v4(&c, v4, &mut add);
+                if drafts {
+                    add_draft(&c, v4, &mut add);
+                }
+            }
         }
         it
     }
@@ -218,7 +224,7 @@ fn add_mla(c: &ModelConfig, mla: &MlaConfig, add: Add<'_>) {
 }
 
 fn add_v4(c: &ModelConfig, v4: &V4Config, add: Add<'_>) {
-    let (d, heads, n) = (c.hidden_size, c.num_attention_heads, v4.hc_mult);
+    let (d, n) = (c.hidden_size, v4.hc_mult);
     add("embed.weight".into(), &[c.vocab_size, d]);
     add("norm.weight".into(), &[d]);
     add("head.weight".into(), &[c.vocab_size, d]);
@@ -226,53 +232,77 @@ fn add_v4(c: &ModelConfig, v4: &V4Config, add: Add<'_>) {
     add("hc_head_base".into(), &[n]);
     add("hc_head_scale".into(), &[1]);
     for (layer, &compression) in v4.compression.iter().enumerate() {
-        let l = format!("layers.{layer}");
-        let a = format!("{l}.attn");
-        for site in ["attn", "ffn"] {
-            add(format!("{l}.{site}_norm.weight"), &[d]);
-            add(format!("{l}.hc_{site}_fn"), &[(2 + n) * n, n * d]);
-            add(format!("{l}.hc_{site}_base"), &[(2 + n) * n]);
-            add(format!("{l}.hc_{site}_scale"), &[3]);
-        }
-        add(format!("{a}.wq_a.weight"), &[c.q_lora_rank, d]);
-        add(format!("{a}.q_norm.weight"), &[c.q_lora_rank]);
-        add(format!("{a}.wq_b.weight"), &[heads * v4.head_dim, c.q_lora_rank]);
-        add(format!("{a}.wkv.weight"), &[v4.head_dim, d]);
-        add(format!("{a}.kv_norm.weight"), &[v4.head_dim]);
-        add(format!("{a}.attn_sink"), &[heads]);
-        let of_group = heads / v4.o_groups * v4.head_dim;
-        add(format!("{a}.wo_a.weight"), &[v4.o_groups * v4.o_lora_rank, of_group]);
-        add(format!("{a}.wo_b.weight"), &[d, v4.o_groups * v4.o_lora_rank]);
-        let mut compressor = |name: String, width: usize| {
-            let Some(Compression { ratio, sparse }) = compression else { return };
-            let channels = if sparse { 2 * width } else { width };
-            add(format!("{name}.ape"), &[ratio, channels]);
-            add(format!("{name}.wkv.weight"), &[channels, d]);
-            add(format!("{name}.wgate.weight"), &[channels, d]);
-            add(format!("{name}.norm.weight"), &[width]);
-        };
-        compressor(format!("{a}.compressor"), v4.head_dim);
-        if c.has_indexer[layer] {
-            compressor(format!("{a}.indexer.compressor"), c.index_head_dim);
-            add(format!("{a}.indexer.wq_b.weight"), &[c.index_n_heads * c.index_head_dim, c.q_lora_rank]);
-            add(format!("{a}.indexer.weights_proj.weight"), &[c.index_n_heads, d]);
-        }
-        add(format!("{l}.ffn.gate.weight"), &[v4.n_routed_experts, d]);
-        match v4.is_hash[layer] {
-            true => add(format!("{l}.ffn.gate.tid2eid"), &[c.vocab_size, v4.num_experts_per_tok]),
-            false => add(format!("{l}.ffn.gate.bias"), &[v4.n_routed_experts]),
-        }
-        let mut mlp = |name: String, width: usize| {
-            add(format!("{name}.w1.weight"), &[width, d]);
-            add(format!("{name}.w2.weight"), &[d, width]);
-            add(format!("{name}.w3.weight"), &[width, d]);
-        };
-        for expert in 0..v4.n_routed_experts {
-            mlp(format!("{l}.ffn.experts.{expert}"), v4.moe_intermediate_size);
-        }
-        if v4.n_shared_experts > 0 {
-            mlp(format!("{l}.ffn.shared_experts"), v4.moe_intermediate_size * v4.n_shared_experts);
-        }
+        add_v4_layer(c, v4, &format!("layers.{layer}"), (compression, v4.is_hash[layer]), add);
+    }
+}
+
+fn add_draft(c: &ModelConfig, v4: &V4Config, add: Add<'_>) {
+    let (d, n) = (c.hidden_size, v4.hc_mult);
+    for name in ["enorm", "hnorm", "norm"] {
+        add(format!("mtp.0.{name}.weight"), &[d]);
+    }
+    for name in ["e_proj", "h_proj"] {
+        add(format!("mtp.0.{name}.weight"), &[d, d]);
+    }
+    add("mtp.0.hc_head_fn".into(), &[n, n * d]);
+    add("mtp.0.hc_head_base".into(), &[n]);
+    add("mtp.0.hc_head_scale".into(), &[1]);
+    add_v4_layer(c, v4, "mtp.0", (None, false), add);
+}
+
+fn add_v4_layer(
+    c: &ModelConfig,
+    v4: &V4Config,
+    l: &str,
+    (compression, hash): (Option<Compression>, bool),
+    add: Add<'_>,
+) {
+    let (d, heads, n) = (c.hidden_size, c.num_attention_heads, v4.hc_mult);
+    let a = format!("{l}.attn");
+    for site in ["attn", "ffn"] {
+        add(format!("{l}.{site}_norm.weight"), &[d]);
+        add(format!("{l}.hc_{site}_fn"), &[(2 + n) * n, n * d]);
+        add(format!("{l}.hc_{site}_base"), &[(2 + n) * n]);
+        add(format!("{l}.hc_{site}_scale"), &[3]);
+    }
+    add(format!("{a}.wq_a.weight"), &[c.q_lora_rank, d]);
+    add(format!("{a}.q_norm.weight"), &[c.q_lora_rank]);
+    add(format!("{a}.wq_b.weight"), &[heads * v4.head_dim, c.q_lora_rank]);
+    add(format!("{a}.wkv.weight"), &[v4.head_dim, d]);
+    add(format!("{a}.kv_norm.weight"), &[v4.head_dim]);
+    add(format!("{a}.attn_sink"), &[heads]);
+    let of_group = heads / v4.o_groups * v4.head_dim;
+    add(format!("{a}.wo_a.weight"), &[v4.o_groups * v4.o_lora_rank, of_group]);
+    add(format!("{a}.wo_b.weight"), &[d, v4.o_groups * v4.o_lora_rank]);
+    let mut compressor = |name: String, width: usize| {
+        let Some(Compression { ratio, sparse }) = compression else { return };
+        let channels = if sparse { 2 * width } else { width };
+        add(format!("{name}.ape"), &[ratio, channels]);
+        add(format!("{name}.wkv.weight"), &[channels, d]);
+        add(format!("{name}.wgate.weight"), &[channels, d]);
+        add(format!("{name}.norm.weight"), &[width]);
+    };
+    compressor(format!("{a}.compressor"), v4.head_dim);
+    if compression.is_some_and(|compression| compression.sparse) {
+        compressor(format!("{a}.indexer.compressor"), c.index_head_dim);
+        add(format!("{a}.indexer.wq_b.weight"), &[c.index_n_heads * c.index_head_dim, c.q_lora_rank]);
+        add(format!("{a}.indexer.weights_proj.weight"), &[c.index_n_heads, d]);
+    }
+    add(format!("{l}.ffn.gate.weight"), &[v4.n_routed_experts, d]);
+    match hash {
+        true => add(format!("{l}.ffn.gate.tid2eid"), &[c.vocab_size, v4.num_experts_per_tok]),
+        false => add(format!("{l}.ffn.gate.bias"), &[v4.n_routed_experts]),
+    }
+    let mut mlp = |name: String, width: usize| {
+        add(format!("{name}.w1.weight"), &[width, d]);
+        add(format!("{name}.w2.weight"), &[d, width]);
+        add(format!("{name}.w3.weight"), &[width, d]);
+    };
+    for expert in 0..v4.n_routed_experts {
+        mlp(format!("{l}.ffn.experts.{expert}"), v4.moe_intermediate_size);
+    }
+    if v4.n_shared_experts > 0 {
+        mlp(format!("{l}.ffn.shared_experts"), v4.moe_intermediate_size * v4.n_shared_experts);
     }
 }
 

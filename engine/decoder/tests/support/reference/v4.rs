@@ -6,33 +6,70 @@ use super::{Outcome, Reference, Rows, best, dot};
 
 impl Reference<'_> {
     pub(super) fn run_v4(&self, tokens: &[TokenId]) -> Outcome {
+        let (x, selections, margin) = self.streams(tokens);
+        Outcome { logits: self.logits(&x, "hc_head", "norm"), selections, margin }
+    }
+
+    /// Logits of the draft block: row `t` joins the streams after token `t` with `next[t]`. With them the margin.
+    pub fn draft(&self, tokens: &[TokenId], next: &[TokenId]) -> (Rows, f64) {
+        let (mut x, _, mut margin) = self.streams(tokens);
+        let embedding = self.matrix("embed");
+        let next_rows: Rows = next.iter().map(|token| embedding[token.0 as usize].clone()).collect();
+        let joined = self.linear(&self.norm(&next_rows, "mtp.0.enorm", self.eps()), "mtp.0.e_proj");
+        for (x, joined) in x.iter_mut().zip(&joined) {
+            *x = self.linear(&self.norm(x, "mtp.0.hnorm", self.eps()), "mtp.0.h_proj");
+            for x in x.iter_mut() {
+                x.iter_mut().zip(joined).for_each(|(x, joined)| *x += joined);
+            }
+        }
+        self.layer(&mut x, "mtp.0", (0, false), next, &mut Vec::new(), &mut margin);
+        (self.logits(&x, "mtp.0.hc_head", "mtp.0.norm"), margin)
+    }
+
+    /// The streams after all layers, what the indexers selected, and the margin.
+    fn streams(&self, tokens: &[TokenId]) -> (Vec<Rows>, Vec<Vec<Vec<u32>>>, f64) {
         let embedding = self.matrix("embed");
         let streams = self.int("hc_mult");
         let mut x: Vec<Rows> =
             tokens.iter().map(|token| vec![embedding[token.0 as usize].clone(); streams]).collect();
         let (mut margin, mut selections) = (f64::INFINITY, Vec::new());
         for layer in 0..self.int("num_hidden_layers") {
-            let name = format!("layers.{layer}");
             let mut selected = Vec::new();
-            self.around(&mut x, &format!("{name}.hc_attn"), |input| {
-                let h = self.norm(input, &format!("{name}.attn_norm"), self.eps());
-                self.attention_v4(&h, layer, &mut selected, &mut margin)
-            });
+            let (name, kind) = (format!("layers.{layer}"), self.compression(layer));
+            self.layer(&mut x, &name, kind, tokens, &mut selected, &mut margin);
             selections.push(selected);
-            self.around(&mut x, &format!("{name}.hc_ffn"), |input| {
-                let h = self.norm(input, &format!("{name}.ffn_norm"), self.eps());
-                self.moe_v4(&h, &name, tokens, &mut margin)
-            });
         }
-        let mixes = self.mixes(&x, "hc_head");
-        let (scale, base) = (self.vector("hc_head_scale"), self.vector("hc_head_base"));
+        (x, selections, margin)
+    }
+
+    fn layer(
+        &self,
+        x: &mut [Rows],
+        name: &str,
+        kind: (usize, bool),
+        tokens: &[TokenId],
+        selected: &mut Vec<Vec<u32>>,
+        margin: &mut f64,
+    ) {
+        self.around(x, &format!("{name}.hc_attn"), |input| {
+            let h = self.norm(input, &format!("{name}.attn_norm"), self.eps());
+            self.attention_v4(&h, name, kind, selected, margin)
+        });
+        self.around(x, &format!("{name}.hc_ffn"), |input| {
+            let h = self.norm(input, &format!("{name}.ffn_norm"), self.eps());
+            self.moe_v4(&h, name, tokens, margin)
+        });
+    }
+
+    fn logits(&self, x: &[Rows], head: &str, norm: &str) -> Rows {
+        let mixes = self.mixes(x, head);
+        let (scale, base) = (self.vector(&format!("{head}_scale")), self.vector(&format!("{head}_base")));
         let combine = |(x, mixes): (&Rows, &Vec<f64>)| {
             let weight = |i: usize| sigmoid(mixes[i] * scale[0] + base[i]) + self.float("hc_eps", 0.0);
-            weighted(x, &(0..streams).map(weight).collect::<Vec<_>>())
+            weighted(x, &(0..self.int("hc_mult")).map(weight).collect::<Vec<_>>())
         };
         let h: Rows = x.iter().zip(&mixes).map(combine).collect();
-        let logits = self.linear(&self.norm(&h, "norm", self.eps()), "head");
-        Outcome { logits, selections, margin }
+        self.linear(&self.norm(&h, norm, self.eps()), "head")
     }
 
     /// One sublayer inside its hyper-connection.
@@ -89,11 +126,17 @@ impl Reference<'_> {
             .collect()
     }
 
-    fn attention_v4(&self, h: &Rows, layer: usize, selections: &mut Vec<Vec<u32>>, margin: &mut f64) -> Rows {
-        let a = format!("layers.{layer}.attn");
+    fn attention_v4(
+        &self,
+        h: &Rows,
+        name: &str,
+        (ratio, sparse): (usize, bool),
+        selections: &mut Vec<Vec<u32>>,
+        margin: &mut f64,
+    ) -> Rows {
+        let a = format!("{name}.attn");
         let (heads, width, window) =
             (self.int("num_attention_heads"), self.int("head_dim"), self.int("sliding_window"));
-        let (ratio, sparse) = self.compression(layer);
         let latents = self.norm(&self.linear(h, &format!("{a}.wq_a")), &format!("{a}.q_norm"), self.eps());
         let queries = self.linear(&latents, &format!("{a}.wq_b"));
         let kv = self.norm(&self.linear(h, &format!("{a}.wkv")), &format!("{a}.kv_norm"), self.eps());
