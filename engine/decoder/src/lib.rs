@@ -14,6 +14,7 @@ mod block;
 mod checkpoint;
 mod config;
 mod error;
+mod formats;
 pub mod golden;
 mod indexer;
 mod kernel;

@@ -169,6 +169,9 @@ impl ModelBuilder {
             Family::Mla(_) => ["model.embed_tokens.weight", "model.norm", "lm_head"],
             Family::V4(_) => ["embed.weight", "norm", "head"],
         };
+        if let Family::V4(v4) = &config.family {
+            v4::names::publish(&mut checkpoint, config.num_hidden_layers, v4)?;
+        }
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let embedding = checkpoint.take(embedding, &[vocab, hidden])?;
         let layers = match &config.family {

@@ -12,6 +12,7 @@ pub(crate) mod draft;
 mod hyper;
 mod indexer;
 mod moe;
+pub(crate) mod names;
 mod tail;
 
 use crate::checkpoint::Checkpoint;
