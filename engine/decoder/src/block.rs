@@ -9,12 +9,10 @@ use bytes::Bytes;
 use esker_prefix::{
     BlockHash, BlockObject, NamespaceId, ObjectKind, PlaneSpec, PrefixError, ScopeTag, StateObject,
 };
-use half::bf16;
 
 use crate::panels::KeyPanels;
 use crate::sequence::Cache;
-use crate::v4::cache::state_format;
-use crate::{DecoderError, KvFormat, Model, Result, Sequence};
+use crate::{DecoderError, Model, Result, Sequence};
 
 /// Whose block or state it is and which prefix it completes; the decoder knows rows only.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +51,7 @@ impl Sequence {
                     Cache::Mla(cache) => cache.rows(group, layer, tokens),
                     Cache::V4(cache) => cache.rows(group, layer, tokens),
                 };
-                encode(&rows, model.kv_format(), &mut bytes);
+                model.formats.codec(spec.group).encode(&rows, &mut bytes);
             }
             Bytes::from(bytes)
         };
@@ -78,8 +76,8 @@ impl Sequence {
             let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
             let (group, layers) = layers_of(model, spec);
             if let Cache::V4(cache) = &self.cache {
-                let format = state_format(group, model.kv_format());
-                layers.for_each(|layer| encode(&cache.state(group, layer, end), format, &mut bytes));
+                let codec = model.formats.codec(spec.group);
+                layers.for_each(|layer| codec.encode(&cache.state(group, layer, end), &mut bytes));
             }
             Bytes::from(bytes)
         };
@@ -104,10 +102,10 @@ impl Sequence {
                     Cache::V4(cache) => cache.place(group, layer),
                 };
                 match place {
-                    Place::Rows(rows) => decode(bytes, model.kv_format(), rows),
+                    Place::Rows(rows) => model.formats.codec(spec.group).decode(bytes, rows),
                     Place::Keys(keys) => {
                         let mut rows = Vec::new();
-                        decode(bytes, model.kv_format(), &mut rows);
+                        model.formats.codec(spec.group).decode(bytes, &mut rows);
                         keys.extend(&rows);
                     }
                 }
@@ -141,7 +139,7 @@ impl Sequence {
             let (group, layers) = layers_of(model, spec);
             for (bytes, layer) in plane.chunks_exact(plane.len() / layers.len()).zip(layers) {
                 let mut rows = Vec::new();
-                decode(bytes, state_format(group, model.kv_format()), &mut rows);
+                model.formats.codec(spec.group).decode(bytes, &mut rows);
                 cache.restore_state(group, layer, self.tokens, &rows);
             }
         }
@@ -204,18 +202,4 @@ fn layers_of<'a>(
     let first = usize::from(spec.first_layer);
     let layers = &group.layers[first..first + usize::from(spec.layers)];
     (&group.name, layers.iter().map(|&layer| usize::from(layer)))
-}
-
-fn encode(rows: &[f32], format: KvFormat, bytes: &mut Vec<u8>) {
-    match format {
-        KvFormat::F32 => bytes.extend(rows.iter().flat_map(|value| value.to_le_bytes())),
-        KvFormat::Bf16 => bytes.extend(rows.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes())),
-    }
-}
-
-fn decode(bytes: &[u8], format: KvFormat, rows: &mut Vec<f32>) {
-    match format {
-        KvFormat::F32 => rows.extend(bytes.as_chunks().0.iter().map(|&x| f32::from_le_bytes(x))),
-        KvFormat::Bf16 => rows.extend(bytes.as_chunks().0.iter().map(|&x| bf16::from_le_bytes(x).to_f32())),
-    }
 }

@@ -25,6 +25,11 @@ pub enum KvFormat {
     /// bfloat16: rows are rounded before their first use, so that a hit and a miss see the same numbers. Stored
     /// rows take half the bytes; in memory a sequence keeps the rounded values as F32.
     Bf16,
+    /// As deployed: FP8 rows with a scale per block and BF16 rotated channels; indexer keys FP8 (V3.2, GLM-5) or FP4
+    /// (V4), after a rotation by a Hadamard matrix, and the indexer's queries rounded like its keys.
+    Deployed,
+    /// The same with the indexer keys of V4 in FP8.
+    DeployedFp8Keys,
 }
 
 impl KvFormat {
@@ -32,6 +37,8 @@ impl KvFormat {
         match self {
             Self::F32 => RowFormat::F32,
             Self::Bf16 => RowFormat::Bf16,
+            Self::Deployed => RowFormat::Deployed,
+            Self::DeployedFp8Keys => RowFormat::DeployedFp8Keys,
         }
     }
 }

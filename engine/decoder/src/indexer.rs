@@ -66,22 +66,31 @@ impl Indexer {
         keys
     }
 
-    /// Selects for each query of a chunk that starts at position `first`. `x` is `[tokens, hidden]`, `latents` the
-    /// query latents `[tokens, q_lora_rank]`, `keys` those of all positions up to the chunk's end.
+    /// Width of a key.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Queries of a chunk, rotated, `[tokens, heads, index_head_dim]`. `latents` is `[tokens, q_lora_rank]`.
+    pub(crate) fn queries(&self, latents: &[f32], angles: &Angles) -> Vec<f32> {
+        let mut queries = self.wq_b.apply(latents);
+        for (token, query) in queries.chunks_exact_mut(self.heads * self.width).enumerate() {
+            query.chunks_exact_mut(self.width).for_each(|head| angles.rotate(token, self.interleave, head));
+        }
+        queries
+    }
+
+    /// Selects for each query of a chunk that starts at position `first`. `x` is `[tokens, hidden]`, `keys` those of all
+    /// positions up to the chunk's end.
     pub(crate) fn select(
         &self,
         x: &[f32],
-        latents: &[f32],
-        angles: &Angles,
+        queries: &[f32],
         first: usize,
         keys: &KeyPanels,
         selection: &mut [Vec<u32>],
     ) {
         let row = self.heads * self.width;
-        let mut queries = self.wq_b.apply(latents);
-        for (token, query) in queries.chunks_exact_mut(row).enumerate() {
-            query.chunks_exact_mut(self.width).for_each(|head| angles.rotate(token, self.interleave, head));
-        }
         let mut weights = self.weights_proj.apply(x);
         let scale = 1.0 / ((self.heads * self.width) as f32).sqrt();
         weights.iter_mut().for_each(|weight| *weight *= scale);

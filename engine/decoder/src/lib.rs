@@ -25,6 +25,7 @@ mod moe;
 mod norm;
 mod panels;
 mod rope;
+mod row_codec;
 mod sampler;
 mod sequence;
 mod tokenizer;

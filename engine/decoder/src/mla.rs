@@ -14,8 +14,9 @@ use crate::kernel::sparse::{Scratch, attend};
 use crate::linear::{Linear, transpose};
 use crate::norm::{LATENT_EPS, RmsNorm};
 use crate::rope::{Angles, Rope};
+use crate::row_codec::RowFormats;
 use crate::v32::LayerCache;
-use crate::{KvFormat, ModelConfig, Result};
+use crate::{ModelConfig, Result};
 
 /// Queries that one task takes through the attention: enough to reuse the packed `W_UK` and `W_UV`.
 const TILE_QUERIES: usize = 32;
@@ -107,7 +108,7 @@ impl Mla {
         x: &[f32],
         angles: &Angles,
         first: usize,
-        format: KvFormat,
+        formats: &RowFormats,
         cache: &mut LayerCache,
         selection: &mut [Vec<u32>],
     ) -> Vec<f32> {
@@ -125,14 +126,16 @@ impl Mla {
             row[..self.latent].copy_from_slice(&latent);
             angles.rotate(token, true, &mut row[self.latent..]);
         }
-        format.round(&mut rows);
+        formats.round_rows(&mut rows);
         cache.rows.extend_from_slice(&rows);
 
         if let Some(indexer) = &self.indexer {
             let mut keys = indexer.keys(x, angles);
-            format.round(&mut keys);
+            formats.round_keys(&mut keys, indexer.width());
             cache.keys.extend(&keys);
-            indexer.select(x, &latents, angles, first, &cache.keys, selection);
+            let mut queries = indexer.queries(&latents, angles);
+            formats.round_queries(&mut queries, indexer.width());
+            indexer.select(x, &queries, first, &cache.keys, selection);
         }
         self.o_proj.apply(&self.attend(&queries, &cache.rows, selection))
     }

@@ -8,6 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{Family, eos_token_ids};
 use crate::linear::Linear;
 use crate::norm::RmsNorm;
+use crate::row_codec::RowFormats;
 use crate::v4::draft::DraftBlock;
 use crate::{DecoderError, KvFormat, ModelConfig, Result};
 use crate::{kernel, v4, v32};
@@ -20,7 +21,8 @@ const FINGERPRINT_CONTEXT: &str = "esker 2026-11 decoder fingerprint v1";
 /// A loaded model.
 pub struct Model {
     pub(crate) config: ModelConfig,
-    pub(crate) format: KvFormat,
+    format: KvFormat,
+    pub(crate) formats: RowFormats,
     /// `[vocab, hidden]`.
     pub(crate) embedding: Vec<f32>,
     pub(crate) layers: Layers,
@@ -189,6 +191,7 @@ impl ModelBuilder {
             (Family::Mla(_), true) => return Err(DecoderError::NoDraft),
         };
         Ok(Model {
+            formats: RowFormats::of(self.layout.groups()).map_err(DecoderError::Config)?,
             config,
             format: self.format,
             embedding,

@@ -11,7 +11,7 @@ use crate::config::Family;
 use crate::model::Layers;
 use crate::v4::Passage;
 use crate::v4::draft::Residual;
-use crate::{DecoderError, KvFormat, Model, Result, v4, v32};
+use crate::{DecoderError, Model, Result, v4, v32};
 
 /// Tokens that go through the layers together: enough rows for the products to run at full rate, few enough that
 /// the intermediates stay in cache.
@@ -242,7 +242,7 @@ impl Sequence {
         cache.begin_replay(&plan, self.tokens);
         let mut done = 0;
         for chunk in rows.chunks(CHUNK_TOKENS) {
-            let passage = Passage { tokens: chunk, first: plan[0] + done, format: model.format };
+            let passage = Passage { tokens: chunk, first: plan[0] + done, formats: &model.formats };
             rayon::scope(|_| layers.replay(&model.embed(chunk), &passage, cache, &plan));
             done += chunk.len();
             if observer(Progress { done, total: rows.len() }).is_break() && done < rows.len() {
@@ -336,26 +336,17 @@ impl Sequence {
     /// Takes one chunk through all layers. Gives the residual stream, `[tokens, hidden]`.
     fn forward(&mut self, model: &Model, tokens: &[usize]) -> Vec<f32> {
         let x = model.embed(tokens);
-        let (first, format, recorded) = (self.tokens, model.format, self.recorded.as_mut());
+        let (first, formats, recorded) = (self.tokens, &model.formats, self.recorded.as_mut());
         let x = match (&model.layers, &mut self.cache) {
-            (Layers::Mla(layers), Cache::Mla(cache)) => layers.forward(x, first, format, cache, recorded),
+            (Layers::Mla(layers), Cache::Mla(cache)) => layers.forward(x, first, formats, cache, recorded),
             (Layers::V4(layers), Cache::V4(cache)) => {
                 let kept = self.residual.as_mut().map(|residual| &mut residual.values);
-                layers.forward(&x, &Passage { tokens, first, format }, cache, recorded, kept)
+                layers.forward(&x, &Passage { tokens, first, formats }, cache, recorded, kept)
             }
             _ => unreachable!("a sequence is used with the model that it was made for"),
         };
         self.tokens += tokens.len();
         self.restored = None;
         x
-    }
-}
-
-impl KvFormat {
-    /// Rounds rows to what a block can hold, before their first use.
-    pub(crate) fn round(self, rows: &mut [f32]) {
-        if self == Self::Bf16 {
-            rows.iter_mut().for_each(|value| *value = half::bf16::from_f32(*value).to_f32());
-        }
     }
 }

@@ -13,7 +13,8 @@ use crate::moe::{Mlp, Moe};
 use crate::norm::RmsNorm;
 use crate::panels::KeyPanels;
 use crate::rope::{Angles, Rope};
-use crate::{DecoderError, KvFormat, ModelConfig, Result, StateField};
+use crate::row_codec::RowFormats;
+use crate::{DecoderError, ModelConfig, Result, StateField};
 
 const KEY_GROUP: &str = "indexer_key";
 
@@ -59,7 +60,7 @@ impl Layers {
         &self,
         mut x: Vec<f32>,
         first: usize,
-        format: KvFormat,
+        formats: &RowFormats,
         cache: &mut Cache,
         mut recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
     ) -> Vec<f32> {
@@ -69,7 +70,7 @@ impl Layers {
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = layer.input_norm.apply(&x);
             let cache = &mut cache.layers[index];
-            let attended = layer.attention.forward(&normed, &angles, first, format, cache, &mut selection);
+            let attended = layer.attention.forward(&normed, &angles, first, formats, cache, &mut selection);
             add_scaled(&mut x, &attended, 1.0);
             let transformed = layer.mlp.forward(&layer.post_norm.apply(&x));
             add_scaled(&mut x, &transformed, 1.0);

@@ -18,7 +18,8 @@ mod tail;
 use crate::checkpoint::Checkpoint;
 use crate::norm::RmsNorm;
 use crate::rope::{Angles, Rope};
-use crate::{DecoderError, KvFormat, ModelConfig, Result, StateField};
+use crate::row_codec::RowFormats;
+use crate::{DecoderError, ModelConfig, Result, StateField};
 use attention::{Attention, Chunk};
 use cache::{Cache, LayerCache};
 use config::{Compression, V4Config};
@@ -40,8 +41,8 @@ pub(crate) struct Passage<'a> {
     pub(crate) tokens: &'a [usize],
     /// Position of the first.
     pub(crate) first: usize,
-    /// Number format of the rows.
-    pub(crate) format: KvFormat,
+    /// What its rows are rounded to.
+    pub(crate) formats: &'a RowFormats,
 }
 
 impl Passage<'_> {

@@ -9,7 +9,7 @@ use esker_decoder::{KvFormat, Model, Sequence, StateField};
 use esker_prefix::TokenId;
 use rayon::ThreadPoolBuilder;
 use serde_json::json;
-use support::{Checkpoint, Random, logit_bits, row_bits, v4, v32, with};
+use support::{Checkpoint, Random, deployed, logit_bits, row_bits, v4, v32, with};
 
 const FIELDS: [StateField; 13] = [
     StateField::Latent,
@@ -91,6 +91,18 @@ fn v4_in_both_formats() {
     });
     let model = Checkpoint::random(with(v4(), wide), 16).load(KvFormat::F32, 16);
     compare(&model, &Random(17).tokens(300, 61), 18);
+}
+
+#[test]
+fn in_the_deployed_formats() {
+    for (config, format) in [
+        (v32(), KvFormat::Deployed),
+        (v4(), KvFormat::Deployed),
+        (with(v4(), json!({"sliding_window": 70})), KvFormat::DeployedFp8Keys),
+    ] {
+        let model = Checkpoint::random(deployed(config), 19).load(format, 16);
+        compare(&model, &Random(20).tokens(150, 61), 21);
+    }
 }
 
 #[test]

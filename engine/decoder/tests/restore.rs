@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use esker_decoder::{DecoderError, ErrorKind, KvFormat, Logits, Model, Sequence};
 use esker_prefix::{BlockObject, TokenId};
 use serde_json::json;
-use support::{Checkpoint, Random, identity, logit_bits, v32, with};
+use support::{Checkpoint, Random, deployed, identity, logit_bits, v32, with};
 
 const TOKENS: usize = 75;
 
@@ -28,8 +28,9 @@ fn blocks(model: &Model, sequence: &Sequence, chain: u8) -> Vec<BlockObject> {
 #[test]
 fn at_every_boundary_in_both_formats_with_and_without_shared_selections() {
     let shared = json!({"model_type": "glm_moe_dsa", "num_hidden_layers": 4, "index_topk_freq": 3});
-    for config in [v32(), with(v32(), shared)] {
-        for format in [KvFormat::F32, KvFormat::Bf16] {
+    for config in [v32(), with(v32(), shared), deployed(v32())] {
+        let narrow = config["kv_lora_rank"] == 256;
+        for format in [KvFormat::F32, if narrow { KvFormat::Deployed } else { KvFormat::Bf16 }] {
             for block_tokens in [1, 16, 64] {
                 let model = Checkpoint::random(config.clone(), 3).load(format, block_tokens);
                 let (sequence, tokens) = filled(&model, 4);

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use esker_decoder::{DecoderError, KvFormat, Logits, Model, Sequence};
 use esker_prefix::{BlockObject, TokenId};
 use serde_json::{Value, json};
-use support::{Checkpoint, Random, identity, logit_bits, v4, v32, with};
+use support::{Checkpoint, Random, deployed, identity, logit_bits, v4, v32, with};
 
 /// A model of blocks of 16 tokens.
 fn model(changes: Value, format: KvFormat) -> Model {
@@ -36,6 +36,7 @@ fn replayed_equals_uninterrupted_at_every_boundary() {
     for (changes, format, count) in [
         (json!({"sliding_window": 6}), KvFormat::F32, 139),
         (json!({"sliding_window": 9}), KvFormat::Bf16, 75),
+        (with(deployed(v4()), json!({"sliding_window": 7})), KvFormat::Deployed, 75),
         (sparse, KvFormat::F32, 75),
         (narrow, KvFormat::F32, 75),
         // Longer than a chunk, and than the sequence.

@@ -7,12 +7,16 @@ mod support;
 use esker_decoder::{DecoderError, ErrorKind, KvFormat, Logits, Model, Sequence, StateField};
 use esker_prefix::{BlockObject, ObjectKind, StateObject, TokenId};
 use serde_json::json;
-use support::{Checkpoint, Random, identity, logit_bits, v4, v32, with};
+use support::{Checkpoint, Random, deployed, identity, logit_bits, v4, v32, with};
 
 const TOKENS: usize = 139;
 
 fn model(format: KvFormat, window: usize) -> Model {
-    Checkpoint::random(with(v4(), json!({"sliding_window": window})), 3).load(format, 16)
+    let base = match format {
+        KvFormat::Deployed | KvFormat::DeployedFp8Keys => deployed(v4()),
+        KvFormat::F32 | KvFormat::Bf16 => v4(),
+    };
+    Checkpoint::random(with(base, json!({"sliding_window": window})), 3).load(format, 16)
 }
 
 /// A whole sequence, its blocks, and its state at every boundary.
@@ -37,8 +41,14 @@ fn restored(model: &Model, blocks: &[BlockObject], state: &StateObject) -> Seque
 }
 
 #[test]
-fn restored_equals_uninterrupted_at_every_boundary_in_both_formats() {
-    for (format, window) in [(KvFormat::F32, 6), (KvFormat::Bf16, 6), (KvFormat::Bf16, 40)] {
+fn restored_equals_uninterrupted_at_every_boundary_in_every_format() {
+    for (format, window) in [
+        (KvFormat::F32, 6),
+        (KvFormat::Bf16, 6),
+        (KvFormat::Bf16, 40),
+        (KvFormat::Deployed, 6),
+        (KvFormat::DeployedFp8Keys, 40),
+    ] {
         let model = model(format, window);
         let tokens = Random(4).tokens(TOKENS, 61);
         let whole = logit_bits(&model, &mut Sequence::new(&model), &tokens, &[TOKENS]);
@@ -59,6 +69,38 @@ fn restored_equals_uninterrupted_at_every_boundary_in_both_formats() {
                 sequence.prefill(&model, &tokens[(index + 1) * 16..end], Logits::None).unwrap();
             }
         }
+    }
+}
+
+/// Objects have the sizes that the formats give; a format changes numbers a little, and only the narrower ones.
+#[test]
+fn formats_cost_what_they_say() {
+    let row = |width: usize, narrow: usize, format: KvFormat| match format {
+        KvFormat::F32 => 4 * width,
+        KvFormat::Bf16 => 2 * width,
+        KvFormat::Deployed | KvFormat::DeployedFp8Keys => narrow,
+    };
+    let tokens = Random(5).tokens(64, 61);
+    let checkpoint = Checkpoint::random(deployed(v4()), 3);
+    let logits = |model: &Model| {
+        let out = Sequence::new(model).prefill(model, &tokens, Logits::All).unwrap();
+        out.rows().flatten().copied().collect::<Vec<_>>()
+    };
+    let exact = logits(&checkpoint.load(KvFormat::F32, 16));
+    for (format, key, worst) in [
+        (KvFormat::F32, 4 * 128, 0.0),
+        (KvFormat::Bf16, 2 * 128, 0.2),
+        (KvFormat::DeployedFp8Keys, 132, 2.0),
+        (KvFormat::Deployed, 68, 2.0),
+    ] {
+        let model = checkpoint.load(format, 16);
+        // 128 e4m3, 8 bf16, 2 scales, one unused; two sparse layers with four rows a block, two heavy ones with one.
+        let row = row(136, 128 + 16 + 2 + 1, format);
+        let bytes = |kind| usize::try_from(model.layout().object_bytes(kind)).unwrap();
+        assert_eq!(bytes(ObjectKind::Block), 2 * 4 * (row + key) + 2 * row);
+        assert_eq!(bytes(ObjectKind::State), 5 * 6 * row + 2 * 4 * 2 * (136 + 128) * 4);
+        let apart = exact.iter().zip(logits(&model)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart <= worst && (apart > 0.0) == (worst > 0.0), "{format:?}: {apart}");
     }
 }
 

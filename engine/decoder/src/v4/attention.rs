@@ -15,12 +15,13 @@ use crate::kernel::sparse::Scratch;
 use crate::linear::{Linear, transpose};
 use crate::norm::{RmsNorm, rms_norm};
 use crate::rope::{Angles, Rope};
+use crate::row_codec::RowFormats;
 use crate::v4::Passage;
 use crate::v4::cache::{KeyCache, LayerCache, RowCache};
 use crate::v4::compressor::Compressor;
 use crate::v4::config::{Compression, V4Config};
 use crate::v4::indexer::Indexer;
-use crate::{KvFormat, ModelConfig, Result};
+use crate::{ModelConfig, Result};
 
 /// Queries that one task takes through the attention and the first output projection.
 const TILE_QUERIES: usize = 16;
@@ -55,12 +56,12 @@ pub(super) struct Chunk<'a> {
     pub(super) rope: &'a Rope,
     /// The chunk's own positions.
     pub(super) angles: Cow<'a, Angles>,
-    pub(super) format: KvFormat,
+    pub(super) formats: &'a RowFormats,
 }
 
 impl<'a> Chunk<'a> {
-    pub(super) fn new(passage: &Passage<'_>, rope: &'a Rope, angles: &'a Angles) -> Self {
-        Self { first: passage.first, rope, angles: Cow::Borrowed(angles), format: passage.format }
+    pub(super) fn new(passage: &Passage<'a>, rope: &'a Rope, angles: &'a Angles) -> Self {
+        Self { first: passage.first, rope, angles: Cow::Borrowed(angles), formats: passage.formats }
     }
 
     /// Leaves out the first `count` of its `tokens`.
@@ -156,7 +157,7 @@ impl Attention {
             .indexer
             .as_ref()
             .zip(cache.keys.as_ref())
-            .map(|(indexer, cache)| indexer.select(x, &latents, &chunk.angles, chunk.first, &cache.keys));
+            .map(|(indexer, cache)| indexer.select(x, &latents, chunk, &cache.keys));
         let attended = self.attend(&queries, chunk, cache, selection.as_deref());
         (self.wo_b.apply(&attended), selection)
     }
@@ -172,7 +173,7 @@ impl Attention {
             self.kv_norm.row(raw, row);
             chunk.angles.rotate(token, true, &mut row[self.width - self.rope..]);
         }
-        chunk.format.round(&mut rows);
+        chunk.formats.round_rows(&mut rows);
         cache.window.extend(&rows);
 
         let end = cache.window.end();
@@ -181,7 +182,7 @@ impl Attention {
             compressor.extend(inputs, x, chunk.first);
             let new = rows.len() / self.width..end / self.ratio;
             let mut new = compressor.rows(new, inputs, chunk.rope);
-            chunk.format.round(&mut new);
+            chunk.formats.round_rows(&mut new);
             rows.extend_from_slice(&new);
         }
         if let Some((indexer, cache)) = self.indexer.as_ref().zip(cache.keys.as_mut()) {
@@ -189,7 +190,7 @@ impl Attention {
             indexer.compressor.extend(inputs, x, chunk.first);
             let new = keys.count()..end / self.ratio;
             let mut new = indexer.compressor.rows(new, inputs, chunk.rope);
-            chunk.format.round(&mut new);
+            chunk.formats.round_keys(&mut new, indexer.width());
             keys.extend(&new);
         }
     }

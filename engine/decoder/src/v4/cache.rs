@@ -12,7 +12,7 @@ use crate::block::Place;
 use crate::panels::KeyPanels;
 use crate::v4::config::{Compression, V4Config};
 use crate::v4::tail::Tail;
-use crate::{KvFormat, ModelConfig, StateField};
+use crate::{ModelConfig, StateField};
 
 /// The cache of one sequence.
 pub(crate) struct Cache {
@@ -291,11 +291,6 @@ impl Cache {
 
 const KEY_GROUP: &str = "csa_indexer_key";
 const OVERLAP_GROUP: &str = "csa_overlap";
-
-/// Whether a state group is stored in the model's row format; what sums are formed from stays F32.
-pub(crate) fn state_format(group: &str, format: KvFormat) -> KvFormat {
-    if group == OVERLAP_GROUP { KvFormat::F32 } else { format }
-}
 
 impl LayerCache {
     /// Of a layer with only a window.

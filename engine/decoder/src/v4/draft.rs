@@ -145,7 +145,7 @@ impl Draft {
         let wide = residual.values.len() / rows.len();
         let mut values = Vec::new();
         for (tokens, streams) in rows.chunks(CHUNK_TOKENS).zip(residual.values.chunks(CHUNK_TOKENS * wide)) {
-            let passage = Passage { tokens, first: self.tokens(), format: model.format };
+            let passage = Passage { tokens, first: self.tokens(), formats: &model.formats };
             let out = block.forward(&model.embed(tokens), streams, &passage, &mut self.cache);
             values.extend(model.head.apply(&out));
             // A cut goes back by some guessed tokens; twice the window leaves whole windows for as many.

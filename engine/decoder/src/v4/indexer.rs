@@ -9,8 +9,8 @@ use crate::checkpoint::Checkpoint;
 use crate::kernel::sparse::{PANEL, index_scores};
 use crate::linear::Linear;
 use crate::panels::KeyPanels;
-use crate::rope::Angles;
 use crate::topk::TopK;
+use crate::v4::attention::Chunk;
 use crate::v4::compressor::Compressor;
 use crate::v4::config::{Compression, V4Config};
 use crate::{ModelConfig, Result};
@@ -63,23 +63,28 @@ impl Indexer {
         self.wq_b.parameters() + self.weights_proj.parameters() + self.compressor.parameters()
     }
 
-    /// Selects for each query of a chunk that starts at position `first`. `x` is `[tokens, hidden]`, `latents` the
-    /// query latents `[tokens, q_lora_rank]`, `keys` those of all rows that the chunk completes.
+    /// Width of a key.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Selects for each query of a chunk. `x` is `[tokens, hidden]`, `latents` the query latents
+    /// `[tokens, q_lora_rank]`, `keys` those of all rows that the chunk completes.
     pub(super) fn select(
         &self,
         x: &[f32],
         latents: &[f32],
-        angles: &Angles,
-        first: usize,
+        chunk: &Chunk<'_>,
         keys: &KeyPanels,
     ) -> Vec<Vec<u32>> {
         let row = self.heads * self.width;
         let mut queries = self.wq_b.apply(latents);
         for (token, query) in queries.chunks_exact_mut(row).enumerate() {
             for head in query.chunks_exact_mut(self.width) {
-                angles.rotate(token, true, &mut head[self.width - self.rope..]);
+                chunk.angles.rotate(token, true, &mut head[self.width - self.rope..]);
             }
         }
+        chunk.formats.round_queries(&mut queries, self.width);
         let mut weights = self.weights_proj.apply(x);
         let scale = 1.0 / ((self.heads * self.width) as f32).sqrt();
         weights.iter_mut().for_each(|weight| *weight *= scale);
@@ -91,7 +96,14 @@ impl Indexer {
             .zip(weights.par_chunks(TILE_QUERIES * self.heads))
             .enumerate()
             .for_each_init(Scratch::default, |scratch, (index, ((selection, queries), weights))| {
-                self.select_tile(queries, weights, first + index * TILE_QUERIES, keys, selection, scratch);
+                self.select_tile(
+                    queries,
+                    weights,
+                    chunk.first + index * TILE_QUERIES,
+                    keys,
+                    selection,
+                    scratch,
+                );
             });
         selection
     }

@@ -74,6 +74,15 @@ pub fn v4() -> Value {
     })
 }
 
+/// Widths that the deployed row formats can cut into their blocks.
+pub fn deployed(base: Value) -> Value {
+    let widths = match base["model_type"] == "deepseek_v4" {
+        true => json!({"head_dim": 136, "index_head_dim": 128}),
+        false => json!({"kv_lora_rank": 256, "index_head_dim": 128}),
+    };
+    with(base, widths)
+}
+
 /// `base` with some fields replaced.
 pub fn with(mut base: Value, changes: Value) -> Value {
     for (name, value) in changes.as_object().unwrap() {
