@@ -45,6 +45,8 @@ impl Sequence {
         let plane = |spec: &PlaneSpec| {
             let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
             let (group, layers) = layers_of(model, spec);
+            // Where blocks cut runs of tokens, one may complete a row less than another.
+            let (mut whole, layer_bytes) = (0, layer_bytes(spec));
             for layer in layers {
                 let tokens = end - block_tokens..end;
                 let rows = match &self.cache {
@@ -52,6 +54,8 @@ impl Sequence {
                     Cache::V4(cache) => cache.rows(group, layer, tokens),
                 };
                 model.formats.codec(spec.group).encode(&rows, &mut bytes);
+                whole += layer_bytes;
+                bytes.resize(whole, 0);
             }
             Bytes::from(bytes)
         };
@@ -77,7 +81,8 @@ impl Sequence {
             let (group, layers) = layers_of(model, spec);
             if let Cache::V4(cache) = &self.cache {
                 let codec = model.formats.codec(spec.group);
-                layers.for_each(|layer| codec.encode(&cache.state(group, layer, end), &mut bytes));
+                let rows = model.layout().groups()[usize::from(spec.group)].rows as usize;
+                layers.for_each(|layer| codec.encode(&cache.state(group, layer, end, rows), &mut bytes));
             }
             Bytes::from(bytes)
         };
@@ -96,7 +101,15 @@ impl Sequence {
         self.reserve(model, block_tokens);
         for (spec, plane) in model.layout().planes(ObjectKind::Block).iter().zip(block.planes()) {
             let (group, layers) = layers_of(model, spec);
-            for (bytes, layer) in plane.chunks_exact(plane.len() / layers.len()).zip(layers) {
+            let tokens = self.tokens..self.tokens + block_tokens;
+            let row_bytes =
+                layer_bytes(spec) / model.layout().groups()[usize::from(spec.group)].rows as usize;
+            for (bytes, layer) in plane.chunks_exact(layer_bytes(spec)).zip(layers) {
+                let rows = match &self.cache {
+                    Cache::Mla(_) => block_tokens,
+                    Cache::V4(cache) => cache.rows_of(layer, tokens.clone()).len(),
+                };
+                let bytes = &bytes[..rows * row_bytes];
                 let place = match &mut self.cache {
                     Cache::Mla(cache) => cache.place(group, layer),
                     Cache::V4(cache) => cache.place(group, layer),
@@ -137,7 +150,7 @@ impl Sequence {
         cache.drop_state(self.tokens);
         for (spec, plane) in model.layout().planes(ObjectKind::State).iter().zip(state.planes()) {
             let (group, layers) = layers_of(model, spec);
-            for (bytes, layer) in plane.chunks_exact(plane.len() / layers.len()).zip(layers) {
+            for (bytes, layer) in plane.chunks_exact(layer_bytes(spec)).zip(layers) {
                 let mut rows = Vec::new();
                 model.formats.codec(spec.group).decode(bytes, &mut rows);
                 cache.restore_state(group, layer, self.tokens, &rows);
@@ -191,6 +204,11 @@ fn check_planes(model: &Model, kind: ObjectKind, planes: &[Bytes]) -> Result<()>
         }
     }
     Ok(())
+}
+
+/// Bytes of one layer in a plane.
+fn layer_bytes(spec: &PlaneSpec) -> usize {
+    usize::try_from(spec.len_bytes).unwrap_or(0) / usize::from(spec.layers)
 }
 
 /// The group of a plane and its layers of the model.

@@ -157,14 +157,6 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Tokens of the smallest block that this model's rows fit.
-    pub(crate) fn least_block_tokens(&self) -> usize {
-        match &self.family {
-            Family::Mla(_) => 1,
-            Family::V4(v4) => v4.least_block_tokens(),
-        }
-    }
-
     /// The layout of this model's blocks. What a published file may give in several ways is written out in the one
     /// that the layout's own reader takes first.
     pub(crate) fn layout(&self, text: &str, format: KvFormat, block_tokens: u32) -> Result<KvLayout> {

@@ -12,8 +12,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Serialize;
 
 use crate::{
-    BlockIdentity, DecoderError, KvFormat, Logits, LogitsOut, Model, ModelBuilder, ModelConfig, Result,
-    Sequence, StateField,
+    BlockIdentity, DecoderError, KvFormat, Logits, LogitsOut, Model, ModelBuilder, Result, Sequence,
+    StateField,
 };
 
 /// Bound on the logits' largest difference, for F32 arithmetic in any order of summation.
@@ -27,8 +27,7 @@ const MAX_BOUNDARIES: usize = 8;
 /// How to run a check.
 #[derive(Clone, Copy, Debug)]
 pub struct GoldenSettings {
-    /// Tokens per block of the restored run, a power of two; halved until two blocks fit the golden sequence, and
-    /// never below what the model's rows need.
+    /// Tokens per block of the restored run, a power of two; halved until two blocks fit the golden sequence.
     pub block_tokens: u32,
     /// Lengths of the prefill calls of the uninterrupted run, repeated until all tokens are in; empty for one call.
     pub schedule: &'static [usize],
@@ -82,8 +81,6 @@ pub fn check(
     while block_tokens > 1 && 2 * block_tokens as usize > golden.tokens.len() {
         block_tokens /= 2;
     }
-    let least = ModelConfig::from_json(config_json)?.least_block_tokens();
-    let block_tokens = block_tokens.max(u32::try_from(least).unwrap_or(u32::MAX));
     let mut builder = ModelBuilder::new(config_json, KvFormat::F32, block_tokens)?;
     for (shard, bytes) in shards {
         builder.shard(&shard, bytes)?;

@@ -337,7 +337,8 @@ impl RowFormats {
             Some(RowCodec::Mixed(_)) => true,
             _ => false,
         };
-        let row = groups.iter().position(|group| !is_key(group) && !group.name.ends_with("overlap"));
+        let is_input = |group: &Group| ["overlap", "pending"].iter().any(|end| group.name.ends_with(end));
+        let row = groups.iter().position(|group| !is_key(group) && !is_input(group));
         Ok(Self { codecs, row, key, rotated })
     }
 

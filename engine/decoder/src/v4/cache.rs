@@ -104,7 +104,7 @@ impl Cache {
             self.resumable_from = Some(boundary);
             self.drop_windows(boundary);
             for layer in &mut self.layers {
-                let first = boundary.saturating_sub(layer.overlap());
+                let first = boundary - layer.kept(boundary);
                 layer.inputs().for_each(|inputs| inputs.drop_before(first));
             }
         }
@@ -124,7 +124,7 @@ impl Cache {
         self.resumable_from = None;
         for (layer, &first) in self.layers.iter_mut().zip(plan) {
             layer.window.restart(first, &[]);
-            let kept = layer.compression.map_or(0, |compression| compression.kept(tokens));
+            let kept = layer.kept(tokens);
             layer.inputs().for_each(|inputs| inputs.restart(tokens - kept, &[]));
         }
     }
@@ -162,11 +162,16 @@ impl Cache {
         }
     }
 
-    /// A layer's rows of one group of the layout, for a run of tokens that ends where a block does.
+    /// The rows that a layer completes in a run of tokens.
+    pub(crate) fn rows_of(&self, layer: usize, tokens: Range<usize>) -> Range<usize> {
+        let ratio = self.layers[layer].ratio();
+        tokens.start / ratio..tokens.end / ratio
+    }
+
+    /// A layer's rows of one group of the layout, of those that it completes in a run of tokens.
     pub(crate) fn rows(&self, group: &str, layer: usize, tokens: Range<usize>) -> Cow<'_, [f32]> {
-        let layer = &self.layers[layer];
-        let (ratio, LayerCache { rows, keys, .. }) = (layer.ratio(), layer);
-        let range = tokens.start / ratio..tokens.end / ratio;
+        let range = self.rows_of(layer, tokens);
+        let LayerCache { rows, keys, .. } = &self.layers[layer];
         match (rows, keys, group) {
             (_, Some(cache), KEY_GROUP) => cache.keys.rows(range).into(),
             (Some(cache), ..) => cache.rows[range.start * self.width..range.end * self.width].into(),
@@ -184,47 +189,73 @@ impl Cache {
         }
     }
 
-    /// A layer's state of one group after `tokens` tokens, which is held: the window's rows, oldest first, zero where
-    /// there was no position yet; or the overlap, `[ratio, values | gates | indexer values | indexer gates]`.
-    pub(crate) fn state(&self, group: &str, layer: usize, tokens: usize) -> Vec<f32> {
+    /// A layer's state of one group after `tokens` tokens, which is held, of `rows` rows: the window, oldest first; the
+    /// overlap, `[ratio, values | gates | indexer values | indexer gates]`; or what an open run of tokens has so far, in
+    /// whole channels. Zero where there is nothing yet.
+    pub(crate) fn state(&self, group: &str, layer: usize, tokens: usize, rows: usize) -> Vec<f32> {
         let cache = &self.layers[layer];
-        if group != OVERLAP_GROUP {
+        let mut out = Vec::new();
+        if group == WINDOW_GROUP {
             let first = tokens.saturating_sub(self.window);
-            let mut rows = vec![0.0; (self.window - (tokens - first)) * self.width];
-            rows.extend_from_slice(cache.window.rows(first..tokens));
-            return rows;
+            out.resize((self.window - (tokens - first)) * self.width, 0.0);
+            out.extend_from_slice(cache.window.rows(first..tokens));
+            return out;
         }
-        let mut rows = Vec::new();
-        for position in tokens - cache.overlap()..tokens {
-            for inputs in cache.both_inputs() {
-                let (values, gates) = first_halves(inputs.row(position));
-                rows.extend_from_slice(values);
-                rows.extend_from_slice(gates);
+        let last = tokens - tokens % cache.ratio();
+        if group == OVERLAP_GROUP {
+            for position in last.saturating_sub(cache.overlap())..last {
+                for inputs in cache.both_inputs() {
+                    let (values, gates) = first_halves(inputs.row(position));
+                    out.extend_from_slice(values);
+                    out.extend_from_slice(gates);
+                }
             }
+            out.resize(rows * 2 * (self.width + self.key_width), 0.0);
+        } else {
+            for position in last..tokens {
+                cache.both_inputs().for_each(|inputs| out.extend_from_slice(inputs.row(position)));
+            }
+            let width: usize = cache.both_inputs().map(Tail::width).sum();
+            out.resize(rows * width, 0.0);
         }
-        rows
+        out
     }
 
-    /// Puts back what [`Cache::state`] gave.
+    /// Puts back what [`Cache::state`] gave, in the order of the layout: the overlap before an open run.
     pub(crate) fn restore_state(&mut self, group: &str, layer: usize, tokens: usize, rows: &[f32]) {
         let (width, key_width) = (self.width, self.key_width);
         let cache = &mut self.layers[layer];
-        if group != OVERLAP_GROUP {
+        if group == WINDOW_GROUP {
             let first = tokens.saturating_sub(self.window);
             cache.window.restart(first, &rows[rows.len() - (tokens - first) * width..]);
             return;
         }
-        // A later row reads only the first halves of these tokens.
-        let fill = |values: &[f32]| [values, &vec![0.0; values.len()]].concat();
-        let (mut inputs, mut key_inputs) = (Vec::new(), Vec::new());
-        for row in rows.chunks_exact(2 * (width + key_width)) {
-            let (own, key) = row.split_at(2 * width);
-            own.chunks_exact(width).for_each(|values| inputs.extend(fill(values)));
-            key.chunks_exact(key_width).for_each(|values| key_inputs.extend(fill(values)));
+        let (last, overlap) = (tokens - tokens % cache.ratio(), cache.overlap());
+        if group == OVERLAP_GROUP {
+            // A later row reads only the first halves of these tokens.
+            let fill = |values: &[f32]| [values, &vec![0.0; values.len()]].concat();
+            let (mut inputs, mut key_inputs) = (Vec::new(), Vec::new());
+            let held = if last > 0 { overlap } else { 0 };
+            for row in rows.chunks_exact(2 * (width + key_width)).take(held) {
+                let (own, key) = row.split_at(2 * width);
+                own.chunks_exact(width).for_each(|values| inputs.extend(fill(values)));
+                key.chunks_exact(key_width).for_each(|values| key_inputs.extend(fill(values)));
+            }
+            for (tail, rows) in cache.inputs().zip([inputs, key_inputs]) {
+                tail.restart(last - held, &rows);
+            }
+            return;
         }
-        let first = tokens - cache.overlap();
-        for (tail, rows) in cache.inputs().zip([inputs, key_inputs]) {
-            tail.restart(first, &rows);
+        if overlap == 0 {
+            cache.inputs().for_each(|inputs| inputs.restart(last, &[]));
+        }
+        let mut rest = rows;
+        for _ in last..tokens {
+            for inputs in cache.inputs() {
+                let (row, later) = rest.split_at(inputs.width());
+                inputs.extend(row);
+                rest = later;
+            }
         }
     }
 
@@ -290,6 +321,7 @@ impl Cache {
 }
 
 const KEY_GROUP: &str = "csa_indexer_key";
+const WINDOW_GROUP: &str = "window";
 const OVERLAP_GROUP: &str = "csa_overlap";
 
 impl LayerCache {
@@ -305,6 +337,10 @@ impl LayerCache {
 
     fn overlap(&self) -> usize {
         self.compression.map_or(0, Compression::overlap)
+    }
+
+    fn kept(&self, tokens: usize) -> usize {
+        self.compression.map_or(0, |compression| compression.kept(tokens))
     }
 
     fn inputs(&mut self) -> impl Iterator<Item = &mut Tail> {

@@ -68,11 +68,6 @@ pub struct Compression {
 }
 
 impl V4Config {
-    /// Tokens of the smallest block in which every layer completes whole rows.
-    pub(crate) fn least_block_tokens(&self) -> usize {
-        self.compression.iter().flatten().map(|compression| compression.ratio).max().unwrap_or(1)
-    }
-
     /// For each layer the first position that it must be fed, and behind them `tokens`, to rebuild the state after
     /// `tokens` tokens, of which the compressed rows are held. A layer's own state takes its last window and what its
     /// compressor keeps; what it feeds the next layer takes one window less one token before that.

@@ -15,6 +15,11 @@ impl Tail {
         Self { width, first: 0, data: Vec::new() }
     }
 
+    /// Numbers of a row.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
     /// Numbers held.
     pub(super) fn len(&self) -> usize {
         self.data.len()

@@ -150,19 +150,14 @@ fn v4(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<Group
     let layers_with = |kind: Option<Compression>| -> Vec<u16> {
         (0..config.num_hidden_layers).filter(|&layer| schedule[usize::from(layer)] == kind).collect()
     };
-    let ratios = |sparse: bool| -> Result<Vec<u32>> {
+    let ratios = |sparse: bool| -> Vec<u32> {
         let of_kind = schedule.iter().flatten().filter(|compression| compression.sparse == sparse);
         let mut ratios: Vec<u32> = of_kind.map(|compression| compression.ratio).collect();
         ratios.sort_unstable();
         ratios.dedup();
-        match ratios.iter().find(|&&ratio| !block_tokens.is_multiple_of(ratio)) {
-            None => Ok(ratios),
-            Some(ratio) => Err(PrefixError::BadConfig(format!(
-                "compression ratio {ratio} does not divide blocks of {block_tokens} tokens"
-            ))),
-        }
+        ratios
     };
-    let sparse_ratio = match ratios(true)?[..] {
+    let sparse_ratio = match ratios(true)[..] {
         [] => SPARSE_RATIO,
         [ratio] => ratio,
         [first, second, ..] => {
@@ -172,14 +167,14 @@ fn v4(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<Group
         }
     };
     let csa = layers_with(Some(Compression { ratio: sparse_ratio, sparse: true }));
-    let csa_rows = (block_tokens / sparse_ratio).max(1);
+    let csa_rows = block_tokens.div_ceil(sparse_ratio);
     let mut groups = vec![
         history("csa_indexer_key", csa.clone(), csa_rows, key_row, 2),
         history("csa", csa.clone(), csa_rows, row.clone(), 3),
     ];
-    for ratio in ratios(false)? {
+    for ratio in ratios(false) {
         let layers = layers_with(Some(Compression { ratio, sparse: false }));
-        groups.push(history(&format!("hca_{ratio}"), layers, block_tokens / ratio, row.clone(), 3));
+        groups.push(history(&format!("hca_{ratio}"), layers, block_tokens.div_ceil(ratio), row.clone(), 3));
     }
     let all: Vec<u16> = (0..config.num_hidden_layers).collect();
     groups.push(Group { family: Family::State, ..history("window", all, window, row, 0) });
@@ -190,7 +185,25 @@ fn v4(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<Group
         field("indexer_kv", Dtype::F32, key),
         field("indexer_gate", Dtype::F32, key),
     ];
-    groups.push(Group { family: Family::State, ..history("csa_overlap", csa, sparse_ratio, overlap, 1) });
+    groups.push(Group {
+        family: Family::State,
+        ..history("csa_overlap", csa.clone(), sparse_ratio, overlap, 1)
+    });
+    // Where blocks cut a run of tokens, what the run has so far belongs to the state; rows of a block are those that it
+    // completes, as many as there may be, the last unused in some blocks.
+    let mut pending = |name: String, layers: Vec<u16>, ratio: u32, fields: Vec<Field>| {
+        if !block_tokens.is_multiple_of(ratio) {
+            groups.push(Group { family: Family::State, ..history(&name, layers, ratio - 1, fields, 2) });
+        }
+    };
+    let both =
+        |kv: &str, gate: &str, count: u32| [field(kv, Dtype::F32, count), field(gate, Dtype::F32, count)];
+    let inputs = [both("kv", "gate", 2 * width), both("indexer_kv", "indexer_gate", 2 * key)].concat();
+    pending("csa_pending".into(), csa, sparse_ratio, inputs);
+    for ratio in ratios(false) {
+        let layers = layers_with(Some(Compression { ratio, sparse: false }));
+        pending(format!("hca_{ratio}_pending"), layers, ratio, both("kv", "gate", width).to_vec());
+    }
     Ok(groups)
 }
 
