@@ -40,5 +40,5 @@ pub use model::{Model, ModelBuilder};
 pub use sampler::Sampler;
 pub use sequence::{Logits, LogitsOut, Progress, Sequence, StateField};
 pub use tokenizer::{TextStream, Tokenizer};
-pub use v4::config::{Compression, V4Config};
+pub use v4::config::{Compression, Scoring, V4Config};
 pub use v4::draft::{Draft, Residual};

@@ -139,13 +139,26 @@ fn v4_in_both_namings() {
     compare(with(v4(), named));
 }
 
-/// More heads than lanes, rows beyond the widest step, more keys than one step, several groups, no shared expert,
-/// one stream, a window longer than the sequence.
+/// Other settings that a file may have, and a rotation that is not yet nested, whose own base counts for nothing.
+#[test]
+fn v4_with_other_settings() {
+    compare(with(v4(), json!({"scoring_func": "sigmoid", "n_shared_experts": 2})));
+    let flat = json!({
+        "rope_scaling": null, "rope_theta": 9000.0, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 9000.0, "factor": 4, "original_max_position_embeddings": 16,
+            "beta_fast": 8, "beta_slow": 1,
+        },
+    });
+    compare(with(v4(), flat));
+}
+
+/// More heads than lanes, rows beyond the widest step, more keys than one step, several groups, one stream, a window
+/// longer than the sequence.
 #[test]
 fn v4_wider_than_every_tile() {
     let wide = json!({
         "num_attention_heads": 18, "head_dim": 90, "o_groups": 3, "index_n_heads": 9, "index_head_dim": 37,
-        "q_lora_rank": 270, "num_hidden_layers": 3, "compress_ratios": [4, 8, 4], "n_shared_experts": 0,
+        "q_lora_rank": 270, "num_hidden_layers": 3, "compress_ratios": [4, 8, 4],
         "hc_mult": 1, "sliding_window": 64, "index_topk": 4,
     });
     compare(with(v4(), wide));

@@ -29,7 +29,7 @@ fn draw(random: &mut Random) -> Value {
         "sliding_window": one_of(&[1, 2, 5, 8, 33, 64]), "index_n_heads": one_of(&[1, 2, 5]),
         "index_head_dim": rope + one_of(&[0, 6]), "index_topk": one_of(&[1, 2, 5, 40]),
         "num_hash_layers": one_of(&[0, 1, 2]), "n_routed_experts": experts,
-        "num_experts_per_tok": 1 + one_of(&[0, 1]), "n_shared_experts": one_of(&[0, 1, 1, 2]),
+        "num_experts_per_tok": 1 + one_of(&[0, 1]),
         "routed_scaling_factor": one_of(&[1, 2]), "hc_sinkhorn_iters": one_of(&[1, 3, 20]),
         "swiglu_limit": one_of(&[0, 1, 10]),
     });

@@ -75,7 +75,7 @@ fn bad_configurations_are_refused() {
         (json!({"hc_eps": -1.0}), "hc_eps"),
         (json!({"num_experts_per_tok": 7}), "experts"),
         (json!({"num_key_value_heads": 2}), "num_key_value_heads"),
-        (json!({"scoring_func": "sigmoid"}), "sigmoid"),
+        (json!({"scoring_func": "softmax"}), "softmax"),
         (json!({"attention_bias": true}), "attention_bias"),
         (json!({"sliding_window": 0}), "sliding_window"),
         (json!({"rope_scaling": {"type": "linear", "factor": 2}}), "linear"),

@@ -41,20 +41,30 @@ pub struct V4Config {
     pub is_hash: Vec<bool>,
     /// Experts to choose from.
     pub n_routed_experts: usize,
-    /// Experts that see every token; one MLP of their joint width.
-    pub n_shared_experts: usize,
     /// Experts chosen per token.
     pub num_experts_per_tok: usize,
-    /// Width of one expert.
+    /// Width of one expert. Beside those chosen every token sees a shared one of this width, whatever `n_shared_experts`
+    /// says: the released models have 1, and the published implementations know no other.
     pub moe_intermediate_size: usize,
     /// Factor on the routed experts' output, whose weights are normalised first.
     pub routed_scaling_factor: f32,
+    /// What makes scores of the router's logits.
+    pub scoring: Scoring,
     /// Bound on an expert's gate (above) and up projection (both sides), if any.
     pub swiglu_limit: Option<f32>,
     /// Rotation in layers that have only the window.
     pub(crate) main_rope: RopeConfig,
     /// Rotation of everything in the other layers.
     pub(crate) compress_rope: RopeConfig,
+}
+
+/// What makes scores of a router's logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// `sqrt(ln(1 + e^x))`, of the released models.
+    SqrtSoftplus,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
 }
 
 /// How a layer compresses what it has seen.
@@ -93,7 +103,7 @@ impl V4Config {
             + heads * head * wide(self.o_lora_rank)
             + output * hidden;
         let mixing = 2 * (2 + streams) * streams * streams * hidden;
-        let experts = wide(self.n_routed_experts) + wide(self.n_shared_experts);
+        let experts = wide(self.n_routed_experts) + 1;
         let feed_forward =
             3 * hidden * experts * wide(self.moe_intermediate_size) + hidden * wide(self.n_routed_experts);
         let of_layer = |compression: &Compression| match compression.sparse {
@@ -137,7 +147,6 @@ struct Raw {
     mlp_layer_types: Option<Vec<String>>,
     moe_intermediate_size: usize,
     n_routed_experts: usize,
-    n_shared_experts: Option<usize>,
     num_experts_per_tok: usize,
     routed_scaling_factor: Option<f32>,
     scoring_func: Option<String>,
@@ -157,11 +166,12 @@ struct Raw {
     quantization_config: Option<Quantization>,
 }
 
-/// `rope_parameters` in the newer naming.
-#[derive(Clone, Deserialize)]
-struct Ropes {
-    main: RopeConfig,
-    compress: RopeConfig,
+/// `rope_parameters` in the newer naming, which before it was nested said what `rope_scaling` says.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Ropes {
+    Nested { main: RopeConfig, compress: RopeConfig },
+    Flat(RopeConfig),
 }
 
 /// Reads and checks `config.json`.
@@ -207,10 +217,6 @@ impl Raw {
                 self.num_attention_heads, self.o_groups
             ));
         }
-        let n_shared_experts = self.n_shared_experts.unwrap_or(1);
-        if n_shared_experts > 4096 {
-            return Err(format!("n_shared_experts {n_shared_experts} is above 4096"));
-        }
         let rms_norm_eps = self.rms_norm_eps.unwrap_or(1e-6);
         let routed_scaling_factor = self.routed_scaling_factor.unwrap_or(1.0);
         for (name, value) in [
@@ -242,10 +248,18 @@ impl Raw {
             hc_eps: self.hc_eps,
             is_hash,
             n_routed_experts: self.n_routed_experts,
-            n_shared_experts,
             num_experts_per_tok: self.num_experts_per_tok,
             moe_intermediate_size: self.moe_intermediate_size,
             routed_scaling_factor,
+            scoring: match self.scoring_func.as_deref() {
+                None | Some("sqrtsoftplus") => Scoring::SqrtSoftplus,
+                Some("sigmoid") => Scoring::Sigmoid,
+                Some(other) => {
+                    return Err(format!(
+                        "scoring_func {other:?} is not supported, only \"sqrtsoftplus\" and \"sigmoid\""
+                    ));
+                }
+            },
             // Zero stands for "no bound", as in the published files.
             swiglu_limit: self.swiglu_limit.filter(|&limit| limit > 0.0),
             main_rope,
@@ -284,7 +298,6 @@ impl Raw {
             _ => Ok(()),
         };
         only("hidden_act", &self.hidden_act, "silu")?;
-        only("scoring_func", &self.scoring_func, "sqrtsoftplus")?;
         only("topk_method", &self.topk_method, "noaux_tc")?;
         for (name, value) in [("attention_bias", self.attention_bias), ("mlp_bias", self.mlp_bias)] {
             if value == Some(true) {
@@ -298,7 +311,10 @@ impl Raw {
     }
 
     fn rope_dim(&self) -> Result<usize, String> {
-        let of_main = self.rope_parameters.as_ref().and_then(|ropes| ropes.main.partial_rotary_factor);
+        let of_main = match &self.rope_parameters {
+            Some(Ropes::Nested { main: rope, .. } | Ropes::Flat(rope)) => rope.partial_rotary_factor,
+            None => None,
+        };
         let rope = match (self.qk_rope_head_dim, self.partial_rotary_factor.or(of_main)) {
             (Some(rope), _) => rope,
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of head_dim")]
@@ -364,10 +380,19 @@ impl Raw {
 
     /// Rotations of the window-only layers and of the others. V4 never scales cosines, whatever YaRN would.
     fn ropes(&self) -> (RopeConfig, RopeConfig) {
-        let Ropes { mut main, mut compress } = self.rope_parameters.clone().unwrap_or_else(|| Ropes {
-            main: RopeConfig::default(),
-            compress: self.rope_scaling.clone().unwrap_or_default(),
-        });
+        let (mut main, mut compress) = match &self.rope_parameters {
+            Some(Ropes::Nested { main, compress }) => (main.clone(), compress.clone()),
+            flat => {
+                let scaling = match flat {
+                    Some(Ropes::Flat(flat)) => Some(flat),
+                    _ => self.rope_scaling.as_ref(),
+                };
+                let mut compress = scaling.cloned().unwrap_or_default();
+                // A base beside the scaling is not that of the layers which are scaled.
+                compress.rope_theta = None;
+                (RopeConfig::default(), compress)
+            }
+        };
         main.rope_theta = main.rope_theta.or(self.rope_theta);
         compress.rope_theta = compress.rope_theta.or(self.compress_rope_theta).or(Some(160_000.0));
         main.attention_factor = main.attention_factor.or(Some(1.0));

@@ -1,10 +1,11 @@
-//! Routing of V4: `sqrt(softplus)` scores. A token's experts are the best by score and bias or, in the first layers,
+//! Routing of V4: `sqrt(softplus)` scores, as released. A token's experts are the best by score and bias or, in the first layers,
 //! what a table says of the token; the bias and the table only choose, the weights are scores.
 
 use crate::checkpoint::Checkpoint;
+use crate::kernel::vector::sigmoid;
 use crate::linear::Linear;
 use crate::moe::{Assigned, Experts, MlpNames, best};
-use crate::v4::config::V4Config;
+use crate::v4::config::{Scoring, V4Config};
 use crate::{DecoderError, Result};
 
 const NAMES: MlpNames = MlpNames { gate: "w1", up: "w3", down: "w2" };
@@ -15,6 +16,7 @@ pub(super) struct Moe {
     choice: Choice,
     experts: Experts,
     chosen: usize,
+    scoring: Scoring,
     factor: f32,
 }
 
@@ -39,7 +41,6 @@ impl Moe {
             true => Choice::Table(take_table(checkpoint, name, [vocab, chosen], experts)?),
         };
         let width = v4.moe_intermediate_size;
-        let shared = width * v4.n_shared_experts;
         Ok(Self {
             gate: Linear::take(checkpoint, &format!("{name}.gate"), experts, hidden, false)?,
             choice,
@@ -47,10 +48,11 @@ impl Moe {
                 checkpoint,
                 name,
                 NAMES,
-                [hidden, experts, width, shared],
+                [hidden, experts, width, width],
                 v4.swiglu_limit,
             )?,
             chosen,
+            scoring: v4.scoring,
             factor: v4.routed_scaling_factor,
         })
     }
@@ -72,7 +74,10 @@ impl Moe {
         let experts = self.gate.outputs();
         let mut assigned = vec![Vec::new(); experts];
         let mut scores = self.gate.apply(x);
-        scores.iter_mut().for_each(|score| *score = softplus(*score).sqrt());
+        match self.scoring {
+            Scoring::SqrtSoftplus => scores.iter_mut().for_each(|score| *score = softplus(*score).sqrt()),
+            Scoring::Sigmoid => sigmoid(&mut scores),
+        }
         for (row, (scores, &token)) in scores.chunks_exact(experts).zip(tokens).enumerate() {
             let chosen: Vec<usize> = match &self.choice {
                 Choice::Bias(bias) => {

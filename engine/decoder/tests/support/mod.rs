@@ -310,9 +310,7 @@ fn add_v4_layer(
     for expert in 0..v4.n_routed_experts {
         mlp(format!("{l}.ffn.experts.{expert}"), v4.moe_intermediate_size);
     }
-    if v4.n_shared_experts > 0 {
-        mlp(format!("{l}.ffn.shared_experts"), v4.moe_intermediate_size * v4.n_shared_experts);
-    }
+    mlp(format!("{l}.ffn.shared_experts"), v4.moe_intermediate_size);
 }
 
 /// A safetensors file of tensors given as name, shape, format and bytes.

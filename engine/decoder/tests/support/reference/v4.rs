@@ -235,15 +235,16 @@ impl Reference<'_> {
 
     fn moe_v4(&self, h: &Rows, name: &str, tokens: &[TokenId], margin: &mut f64) -> Rows {
         let k = self.int("num_experts_per_tok");
-        let mut out = match self.int("n_shared_experts") {
-            0 => vec![vec![0.0; h[0].len()]; h.len()],
-            _ => self.mlp_v4(h, &format!("{name}.ffn.shared_experts")),
-        };
+        let mut out = self.mlp_v4(h, &format!("{name}.ffn.shared_experts"));
         let table = self.checkpoint.tensors.get(&format!("{name}.ffn.gate.tid2eid"));
         // Not `linear`: the tensor called bias is for the choice only.
         let gate = self.matrix(&format!("{name}.ffn.gate"));
         for (t, h) in h.iter().enumerate() {
-            let scores: Vec<f64> = gate.iter().map(|gate| dot(gate, h).exp().ln_1p().sqrt()).collect();
+            let score = |gate: &Vec<f64>| match self.checkpoint.config["scoring_func"] == "sigmoid" {
+                true => sigmoid(dot(gate, h)),
+                false => dot(gate, h).exp().ln_1p().sqrt(),
+            };
+            let scores: Vec<f64> = gate.iter().map(score).collect();
             let chosen: Vec<usize> = match table {
                 Some((_, table)) => {
                     table[tokens[t].0 as usize * k..][..k].iter().map(|&expert| expert as usize).collect()
@@ -299,7 +300,11 @@ impl Reference<'_> {
         let named = &config["rope_parameters"][if ratio == 0 { "main" } else { "compress" }];
         let old = if ratio == 0 { "rope_theta" } else { "compress_rope_theta" };
         let theta = named["rope_theta"].as_f64().or(config[old].as_f64()).unwrap();
-        let yarn = if ratio == 0 || named.is_object() { named } else { &config["rope_scaling"] };
+        let flat = ["rope_parameters", "rope_scaling"].iter().find(|name| config[**name].is_object());
+        let yarn = match flat {
+            Some(flat) if ratio > 0 && !named.is_object() => &config[*flat],
+            _ => named,
+        };
         self.yarn(pair, dim, theta, |field| yarn[field].as_f64())
     }
 
