@@ -27,7 +27,7 @@ fn check(folder: &Path) -> Result<(bool, Value)> {
 #[test]
 fn published_models_are_reproduced() -> Result<()> {
     let Some(golden) = golden() else { return Ok(()) };
-    for name in ["v32-small", "glm5-small", "glm52-small"] {
+    for name in ["v32-small", "glm5-small", "glm52-small", "v4-small", "v4-real-ratios"] {
         let (passed, report) = check(&golden.join(name))?;
         assert!(passed, "{report}");
         assert_eq!(report["name"], name);

@@ -152,6 +152,27 @@ fn what_is_odd_about_a_narrow_tensor_is_named() {
     assert!(matches!(&error, DecoderError::TensorDtype { tensor, .. } if tensor == scale), "{error}");
 }
 
+/// A damaged file is refused, or damaged where no tensor is: nothing panics.
+#[test]
+fn damaged_narrow_shards_are_no_danger() {
+    let (checkpoint, parts) = quantised();
+    let parts: Vec<_> = parts
+        .iter()
+        .map(|(name, (shape, dtype, bytes))| (&name[..], &shape[..], *dtype, bytes.clone()))
+        .collect();
+    let bytes = serialise(&parts);
+    let header = 8 + usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    let mut random = Random(9);
+    for _ in 0..300 {
+        let mut damaged = bytes.to_vec();
+        damaged[8 + random.below(header - 8)] ^= 1 << random.below(8);
+        let mut builder = ModelBuilder::new(&checkpoint.config_text(), KvFormat::F32, 16).unwrap();
+        if builder.shard("damaged.safetensors", damaged).is_ok() {
+            let _ = builder.finish();
+        }
+    }
+}
+
 /// The name that `transformers` gives a tensor; its experts are joined below.
 fn module_name(name: &str) -> String {
     let mut name = match name {

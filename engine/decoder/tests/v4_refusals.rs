@@ -6,7 +6,7 @@ mod support;
 
 use esker_decoder::{DecoderError, KvFormat, ModelBuilder, ModelConfig};
 use serde_json::{Value, json};
-use support::{Checkpoint, v4, with};
+use support::{Checkpoint, Random, v4, with};
 
 #[test]
 fn a_missing_tensor_is_named_whichever_it_is() {
@@ -46,6 +46,37 @@ fn a_table_that_names_no_expert_or_holds_no_integers_is_refused() {
     let refused = builder.finish().map(drop).unwrap_err();
     assert!(matches!(&refused, DecoderError::TensorDtype { tensor, .. } if tensor == name), "{refused}");
     assert!(refused.to_string().contains("I64"), "{refused}");
+}
+
+/// Whatever numbers a file holds, it is refused or its model asks for its first tensor: nothing panics or allocates.
+#[test]
+fn absurd_numbers_are_no_danger() {
+    let mut random = Random(1);
+    let edges = [0_u64, 1, 2, 3, 4, 5, 64, 4096, 4097, 65_535, 65_536, 1 << 20, 1 << 30, 1 << 40, u64::MAX];
+    let numbers: Vec<String> = {
+        let base = v4();
+        let fields = base.as_object().unwrap().iter();
+        fields.filter(|(_, value)| value.is_number()).map(|(name, _)| name.clone()).collect()
+    };
+    let mut asked = 0;
+    for _ in 0..3000 {
+        let mut config = v4();
+        for _ in 0..1 + random.below(3) {
+            let edge = edges[random.below(edges.len())];
+            match random.below(6) {
+                0 => config["compress_ratios"][random.below(6)] = edge.into(),
+                1 => config["rope_scaling"]["factor"] = edge.into(),
+                _ => config[&numbers[random.below(numbers.len())]] = edge.into(),
+            }
+        }
+        let format = [KvFormat::F32, KvFormat::Bf16, KvFormat::Deployed][random.below(3)];
+        let Ok(builder) = ModelBuilder::new(&config.to_string(), format, 1 << random.below(12)) else {
+            continue;
+        };
+        asked += 1;
+        assert!(builder.finish().is_err(), "{config}: there are no tensors");
+    }
+    assert!(asked > 100, "only {asked} were not refused at once");
 }
 
 #[test]

@@ -129,7 +129,7 @@ impl Draft {
     }
 
     /// Logits of the token after the next one, for every row of `residual`: those of tokens `residual.first()` on, with
-    /// `next` the token that came, or was drawn, after each. Where the draft does not continue at that position (it is
+    /// `next` the token that came, or was drawn, after each. A row stands at the position of its residual. Where the draft does not continue at that position (it is
     /// new, or the sequence was cut or restored), it begins anew there. Neither chunks nor threads change a bit.
     pub fn guess(&mut self, model: &Model, residual: &Residual, next: &[TokenId]) -> Result<LogitsOut> {
         let block = model.draft.as_ref().ok_or(DecoderError::NoDraft)?;
