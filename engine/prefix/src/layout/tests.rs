@@ -80,6 +80,56 @@ fn both_namings_of_a_v4_schedule_mean_the_same() {
 }
 
 #[test]
+fn types_tell_the_kind_of_a_v4_layer_where_both_are_given() {
+    let of = |ratios: &str, rates: &str| {
+        let config = format!(
+            r#"{{"model_type":"deepseek_v4","num_hidden_layers":3,"head_dim":32,"qk_rope_head_dim":8,"index_head_dim":16,
+            "sliding_window":8,"layer_types":["compressed_sparse_attention","heavily_compressed_attention",
+            "sliding_attention"]{ratios}{rates}}}"#
+        );
+        KvLayout::from_config(&config, RowFormat::F32, 16)
+    };
+    let rates = r#","compress_rates":{"compressed_sparse_attention":8,"heavily_compressed_attention":4}"#;
+    let layout = of("", rates).unwrap();
+    let groups: Vec<_> =
+        layout.groups().iter().map(|group| (group.name.as_str(), group.layers.clone(), group.rows)).collect();
+    assert_eq!(
+        groups,
+        [
+            ("csa_indexer_key", vec![0], 2),
+            ("csa", vec![0], 2),
+            ("hca_4", vec![1], 4),
+            ("window", vec![0, 1, 2], 8),
+            ("csa_overlap", vec![0], 8),
+        ]
+    );
+    assert_eq!(of(r#","compress_ratios":[8,4,0]"#, "").unwrap().id(), layout.id());
+    assert!(of("", "").unwrap_err().to_string().contains("compress_rates"));
+    assert!(of(r#","compress_ratios":[8,4]"#, "").unwrap_err().to_string().contains("2 entries"));
+    assert!(of(r#","compress_ratios":[1,4,0]"#, "").unwrap_err().to_string().contains("ratio 1"));
+}
+
+/// A block that cuts runs has room for the rows that it may complete, and its state for what is open.
+#[test]
+fn blocks_may_cut_the_runs_of_v4() {
+    let layout = |block: u32| KvLayout::from_config(&v4(2, &[4, 128]), RowFormat::Deployed, block).unwrap();
+    let rows = |block: u32| -> Vec<(String, u32, u64)> {
+        let layout = layout(block);
+        layout.groups().iter().map(|group| (group.name.clone(), group.rows, group.row_bytes())).collect()
+    };
+    let named =
+        |block: u32, name: &str| rows(block).into_iter().find(|group| group.0 == name).map(|g| (g.1, g.2));
+    assert!(rows(128).iter().all(|group| !group.0.ends_with("pending")));
+    assert_eq!((named(64, "hca_128"), named(64, "csa")), (Some((1, 584)), Some((16, 584))));
+    // Values and gates of up to 127 tokens, F32.
+    assert_eq!(named(64, "hca_128_pending"), Some((127, 2 * 512 * 4)));
+    assert_eq!(named(64, "csa_pending"), None);
+    // Both halves of the channels, of the indexer's too.
+    assert_eq!(named(2, "csa_pending"), Some((3, 4 * (512 + 128) * 4)));
+    assert_eq!(named(2, "csa"), Some((1, 584)));
+}
+
+#[test]
 fn planes_follow_restore_order_and_cover_every_layer_once() {
     let layout = layout(V32, RowFormat::Deployed);
     let planes = layout.planes(ObjectKind::Block);
