@@ -1,23 +1,21 @@
-//! One generation: lookup, restore, prefill the rest, decode, and hand new blocks to the write-behind queue.
+//! One generation: lookup, restore, prefill the rest, decode, and hand new blocks and states to the write-behind queue.
+
+mod resume;
+mod trail;
 
 use std::ops::ControlFlow;
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use esker_decoder::{BlockIdentity, DecoderError, Logits, Sampler, Sequence};
-use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, TokenId};
-use esker_store::{
-    Fetch, FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection, PutObject, StoreError,
-};
+use esker_decoder::{DecoderError, Logits, LogitsOut, Sampler, Sequence};
+use esker_prefix::TokenId;
+use esker_store::StoreError;
 
 use crate::node::{Engine, Node};
+use trail::Trail;
 
-/// Longest wait for the store during a restore. What has not arrived by then is computed instead.
-const RESTORE_DEADLINE: Duration = Duration::from_secs(10);
-/// Longest search for further damage, on the way to the first token.
-const DAMAGE_SEARCH: Duration = Duration::from_millis(250);
-/// Blocks proven and not yet put back.
-const RESTORE_AHEAD_BLOCKS: usize = 8;
+/// Besides where a prompt and an output end, states are kept every so many blocks: a prompt that leaves this one in between
+/// resumes no further back than that.
+const STATE_INTERVAL_BLOCKS: usize = 64;
 
 /// What to generate, checked.
 pub(crate) struct Job {
@@ -78,15 +76,12 @@ pub(crate) fn generate(
 
     let started = Instant::now();
     let mut sequence = Sequence::new(model);
-    let bytes_read = restore(node, engine, &trail, job.prompt.len(), &mut sequence, emit)?;
+    let bytes_read = resume::resume(node, engine, &trail, &job.prompt, &mut sequence, emit)?;
     let restored = Instant::now();
     let hit_tokens = sequence.tokens();
     trail.stored = trail.hashes_to(hit_tokens);
 
-    let rest = &job.prompt[hit_tokens..];
-    let mut logits = sequence.prefill_observed(model, rest, Logits::Last, &mut |progress| {
-        emit(Event::Prefilling { done: progress.done, total: rest.len() })
-    })?;
+    let mut logits = prefill(engine, &mut trail, &job.prompt, &mut sequence, emit)?;
     let prefilled = Instant::now();
 
     let mut text = engine.loaded.tokenizer.stream();
@@ -109,6 +104,7 @@ pub(crate) fn generate(
             logits = sequence.prefill(model, &[id], Logits::Last)?;
         }
     }
+    trail.keep_state(&sequence)?;
     let rest_of_text = text.finish()?;
     let account = Account {
         prompt_tokens: job.prompt.len(),
@@ -126,146 +122,34 @@ pub(crate) fn generate(
     listen(told)
 }
 
-/// Puts back the longest stored prefix that leaves at least the last prompt token to compute, and returns the
-/// bytes read for it. A hole, damage or a late disk shortens the prefix; it is not an error.
-fn restore(
-    node: &Node,
+/// Computes what is not restored, and takes the states on the way that are worth keeping.
+fn prefill(
     engine: &Engine,
-    trail: &Trail<'_>,
-    prompt_tokens: usize,
+    trail: &mut Trail<'_>,
+    prompt: &[TokenId],
     sequence: &mut Sequence,
     emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
-) -> Result<u64, GenerateError> {
-    let usable = trail.hashes_to(prompt_tokens - 1);
-    let ids: Vec<ObjectId> =
-        trail.hashes[..usable].iter().map(|&hash| ObjectId { kind: ObjectKind::Block, hash }).collect();
-    let found: Vec<Found> = node.store.lookup(&ids);
-    let total = found.len() * trail.block_tokens;
-    if found.is_empty() {
-        return Ok(0);
-    }
-    listen(emit(Event::Restoring { done: 0, total }))?;
-    sequence.reserve(&engine.loaded.model, prompt_tokens);
-    let mut bytes_read = 0;
-    let (verified, blocks) = sync_channel(RESTORE_AHEAD_BLOCKS);
-    // Reading and proving one block while the one before it is put back: each costs about as much as the other.
-    std::thread::scope(|scope| {
-        scope.spawn(move || read_blocks(node, trail, found, &verified));
-        for (block, record_bytes) in blocks {
-            // Proven bytes of the right key that do not fit: a store written by other code. Compute instead.
-            if let Err(error) = sequence.restore(&engine.loaded.model, &block) {
-                tracing::warn!(%error, "a stored block does not fit the model");
-                break;
-            }
-            bytes_read += record_bytes;
-            listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
-        }
-        Ok(bytes_read)
-    })
-}
-
-/// Fetches blocks in order and sends each with the bytes of its record, until one is missing or nobody takes them.
-fn read_blocks(node: &Node, trail: &Trail<'_>, found: Vec<Found>, verified: &SyncSender<(BlockObject, u64)>) {
-    let record_bytes: Vec<u64> = found.iter().map(|found| found.stored_bytes).collect();
-    let planes_per_block = trail.engine.loaded.model.layout().planes(ObjectKind::Block).len();
-    let mut fetch = node.store.fetch(FetchRequest {
-        objects: found,
-        planes: PlaneSelection::All,
-        order: FetchOrder::ByObject,
-        deadline: Some(Instant::now() + RESTORE_DEADLINE),
-    });
-    let mut planes = Vec::with_capacity(planes_per_block);
-    while let Some(event) = fetch.next() {
-        let FetchEvent::Plane { object, bytes, .. } = event else { return find_damage(fetch) };
-        planes.push(bytes);
-        if planes.len() < planes_per_block {
-            continue;
-        }
-        let whole = std::mem::replace(&mut planes, Vec::with_capacity(planes_per_block));
-        let block = match trail.object(object, whole) {
-            Ok(block) => block,
-            Err(error) => return tracing::warn!(%error, "a stored block does not fit the layout"),
+) -> Result<LogitsOut, GenerateError> {
+    let model = &engine.loaded.model;
+    let first = sequence.tokens();
+    let total = prompt.len() - first;
+    let interval = STATE_INTERVAL_BLOCKS * model.layout().block_tokens() as usize;
+    loop {
+        let start = sequence.tokens();
+        // Numbers do not depend on where a prefill is cut.
+        let end = if trail.has_states() {
+            prompt.len().min((start / interval + 1) * interval)
+        } else {
+            prompt.len()
         };
-        if verified.send((block, record_bytes[object])).is_err() {
-            return;
+        let want = if end == prompt.len() { Logits::Last } else { Logits::None };
+        let logits = sequence.prefill_observed(model, &prompt[start..end], want, &mut |progress| {
+            emit(Event::Prefilling { done: start - first + progress.done, total })
+        })?;
+        trail.keep_state(sequence)?;
+        if end == prompt.len() {
+            return Ok(logits);
         }
-    }
-}
-
-/// Where one block is damaged others may be. What is found now is put again with the blocks computed next; what is
-/// not would be taken for stored, and cost another miss later.
-fn find_damage(mut rest: Fetch) {
-    let until = Instant::now() + DAMAGE_SEARCH;
-    while Instant::now() < until && rest.next().is_some() {}
-}
-
-/// The chain of hashes along a sequence, and how much of it is stored or on its way.
-struct Trail<'a> {
-    engine: &'a Engine,
-    scope: esker_prefix::ScopeTag,
-    chain: Chain,
-    genesis: BlockHash,
-    block_tokens: usize,
-    tail: Vec<TokenId>,
-    hashes: Vec<BlockHash>,
-    stored: usize,
-}
-
-impl<'a> Trail<'a> {
-    fn new(node: &Node, engine: &'a Engine) -> Self {
-        let chain = Chain::genesis(&node.scope, engine.namespace, &[]);
-        Self {
-            engine,
-            scope: node.scope.tag(),
-            genesis: chain.tip(),
-            chain,
-            block_tokens: engine.loaded.model.layout().block_tokens() as usize,
-            tail: Vec::new(),
-            hashes: Vec::new(),
-            stored: 0,
-        }
-    }
-
-    fn extend(&mut self, tokens: &[TokenId]) {
-        self.tail.extend_from_slice(tokens);
-        let whole = self.tail.len() / self.block_tokens * self.block_tokens;
-        for block in self.tail[..whole].chunks_exact(self.block_tokens) {
-            self.hashes.push(self.chain.push(block));
-        }
-        self.tail.drain(..whole);
-    }
-
-    /// Number of whole blocks in a prefix.
-    fn hashes_to(&self, tokens: usize) -> usize {
-        tokens / self.block_tokens
-    }
-
-    fn identity(&self, index: usize) -> BlockIdentity {
-        let parent = if index == 0 { self.genesis } else { self.hashes[index - 1] };
-        BlockIdentity {
-            namespace: self.engine.namespace,
-            scope: self.scope,
-            parent,
-            hash: self.hashes[index],
-        }
-    }
-
-    fn object(&self, index: usize, planes: Vec<bytes::Bytes>) -> esker_prefix::Result<BlockObject> {
-        let BlockIdentity { namespace, scope, parent, hash } = self.identity(index);
-        let tokens = ((index + 1) * self.block_tokens) as u64;
-        BlockObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
-    }
-
-    /// Offers the next whole block that is not stored yet; whether there was one.
-    fn store_one(&mut self, sequence: &Sequence) -> Result<bool, GenerateError> {
-        if self.stored >= self.hashes_to(sequence.tokens()) {
-            return Ok(false);
-        }
-        let block = sequence.block(&self.engine.loaded.model, self.stored, self.identity(self.stored))?;
-        let object = PutObject::block(self.engine.loaded.model.layout(), block);
-        // A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.
-        self.stored = if self.engine.write_behind.offer(object) { self.stored + 1 } else { usize::MAX };
-        Ok(self.stored != usize::MAX)
     }
 }
 

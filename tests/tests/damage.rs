@@ -86,9 +86,12 @@ async fn a_truncated_segment_keeps_what_is_before_the_cut() -> Result<()> {
         let data = folder.path().join("data");
         let (node, prompt) = filled(&data).await?;
         node.stop().await?;
-        let blocks = records(&data)?.into_iter().filter(|record| record.kind == ObjectKind::Block);
-        let ends: Vec<u64> = blocks.map(|record| record.planes.last().map_or(0, |plane| plane.end)).collect();
-        let file = data.join("store/segments/00000001.seg");
+        let mut blocks = records(&data)?;
+        blocks.retain(|record| record.kind == ObjectKind::Block);
+        let file = blocks[0].file.clone();
+        assert!(blocks.iter().all(|record| record.file == file), "one segment holds them all");
+        let ends: Vec<u64> =
+            blocks.iter().map(|record| record.planes.last().map_or(0, |plane| plane.end)).collect();
         let length = random.below(ends[ends.len() - 1]);
         let kept = ends.iter().filter(|&&end| end.next_multiple_of(4096) <= length).count() as u64;
         OpenOptions::new().write(true).open(&file)?.set_len(length)?;

@@ -80,7 +80,8 @@ pub(crate) struct Committer {
 enum Event {
     Put(Submission),
     Completed(Completion),
-    Made(Made),
+    /// A segment of this length was made, or not.
+    Made(u64, Made),
     /// Time to keep house; who asked for it is told when it is done.
     House(Option<Sender<()>>),
     Close,
@@ -103,8 +104,8 @@ impl Committer {
             declined: HashSet::new(),
             full: Vec::new(),
             maker,
-            spare: None,
-            ahead: false,
+            spares: HashMap::new(),
+            ahead: HashSet::new(),
             failed: None,
             failures: 0,
             events: events.clone(),
@@ -164,10 +165,10 @@ struct Writer {
     /// records.
     full: Vec<(u64, Tail)>,
     maker: Maker,
-    /// A segment made ahead, or why there is none.
-    spare: Option<Made>,
-    /// Whether `spare` was ordered before it was needed.
-    ahead: bool,
+    /// Segments made ahead, by their length, or why there are none.
+    spares: HashMap<u64, Made>,
+    /// Whether the spare of this length was ordered before it was needed.
+    ahead: HashSet<u64>,
     /// Why what is under way will not be published.
     failed: Option<Failure>,
     failures: u64,
@@ -215,7 +216,7 @@ impl Writer {
                 Err(_) => break,
             }
         }
-        self.maker.stop(self.spare.take());
+        self.maker.stop(std::mem::take(&mut self.spares));
     }
 
     /// Takes note of one event. `true` if it is the last.
@@ -226,9 +227,9 @@ impl Writer {
                 self.queue.push_back(submission);
             }
             Event::Completed(completion) => self.completed(completion),
-            Event::Made(made) => {
-                self.maker.delivered();
-                self.spare = Some(made);
+            Event::Made(len_bytes, made) => {
+                self.maker.delivered(len_bytes);
+                self.spares.insert(len_bytes, made);
             }
             Event::House(asked) => {
                 self.retire_expired();
@@ -363,24 +364,25 @@ impl Writer {
         if self.failures >= settings.max_write_failures {
             return Err(StoreError::WritesRefused { failures: self.failures });
         }
+        let len_bytes = settings.segment_bytes_of(class);
         let tail = self.tails.get(&class).copied();
         if let Some(mut tail) = tail.filter(|tail| tail.append_at + bytes <= tail.records_end()) {
             let before = tail;
             tail.append_at += bytes;
             self.tails.insert(class, tail);
             // Made ahead, so that nobody waits for it.
-            if tail.append_at > tail.len_bytes / 2 && self.spare.is_none() {
-                self.ahead = true;
-                self.maker.order();
+            if tail.append_at > tail.len_bytes / 2 && !self.spares.contains_key(&len_bytes) {
+                self.ahead.insert(len_bytes);
+                self.maker.order(len_bytes);
             }
             return Ok(Some(before));
         }
         // What failed ahead of time may work now.
-        let made = self.spare.take().filter(|made| !(self.ahead && matches!(made, Made::Not(_))));
-        self.ahead = false;
+        let ahead = self.ahead.remove(&len_bytes);
+        let made = self.spares.remove(&len_bytes).filter(|made| !(ahead && matches!(made, Made::Not(_))));
         match made {
             None => {
-                self.maker.order();
+                self.maker.order(len_bytes);
                 Ok(None)
             }
             Some(Made::Not(error)) => {

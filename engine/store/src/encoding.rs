@@ -8,7 +8,7 @@ use crate::fields::narrow;
 use crate::io::{AlignedBuf, BufferPool};
 use crate::record::{self, Codec, ContentDigest, MAX_PLANES, Plane, RecordHeader};
 use crate::segment::RECORDS_AT;
-use crate::{PutObject, PutPlane, Result, StoreError, codec};
+use crate::{PutObject, PutPlane, Result, StoreError, StoreSettings, codec};
 
 use std::sync::Arc;
 
@@ -32,8 +32,8 @@ pub(crate) struct Encoded {
 
 impl Hashed {
     /// Checks an object against its specs and against what a segment holds, and hashes its planes.
-    pub(crate) fn new(object: PutObject, segment_bytes: u64) -> Result<Self> {
-        check(&object, segment_bytes)?;
+    pub(crate) fn new(object: PutObject, settings: &StoreSettings) -> Result<Self> {
+        check(&object, settings.segment_bytes_of(object.class))?;
         let digests = object.planes.iter().map(|plane| *blake3::hash(&plane.bytes).as_bytes()).collect();
         Ok(Self { object, digests })
     }

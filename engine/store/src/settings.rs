@@ -3,12 +3,15 @@
 use std::time::Duration;
 
 use crate::io::{IoEngine, PAGE};
-use crate::{Result, StoreError};
+use crate::{Result, StoreError, TtlClass};
 
 /// Largest segment: what the 32-bit offsets of a plane table reach, with room.
 pub(crate) const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 /// Smallest segment: header, seal and one page of records.
 const MIN_SEGMENT_BYTES: u64 = 3 * PAGE as u64;
+
+/// Length of segments of the permanent class, unless others are smaller.
+const OWN_SEGMENT_BYTES: u64 = 8 << 20;
 
 /// How a store works. All of it may differ from one opening to the next.
 #[derive(Clone, Debug)]
@@ -86,6 +89,14 @@ impl Default for StoreSettings {
 }
 
 impl StoreSettings {
+    /// Length of new segments of a class: what the store writes about itself is little.
+    pub(crate) fn segment_bytes_of(&self, class: TtlClass) -> u64 {
+        match class {
+            TtlClass::PERMANENT => self.segment_bytes.min(OWN_SEGMENT_BYTES),
+            _ => self.segment_bytes,
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         let bad =
             |reason| Err(StoreError::BadSetting { name: "segment_bytes", value: self.segment_bytes, reason });

@@ -369,7 +369,7 @@ impl Store {
 
     /// Hashes an object and skips it if these very bytes are known.
     fn prepare(&self, object: PutObject) -> Result<Prepared> {
-        let hashed = Hashed::new(object, self.shared.settings.segment_bytes)?;
+        let hashed = Hashed::new(object, &self.shared.settings)?;
         let id = hashed.id();
         let own = matches!(id.kind, ObjectKind::Lease | ObjectKind::Erasure);
         let located = self.shared.table.get(id).filter(|_| !own);

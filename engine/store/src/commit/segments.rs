@@ -1,6 +1,7 @@
 //! Making and sealing segments on a thread of their own, and keeping house when there is nothing else: all of it waits for
 //! the file system's journal, and none of it should keep a commit waiting.
 
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -19,11 +20,11 @@ pub(super) struct Maker {
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     events: Sender<Event>,
-    ordered: bool,
+    ordered: HashSet<u64>,
 }
 
 enum Job {
-    Make,
+    Make(u64),
     Seal(Tail, u64),
     House(Option<Sender<()>>),
 }
@@ -48,19 +49,19 @@ impl Maker {
             let (shared, events) = (Arc::clone(&shared), events.clone());
             move || run(&shared, next, &received, &events)
         })?;
-        Ok(Self { shared, jobs: Some(jobs), thread: Some(thread), events, ordered: false })
+        Ok(Self { shared, jobs: Some(jobs), thread: Some(thread), events, ordered: HashSet::new() })
     }
 
-    /// Orders a segment, unless one is being made. It comes as an event.
-    pub(super) fn order(&mut self) {
-        if !std::mem::replace(&mut self.ordered, true) {
-            self.send(Job::Make);
+    /// Orders a segment of this length, unless one is being made. It comes as an event.
+    pub(super) fn order(&mut self, len_bytes: u64) {
+        if self.ordered.insert(len_bytes) {
+            self.send(Job::Make(len_bytes));
         }
     }
 
     /// Takes note that an order came.
-    pub(super) fn delivered(&mut self) {
-        self.ordered = false;
+    pub(super) fn delivered(&mut self, len_bytes: u64) {
+        self.ordered.remove(&len_bytes);
     }
 
     /// Closes a segment for good. One that cannot be sealed is scanned at the next opening, nothing worse.
@@ -73,25 +74,27 @@ impl Maker {
         self.send(Job::House(asked));
     }
 
-    /// Ends the thread when it has done everything, and removes a segment that was made and never used.
-    pub(super) fn stop(&mut self, spare: Option<Made>) {
+    /// Ends the thread when it has done everything, and removes segments that were made and never used.
+    pub(super) fn stop(&mut self, spares: HashMap<u64, Made>) {
         self.jobs = None;
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             tracing::error!("the segment thread panicked");
         }
-        if let Some(Made::Segment(blank)) = spare {
-            blank.remove(&self.shared);
+        for made in spares.into_values() {
+            if let Made::Segment(blank) = made {
+                blank.remove(&self.shared);
+            }
         }
     }
 
     fn send(&self, job: Job) {
-        let makes = matches!(job, Job::Make);
+        let makes = if let Job::Make(len_bytes) = &job { Some(*len_bytes) } else { None };
         let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        if !sent && makes {
+        if let Some(len_bytes) = makes.filter(|_| !sent) {
             let error = io::Error::other("the segment thread is gone");
-            let _ = self.events.send(Event::Made(Made::Not(error)));
+            let _ = self.events.send(Event::Made(len_bytes, Made::Not(error)));
         }
     }
 }
@@ -111,10 +114,10 @@ fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Send
             Err(RecvTimeoutError::Disconnected) => return,
         };
         match job {
-            Job::Make => {
-                let made = make(shared, &mut next);
-                if let Err(refused) = events.send(Event::Made(made))
-                    && let Event::Made(Made::Segment(blank)) = refused.0
+            Job::Make(len_bytes) => {
+                let made = make(shared, &mut next, len_bytes);
+                if let Err(refused) = events.send(Event::Made(len_bytes, made))
+                    && let Event::Made(_, Made::Segment(blank)) = refused.0
                 {
                     blank.remove(shared);
                 }
@@ -132,7 +135,7 @@ fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Send
     }
 }
 
-fn make(shared: &Shared, next: &mut SegmentId) -> Made {
+fn make(shared: &Shared, next: &mut SegmentId, len_bytes: u64) -> Made {
     if let Err(error) = shared.make_room() {
         tracing::error!(%error, "room for another segment could not be made");
     }
@@ -141,7 +144,7 @@ fn make(shared: &Shared, next: &mut SegmentId) -> Made {
         let reason = format!("{used_bytes} of {} bytes are in segments", shared.settings.capacity_bytes);
         return Made::Not(io::Error::new(io::ErrorKind::StorageFull, reason));
     }
-    let (id, len_bytes) = (*next, shared.settings.segment_bytes);
+    let id = *next;
     let created = shared.disk.create(&id.file_name(), len_bytes);
     // A number is used up only by a file that exists.
     if created.as_ref().err().is_none_or(|error| error.kind() == io::ErrorKind::AlreadyExists) {

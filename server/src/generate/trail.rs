@@ -1,0 +1,138 @@
+//! The trail of a sequence: its chain of hashes, and what of it is stored, on its way, or to be offered.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use esker_decoder::{BlockIdentity, Sequence};
+use esker_prefix::{BlockHash, BlockObject, Chain, ObjectKind, StateObject, TokenId};
+use esker_store::PutObject;
+
+use super::GenerateError;
+use crate::node::{Engine, Node};
+
+/// See the module.
+pub(super) struct Trail<'a> {
+    engine: &'a Engine,
+    scope: esker_prefix::ScopeTag,
+    chain: Chain,
+    genesis: BlockHash,
+    block_tokens: usize,
+    tail: Vec<TokenId>,
+    hashes: Vec<BlockHash>,
+    /// Blocks that are stored or were offered.
+    pub(super) stored: usize,
+    /// States to be offered behind their blocks: index of the block, and the state.
+    states: VecDeque<(usize, StateObject)>,
+}
+
+impl<'a> Trail<'a> {
+    pub(super) fn new(node: &Node, engine: &'a Engine) -> Self {
+        let chain = Chain::genesis(&node.scope, engine.namespace, &[]);
+        Self {
+            engine,
+            scope: node.scope.tag(),
+            genesis: chain.tip(),
+            chain,
+            block_tokens: engine.loaded.model.layout().block_tokens() as usize,
+            tail: Vec::new(),
+            hashes: Vec::new(),
+            stored: 0,
+            states: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn extend(&mut self, tokens: &[TokenId]) {
+        self.tail.extend_from_slice(tokens);
+        let whole = self.tail.len() / self.block_tokens * self.block_tokens;
+        for block in self.tail[..whole].chunks_exact(self.block_tokens) {
+            self.hashes.push(self.chain.push(block));
+        }
+        self.tail.drain(..whole);
+    }
+
+    pub(super) fn block_tokens(&self) -> usize {
+        self.block_tokens
+    }
+
+    /// Number of whole blocks in a prefix.
+    pub(super) fn hashes_to(&self, tokens: usize) -> usize {
+        tokens / self.block_tokens
+    }
+
+    /// Hashes of the whole blocks in a prefix.
+    pub(super) fn hashes_within(&self, tokens: usize) -> &[BlockHash] {
+        &self.hashes[..self.hashes_to(tokens)]
+    }
+
+    /// Planes of an object of this kind.
+    pub(super) fn planes(&self, kind: ObjectKind) -> usize {
+        self.engine.loaded.model.layout().planes(kind).len()
+    }
+
+    /// Whether the model has states to keep.
+    pub(super) fn has_states(&self) -> bool {
+        self.planes(ObjectKind::State) > 0
+    }
+
+    /// The block at `index` of these planes.
+    pub(super) fn block(&self, index: usize, planes: Vec<Bytes>) -> esker_prefix::Result<BlockObject> {
+        let BlockIdentity { namespace, scope, parent, hash } = self.identity(index);
+        let tokens = ((index + 1) * self.block_tokens) as u64;
+        BlockObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
+    }
+
+    /// The state behind the block at `index` of these planes.
+    pub(super) fn state(&self, index: usize, planes: Vec<Bytes>) -> esker_prefix::Result<StateObject> {
+        let BlockIdentity { namespace, scope, parent, hash } = self.identity(index);
+        let tokens = ((index + 1) * self.block_tokens) as u64;
+        StateObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
+    }
+
+    /// Takes the state at the last block boundary that the sequence has passed, if the model has states and that block
+    /// is not stored with one.
+    pub(super) fn keep_state(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
+        let blocks = self.hashes_to(sequence.tokens());
+        let known = self.states.back().is_some_and(|(index, _)| index + 1 == blocks);
+        if !self.has_states() || blocks == 0 || known {
+            return Ok(());
+        }
+        let index = blocks - 1;
+        self.states
+            .push_back((index, sequence.state(&self.engine.loaded.model, index, self.identity(index))?));
+        Ok(())
+    }
+
+    /// Offers the next whole block or state that is not stored yet; whether there was one.
+    pub(super) fn store_one(&mut self, sequence: &Sequence) -> Result<bool, GenerateError> {
+        let model = &self.engine.loaded.model;
+        if let Some((_, state)) = self.states.pop_front_if(|(index, _)| *index < self.stored) {
+            self.offer(PutObject::state(model.layout(), state));
+            return Ok(self.stored != usize::MAX);
+        }
+        if self.stored >= self.hashes_to(sequence.tokens()) {
+            return Ok(false);
+        }
+        let block = sequence.block(model, self.stored, self.identity(self.stored))?;
+        self.stored += 1;
+        self.offer(PutObject::block(model.layout(), block));
+        Ok(self.stored != usize::MAX)
+    }
+
+    /// A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.
+    fn offer(&mut self, object: PutObject) {
+        if !self.engine.write_behind.offer(object) {
+            self.stored = usize::MAX;
+            self.states.clear();
+        }
+    }
+
+    fn identity(&self, index: usize) -> BlockIdentity {
+        let parent = if index == 0 { self.genesis } else { self.hashes[index - 1] };
+        BlockIdentity {
+            namespace: self.engine.namespace,
+            scope: self.scope,
+            parent,
+            hash: self.hashes[index],
+        }
+    }
+}
