@@ -10,6 +10,8 @@ mod files;
 mod gate;
 mod positional;
 mod probe;
+#[cfg(any(test, feature = "testing"))]
+pub mod sim;
 mod sys;
 mod uring;
 

@@ -52,10 +52,36 @@ pub struct FaultyDisk {
 
 #[derive(Default)]
 struct State {
-    plans: Vec<Plan>,
-    seen: [u64; 3],
+    plans: Plans,
     create_error: Option<i32>,
     trace: Vec<Trace>,
+}
+
+/// The faults of a disk, and the count of its ops that they go by.
+#[derive(Default)]
+pub(super) struct Plans {
+    plans: Vec<Plan>,
+    seen: [u64; 3],
+}
+
+impl Plans {
+    pub(super) fn arm(&mut self, plans: &[Plan]) {
+        *self = Self { plans: plans.to_vec(), seen: [0; 3] };
+    }
+
+    pub(super) fn seen(&self, kind: OpKind) -> u64 {
+        self.seen[kind as usize]
+    }
+
+    /// Counts an op, and tells what happens to it.
+    pub(super) fn meet(&mut self, kind: OpKind) -> Option<Fault> {
+        let number = self.seen[kind as usize];
+        self.seen[kind as usize] += 1;
+        let meets = |plan: &&Plan| {
+            plan.kind == kind && (plan.first..plan.first.saturating_add(plan.count)).contains(&number)
+        };
+        self.plans.iter().find(meets).map(|plan| plan.fault)
+    }
 }
 
 impl FaultyDisk {
@@ -66,9 +92,7 @@ impl FaultyDisk {
 
     /// Sets the faults and counts ops from here on.
     pub fn arm(&self, plans: &[Plan]) {
-        let mut state = self.state();
-        state.plans = plans.to_vec();
-        state.seen = [0; 3];
+        self.state().plans.arm(plans);
     }
 
     /// Makes every creation of a file fail with this error number, or work again.
@@ -88,21 +112,11 @@ impl FaultyDisk {
 
     /// Ops of a kind since [`FaultyDisk::arm`].
     pub fn seen(&self, kind: OpKind) -> u64 {
-        self.state().seen[kind as usize]
+        self.state().plans.seen(kind)
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn fault_for(&self, kind: OpKind) -> Option<Fault> {
-        let mut state = self.state();
-        let number = state.seen[kind as usize];
-        state.seen[kind as usize] += 1;
-        let meets = |plan: &&Plan| {
-            plan.kind == kind && (plan.first..plan.first.saturating_add(plan.count)).contains(&number)
-        };
-        state.plans.iter().find(meets).map(|plan| plan.fault)
     }
 
     /// Runs an op on the real disk to its end.
@@ -147,15 +161,9 @@ impl Disk for FaultyDisk {
     fn submit(&self, mut op: Op) {
         let wanted = op.len_bytes();
         let (kind, file, offset) = (op.kind, op.file, op.offset);
-        let flip = |op: &mut Op, bit: usize| {
-            if let Some(buf) = op.buf.as_deref_mut()
-                && !buf.is_empty()
-            {
-                let bit = bit % (buf.len() * 8);
-                buf[bit / 8] ^= 1 << (bit % 8);
-            }
-        };
-        let result = match self.fault_for(kind) {
+        let flip = |op: &mut Op, bit: usize| op.buf.iter_mut().for_each(|buf| flip(buf, bit));
+        let fault = self.state().plans.meet(kind);
+        let result = match fault {
             None => self.run(&mut op, offset),
             Some(Fault::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
             Some(Fault::Short(moved)) => self.run(&mut op, offset).map(|done| done.min(moved)),
@@ -184,5 +192,13 @@ impl Disk for FaultyDisk {
 
     fn unknown_completions(&self) -> u64 {
         self.inner.unknown_completions()
+    }
+}
+
+/// Flips one bit, counted modulo those there are.
+pub(super) fn flip(bytes: &mut [u8], bit: usize) {
+    if !bytes.is_empty() {
+        let bit = bit % (bytes.len() * 8);
+        bytes[bit / 8] ^= 1 << (bit % 8);
     }
 }

@@ -1,0 +1,238 @@
+//! A disk in memory that can lose power, for tests.
+//!
+//! Reads see every write at once, as through a device's cache. What a power cut leaves is another matter: a write is
+//! durable only after a successful sync of its file, and until then any subset of its sectors of 512 bytes may be, in
+//! any order; after a *failed* sync even a later, successful one says nothing of it. Creating and removing a file is
+//! durable when the call returns, as the contract of [`Disk`] demands, and half done before. The disk keeps its
+//! [`History`], so that one run of a program gives a crash after each of its ops, and many states of the medium for
+//! each crash.
+//!
+//! Ops run inline, on the thread that submits them: no op waits for a thread, and a thousand stores a second can be
+//! opened. Faults are those of [`faulty`](super::faulty), with what only the medium can know: a failed write may have
+//! written a part.
+
+mod history;
+mod image;
+mod random;
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use history::{History, Replay};
+pub use image::{Damage, Image};
+pub use random::Random;
+
+use super::faulty::{self, Fault, Plan, Plans};
+use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE};
+use history::Event;
+
+/// What tears: bytes that a device writes whole or not at all.
+pub const SECTOR: usize = 512;
+
+/// See the module.
+pub struct SimDisk {
+    state: Mutex<State>,
+}
+
+struct State {
+    /// What reads see.
+    live: Image,
+    capacity_bytes: u64,
+    open: HashMap<FileId, String>,
+    next_file: u32,
+    history: History,
+    plans: Plans,
+    creates: u64,
+    failing_creates: Option<(Range<u64>, i32)>,
+}
+
+impl SimDisk {
+    /// A disk that holds what a crash has left, with room for `capacity_bytes` in all.
+    pub fn open(image: Image, capacity_bytes: u64) -> Arc<Self> {
+        let state = State {
+            live: image.clone(),
+            capacity_bytes,
+            open: HashMap::new(),
+            next_file: 0,
+            history: History::new(image),
+            plans: Plans::default(),
+            creates: 0,
+            failing_creates: None,
+        };
+        Arc::new(Self { state: Mutex::new(state) })
+    }
+
+    /// Sets the faults and counts ops from here on.
+    pub fn arm(&self, plans: &[Plan]) {
+        let mut state = self.state();
+        state.plans.arm(plans);
+        state.creates = 0;
+    }
+
+    /// Fails the creations with these numbers, counted from the last [`SimDisk::arm`].
+    pub fn fail_creates(&self, numbers: Range<u64>, errno: i32) {
+        self.state().failing_creates = Some((numbers, errno));
+    }
+
+    /// Ops of a kind since [`SimDisk::arm`].
+    pub fn seen(&self, kind: OpKind) -> u64 {
+        self.state().plans.seen(kind)
+    }
+
+    /// Creations since [`SimDisk::arm`].
+    pub fn creates(&self) -> u64 {
+        self.state().creates
+    }
+
+    /// Length of the history: a crash at this point comes after everything so far.
+    pub fn position(&self) -> usize {
+        self.state().history.len()
+    }
+
+    /// What has happened since the disk was opened.
+    pub fn history(&self) -> History {
+        self.state().history.clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Disk for SimDisk {
+    fn create(&self, name: &str, len_bytes: u64) -> io::Result<FileId> {
+        let mut state = self.state();
+        let number = state.creates;
+        state.creates += 1;
+        if let Some((numbers, errno)) = &state.failing_creates
+            && numbers.contains(&number)
+        {
+            return Err(io::Error::from_raw_os_error(*errno));
+        }
+        if state.live.get(name).is_some() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        if state.live.len_bytes().saturating_add(len_bytes) > state.capacity_bytes {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let len = usize::try_from(len_bytes).map_err(io::Error::other)?;
+        state.history.push(Event::Creating(name.to_owned(), len));
+        state.history.push(Event::Created(name.to_owned(), len));
+        state.live.insert(name, vec![0; len]);
+        Ok(state.add(name))
+    }
+
+    fn open(&self, name: &str) -> io::Result<(FileId, u64)> {
+        let mut state = self.state();
+        let len_bytes = state.live.get(name).ok_or(io::ErrorKind::NotFound)?.len() as u64;
+        Ok((state.add(name), len_bytes))
+    }
+
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(self.state().live.names().map(str::to_owned).collect())
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let mut state = self.state();
+        if !state.live.remove(name) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        state.open.retain(|_, open| open != name);
+        state.history.push(Event::Removing(name.to_owned()));
+        state.history.push(Event::Removed(name.to_owned()));
+        Ok(())
+    }
+
+    fn submit(&self, mut op: Op) {
+        let result = self.state().run(&mut op);
+        op.complete(result);
+    }
+
+    /// Nearest of the real ones: no alignment is demanded of the medium, and nothing is durable unasked.
+    fn engine(&self) -> IoEngine {
+        IoEngine::PositionalBuffered
+    }
+}
+
+impl State {
+    fn add(&mut self, name: &str) -> FileId {
+        let id = FileId(self.next_file);
+        self.next_file += 1;
+        self.open.insert(id, name.to_owned());
+        id
+    }
+
+    fn run(&mut self, op: &mut Op) -> io::Result<usize> {
+        let name = self.open.get(&op.file).ok_or(io::ErrorKind::NotFound)?.clone();
+        let fault = self.plans.meet(op.kind);
+        let offset = usize::try_from(op.offset).map_err(io::Error::other)?;
+        let Some(buf) = op.buf.as_deref_mut() else {
+            return match fault {
+                Some(Fault::Errno(errno)) => {
+                    self.history.push(Event::SyncFailed(name));
+                    Err(io::Error::from_raw_os_error(errno))
+                }
+                _ => {
+                    self.history.push(Event::Synced(name));
+                    Ok(0)
+                }
+            };
+        };
+        match op.kind {
+            OpKind::Read => self.read(&name, offset, buf, fault),
+            _ => self.write(&name, offset, buf, fault),
+        }
+    }
+
+    fn read(&self, name: &str, offset: usize, buf: &mut [u8], fault: Option<Fault>) -> io::Result<usize> {
+        if let Some(Fault::Errno(errno)) = fault {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let offset = offset + misdirection(fault);
+        let file = self.live.get(name).ok_or(io::ErrorKind::NotFound)?;
+        let there = file.get(offset..).unwrap_or_default();
+        let mut len = there.len().min(buf.len());
+        if let Some(Fault::Short(moved)) = fault {
+            len = len.min(moved);
+        }
+        buf[..len].copy_from_slice(&there[..len]);
+        if let Some(Fault::FlipBit(bit)) = fault {
+            faulty::flip(&mut buf[..len], bit);
+        }
+        Ok(len)
+    }
+
+    fn write(&mut self, name: &str, offset: usize, buf: &[u8], fault: Option<Fault>) -> io::Result<usize> {
+        let offset = offset + misdirection(fault);
+        let Self { live, history, .. } = self;
+        let file = live.get_mut(name).ok_or(io::ErrorKind::NotFound)?;
+        let len = file.len().saturating_sub(offset).min(buf.len());
+        let mut data = buf[..len].to_vec();
+        let mut put = |data: &[u8]| file[offset..offset + data.len()].copy_from_slice(data);
+        match fault {
+            Some(Fault::Lost) => return Ok(buf.len()),
+            // Nobody sees it before the power cut, and then perhaps a part of it.
+            Some(Fault::Errno(errno)) => {
+                history.push(Event::Wrote { name: name.to_owned(), offset, data: data.into(), failed: true });
+                return Err(io::Error::from_raw_os_error(errno));
+            }
+            Some(Fault::Short(moved)) => data.truncate(moved),
+            Some(Fault::FlipBit(bit)) => faulty::flip(&mut data, bit),
+            Some(Fault::Misdirected(_)) | None => {}
+        }
+        put(&data);
+        let moved = data.len();
+        history.push(Event::Wrote { name: name.to_owned(), offset, data: data.into(), failed: false });
+        Ok(if matches!(fault, Some(Fault::Misdirected(_))) { buf.len() } else { moved })
+    }
+}
+
+/// How far from where it should a transfer lands, in bytes.
+fn misdirection(fault: Option<Fault>) -> usize {
+    match fault {
+        Some(Fault::Misdirected(by)) => usize::try_from(by).unwrap_or_default() / PAGE * PAGE,
+        _ => 0,
+    }
+}

@@ -1,0 +1,87 @@
+//! What a medium holds when nobody is using it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Random, SECTOR};
+
+/// The files of a disk. Cheap to clone: files are copied when they are written to.
+#[derive(Clone, Debug, Default)]
+pub struct Image(BTreeMap<String, Arc<Vec<u8>>>);
+
+/// What has been done to an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// The file.
+    pub name: String,
+    /// The sector of it.
+    pub sector: usize,
+    /// In words.
+    pub what: &'static str,
+}
+
+impl Image {
+    /// Bytes of all files.
+    pub fn len_bytes(&self) -> u64 {
+        self.0.values().map(|file| file.len() as u64).sum()
+    }
+
+    /// Damages one sector that holds anything: a flipped bit, zeros, or the content of another one. `None` if all is
+    /// zero.
+    pub fn damage(&mut self, random: &mut Random) -> Option<Damage> {
+        let written: Vec<(&String, usize)> = self
+            .0
+            .iter()
+            .flat_map(|(name, file)| {
+                let sectors = file.chunks(SECTOR).enumerate();
+                sectors
+                    .filter(|(_, bytes)| bytes.iter().any(|&byte| byte != 0))
+                    .map(move |(at, _)| (name, at))
+            })
+            .collect();
+        let (name, sector) = *written.get(random.index(written.len()))?;
+        let (from, other) = written[random.index(written.len())];
+        let (name, other) = (name.clone(), sector_of(&self.0[from], other).to_vec());
+        let bytes = self.get_mut(&name)?.chunks_mut(SECTOR).nth(sector)?;
+        let what = match random.below(4) {
+            0 => {
+                bytes.fill(0);
+                "zeroed"
+            }
+            1 => {
+                bytes.copy_from_slice(&other[..bytes.len()]);
+                "overwritten with another sector"
+            }
+            _ => {
+                super::faulty::flip(bytes, random.index(SECTOR * 8));
+                "one bit flipped"
+            }
+        };
+        Some(Damage { name, sector, what })
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&[u8]> {
+        self.0.get(name).map(|file| &file[..])
+    }
+
+    pub(super) fn get_mut(&mut self, name: &str) -> Option<&mut [u8]> {
+        self.0.get_mut(name).map(|file| &mut Arc::make_mut(file)[..])
+    }
+
+    pub(super) fn insert(&mut self, name: &str, bytes: Vec<u8>) {
+        self.0.insert(name.to_owned(), Arc::new(bytes));
+    }
+
+    pub(super) fn remove(&mut self, name: &str) -> bool {
+        self.0.remove(name).is_some()
+    }
+}
+
+fn sector_of(file: &[u8], sector: usize) -> &[u8] {
+    let start = sector * SECTOR;
+    &file[start..file.len().min(start + SECTOR)]
+}
