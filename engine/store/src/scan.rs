@@ -147,6 +147,10 @@ impl Window<'_> {
     fn read(&self, at: u64, len: usize) -> Result<AlignedBuf, MissKind> {
         let Shared { disk, pool, counters, .. } = self.scan.shared;
         let read = read_exact(disk.as_ref(), pool, self.scan.file, at, len);
-        read.inspect(|buf| counters.read_bytes.add(buf.len() as u64)).map_err(|error| miss_of(&error))
+        read.inspect(|buf| counters.read_bytes.add(buf.len() as u64)).map_err(|error| match miss_of(&error) {
+            // What is scanned lies within the file: a short read is the device's failure, and may succeed next time.
+            MissKind::Truncated => MissKind::ReadError,
+            kind => kind,
+        })
     }
 }
