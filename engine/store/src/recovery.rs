@@ -118,7 +118,7 @@ impl Worker<'_> {
         self.report.records_dropped.merge(&scanned.dropped);
 
         let Some(generation) = scanned.generation else {
-            if scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(found) {
+            if scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(found, 0) {
                 // Made, and never written to.
                 let removed = self.shared.disk.remove(&id.file_name());
                 removed.map_err(StoreError::io("removing", self.dir.join(id.file_name())))?;
@@ -158,7 +158,8 @@ impl Worker<'_> {
         let Some(seal) = seal else {
             tail.end_at(scanned.end.min(to.max(from)));
             self.remember(&tail, Phase::Open)?;
-            let appendable = whole && scanned.clean;
+            // A seal that could not be read just now would cut off, one day, what is appended behind it.
+            let appendable = whole && scanned.clean && self.is_blank(found, last_page);
             if !appendable && whole {
                 self.seal(&tail);
             }
@@ -179,8 +180,8 @@ impl Worker<'_> {
         Ok(SegmentPage::decode(kind, &page, &path)?.filter(|page| page.id == *id))
     }
 
-    fn is_blank(&self, found: &Found) -> bool {
-        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, found.file, 0, PAGE);
+    fn is_blank(&self, found: &Found, page_at: u64) -> bool {
+        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, found.file, page_at, PAGE);
         read.is_ok_and(|page| page.iter().all(|&byte| byte == 0))
     }
 
