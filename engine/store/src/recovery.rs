@@ -144,8 +144,10 @@ impl Worker<'_> {
             && let Err(error) = wait(self.shared.disk.as_ref(), |reply| Op::sync(file, 0, reply))
         {
             tracing::error!(segment = %id, %error, "a segment cannot be flushed; what it may have lost is not indexed");
+            // Some of it may have been acknowledged, by a process whose index is gone: scanned and flushed again next
+            // time, neither appended to nor sealed until then.
             tail.end_at(from);
-            self.remember(&tail, Phase::Suspect)?;
+            self.remember(&tail, Phase::Open)?;
             return Ok(None);
         }
         self.apply(&scanned)?;
