@@ -157,6 +157,11 @@ impl Worker<'_> {
             self.remember(&tail, Phase::Open)?;
             return Ok(None);
         }
+        if scanned.torn {
+            // A seal would vouch for what is torn. Without one all payload is verified whenever the index is built anew.
+            self.remember(&tail, Phase::Suspect)?;
+            return Ok(None);
+        }
         let Some(seal) = seal else {
             tail.end_at(scanned.end.min(to.max(from)));
             self.remember(&tail, Phase::Open)?;

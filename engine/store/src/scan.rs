@@ -31,6 +31,8 @@ pub(crate) struct Scanned {
     pub(crate) end: u64,
     /// Whether everything behind `end` is zero.
     pub(crate) clean: bool,
+    /// Whether a record before `end` has a sound header and bad payload: by its header alone it would pass for whole.
+    pub(crate) torn: bool,
     pub(crate) dropped: MissCounts,
     /// First place that the device failed to read: there may be sound records from there on.
     pub(crate) unread_at: Option<u64>,
@@ -54,7 +56,7 @@ impl Scan<'_> {
         let mut window = Window { scan: self, start: 0, buf: None };
         let mut scanned =
             Scanned { end: from, clean: true, generation: self.generation, ..Scanned::default() };
-        let mut at = from;
+        let (mut at, mut torn) = (from, false);
         while at + PAGE as u64 <= to {
             let page = match window.bytes(at, PAGE, to) {
                 Ok(page) => page,
@@ -73,10 +75,14 @@ impl Scan<'_> {
                     at += found.record_bytes as u64;
                     scanned.end = at;
                     scanned.clean = true;
+                    scanned.torn = torn;
                     scanned.generation = Some(found.place.generation);
                     scanned.records.push(Entry::of(&found));
                 }
-                Err(kind) => scanned.pass_over(&mut at, kind),
+                Err(kind) => {
+                    torn |= matches!(kind, MissKind::PlaneChecksum | MissKind::Decode | MissKind::Digest);
+                    scanned.pass_over(&mut at, kind);
+                }
             }
         }
         scanned
