@@ -18,6 +18,8 @@
 //! a put waits for is the flush of the segment.
 
 mod entry;
+#[cfg(test)]
+pub(crate) mod memory;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -235,6 +237,10 @@ fn open_db(path: &Path) -> std::result::Result<DB, rocksdb::Error> {
     options.set_manifest_preallocation_size(MANIFEST_BYTES);
     options.set_keep_log_file_num(2);
     options.set_max_open_files(256);
+    #[cfg(test)]
+    if let Some(opened) = memory::open(&mut options, path) {
+        return opened;
+    }
     DB::open(&options, path)
 }
 

@@ -2,9 +2,11 @@
 
 #[path = "../tests/common/mod.rs"]
 pub(crate) mod common;
+mod crash;
 mod damage;
 mod faults;
 mod fetching;
+mod nth;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

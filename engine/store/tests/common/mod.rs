@@ -3,6 +3,8 @@
 #![allow(dead_code, missing_docs, unreachable_pub)]
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+pub mod figures;
+
 use bytes::Bytes;
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
 use esker_store::{

@@ -1,0 +1,230 @@
+//! Power cuts in process: the real store on a simulated disk, cut after every op of a random script, several states of
+//! the medium each, with an index that is gone, older than the segments, or current.
+//!
+//! `ESKER_CRASH_STATES` says how many states, `ESKER_CRASH_SEED` repeats one script. A seed fixes the script, the
+//! faults and the states; which thread of the store comes first is the machine's, so a seed is repeated several times.
+//!
+//! RocksDB runs on its in-memory file system here (see `index/memory.rs`) and takes most of an opening all the same.
+
+mod oracle;
+mod script;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::common::figures::{self, Watchdog};
+use crate::index::memory::{self, Contents};
+use crate::io::sim::{Image, Random, SimDisk};
+use crate::{Sabotage, Store, StoreSettings};
+use oracle::Oracle;
+use script::{Recording, scratch};
+
+const STATES: u64 = 50_000;
+/// States of one script.
+const STATES_OF_SCRIPT: u64 = 600;
+/// Scripts that have failed once: a torn record was covered by a seal.
+const REGRESSIONS: &[u64] = &[72_349_272_834_064, 72_349_272_834_070];
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What became of the states.
+#[derive(Default)]
+struct Tally {
+    scripts: AtomicU64,
+    states: AtomicU64,
+    /// Crashed again while recovering or shortly after.
+    twice: AtomicU64,
+    /// Blocks that had to be there, in all states together.
+    expected: AtomicU64,
+    damaged: AtomicU64,
+    failures: Mutex<Vec<String>>,
+}
+
+/// How a state is made and looked at.
+#[derive(Clone, Copy, Default)]
+struct Mode {
+    /// While the script is recorded.
+    recording: Sabotage,
+    /// When a state is opened.
+    opening: Sabotage,
+    /// One sector of the medium is damaged after the cut.
+    damage: bool,
+}
+
+#[test]
+fn no_power_cut_loses_an_acknowledged_block() {
+    let (tally, elapsed) =
+        run(figures::number("ESKER_CRASH_STATES", STATES), Mode::default(), "ESKER_CRASH_SEED");
+    let [scripts, states, twice, expected] = [&tally.scripts, &tally.states, &tally.twice, &tally.expected]
+        .map(|count| count.load(Ordering::Relaxed));
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report(
+        "crash_states",
+        &[
+            ("states", states),
+            ("scripts", scripts),
+            ("crashed_twice", twice),
+            ("blocks_expected", expected),
+            ("violations", failures.len() as u64),
+            ("states_per_second", states * 1000 / elapsed.as_millis().max(1) as u64),
+            ("seconds", elapsed.as_secs()),
+        ],
+    );
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert!(expected > states, "too little was acknowledged to prove anything");
+}
+
+/// The control: without the flush the oracle must object.
+#[test]
+fn without_the_flush_a_power_cut_loses_acknowledged_blocks() {
+    let recording = Sabotage { skip_flush: true, ..Sabotage::default() };
+    let (tally, _) = run(300, Mode { recording, ..Mode::default() }, "");
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report("crash_control", &[("states", 300), ("violations_found", failures.len() as u64)]);
+    assert!(failures.iter().any(|failure| failure.contains("lost")), "the oracle is blind: {failures:?}");
+}
+
+#[test]
+fn one_damaged_sector_costs_one_object_and_never_gives_wrong_bytes() {
+    let states = figures::number("ESKER_CRASH_STATES", STATES) / 10;
+    let (tally, elapsed) = run(states, Mode { damage: true, ..Mode::default() }, "ESKER_DAMAGE_SEED");
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report(
+        "damaged_states",
+        &[
+            ("states", tally.states.into_inner()),
+            ("damaged", tally.damaged.into_inner()),
+            ("violations", failures.len() as u64),
+            ("seconds", elapsed.as_secs()),
+        ],
+    );
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// The control: without verification damaged bytes are served, and the oracle sees it.
+#[test]
+fn without_verification_damaged_sectors_are_served() {
+    let opening = Sabotage { skip_verification: true, ..Sabotage::default() };
+    let (tally, _) = run(1000, Mode { opening, damage: true, ..Mode::default() }, "");
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report("damage_control", &[("states", 1000), ("violations_found", failures.len() as u64)]);
+    assert!(failures.iter().any(|failure| failure.contains("wrong")), "the oracle is blind: {failures:?}");
+}
+
+/// Runs scripts on all cores until there are enough states.
+fn run(states: u64, mode: Mode, seed_variable: &str) -> (Tally, Duration) {
+    let start = Instant::now();
+    let tally = Tally::default();
+    let watchdog = Watchdog::start(PATIENCE);
+    let repeated = std::env::var(seed_variable).ok().map(|seed| seed.parse::<u64>().unwrap());
+    let first = if repeated.is_some() { 0 } else { figures::seed() };
+    let next = AtomicU64::new(0);
+    let work = || {
+        let dir = scratch();
+        while tally.states.load(Ordering::Relaxed) < states {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let kept = REGRESSIONS.get(number as usize).copied();
+            let seed = repeated.or(kept).unwrap_or_else(|| first.wrapping_add(number));
+            let failed = script_states(dir.path(), seed, mode, &tally, &watchdog);
+            if let Err(failure) = failed {
+                let mut failures = tally.failures.lock().unwrap();
+                failures.push(format!("{seed_variable}={seed}: {failure}"));
+                // Enough to work with.
+                if failures.len() >= 10 {
+                    return;
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        (0..workers).for_each(|_| drop(scope.spawn(work)));
+    });
+    (tally, start.elapsed())
+}
+
+/// Records a script and opens states of it, from its first op to its last.
+fn script_states(
+    dir: &std::path::Path,
+    seed: u64,
+    mode: Mode,
+    tally: &Tally,
+    watchdog: &Watchdog,
+) -> Result<(), String> {
+    let recording = Recording::make(dir, seed, mode.recording)?;
+    tally.scripts.fetch_add(1, Ordering::Relaxed);
+    watchdog.progress();
+    let mut random = Random::new(seed ^ 0xc4a5);
+    let mut replay = recording.history.replay();
+    let each = (STATES_OF_SCRIPT / (recording.history.len() as u64 + 1)).max(1);
+    for position in 0..=recording.history.len() {
+        replay.advance_to(position);
+        for _ in 0..each {
+            let mut image = replay.crash(&mut random);
+            let damage = if mode.damage { image.damage(&mut random) } else { None };
+            let (index, what) = recording.index_at(position, &mut random);
+            let oracle = recording.oracle_at(position);
+            let settings = StoreSettings { sabotage: mode.opening, ..recording.settings.clone() };
+            let state =
+                State { dir, settings, image, index, oracle, may_lose: usize::from(damage.is_some()) };
+            tally.states.fetch_add(1, Ordering::Relaxed);
+            tally.damaged.fetch_add(u64::from(damage.is_some()), Ordering::Relaxed);
+            let seen = state.examine(&mut random, tally);
+            seen.map_err(|failure| format!("after op {position}, {what}, {damage:?}: {failure}"))?;
+            watchdog.progress();
+        }
+    }
+    Ok(())
+}
+
+/// A medium after a power cut, an index to go with it, and what must be found.
+struct State<'a> {
+    dir: &'a std::path::Path,
+    settings: StoreSettings,
+    image: Image,
+    index: Contents,
+    oracle: Oracle<'a>,
+    /// Objects that may be missing.
+    may_lose: usize,
+}
+
+impl State<'_> {
+    fn examine(mut self, random: &mut Random, tally: &Tally) -> Result<(), String> {
+        let (store, disk) = self.open()?;
+        tally.expected.fetch_add(self.oracle.expected() as u64, Ordering::Relaxed);
+        let opened_at = disk.position();
+        self.oracle.check(&store, self.may_lose, random)?;
+        if self.may_lose > 0 || !random.once_in(5) {
+            return Ok(());
+        }
+        // Life goes on, and the power fails again: in recovery, or behind it.
+        let before = store.shared.index.contents();
+        let acked = self.oracle.put_more(&store, &disk, random)?;
+        let after = store.shared.index.contents();
+        let history = disk.history();
+        drop(store);
+        let mut replay = history.replay();
+        let position = random.index(history.len() + 1);
+        replay.advance_to(position);
+        self.image = replay.crash(random);
+        self.index = match random.below(4) {
+            0 => Contents::new(),
+            1 if position >= opened_at => before,
+            2 if position >= history.len() => after,
+            _ => std::mem::take(&mut self.index),
+        };
+        acked.into_iter().filter(|(at, ..)| *at <= position).for_each(|(_, put)| self.oracle.add(put));
+        tally.states.fetch_add(1, Ordering::Relaxed);
+        tally.twice.fetch_add(1, Ordering::Relaxed);
+        let (store, _disk) = self.open()?;
+        let again = self.oracle.check(&store, 0, random);
+        again.map_err(|failure| format!("and again after op {position} of {}: {failure}", history.len()))
+    }
+
+    fn open(&self) -> Result<(Store, std::sync::Arc<SimDisk>), String> {
+        memory::expect(&self.index);
+        let disk = SimDisk::open(self.image.clone(), u64::MAX);
+        let store = Store::open_on(self.dir, self.settings.clone(), disk.clone());
+        Ok((store.map_err(|error| format!("does not open: {error}"))?, disk))
+    }
+}
