@@ -476,6 +476,7 @@ impl Writer {
                 }
                 if self.shared.settings.skips_flush() {
                     run.flushed = true;
+                    busy.pop();
                     continue;
                 }
                 run.flushing = true;
