@@ -7,6 +7,7 @@ mod damage;
 mod faults;
 mod fetching;
 mod nth;
+mod power;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -8,16 +8,20 @@
 //! each crash.
 //!
 //! Ops run inline, on the thread that submits them: no op waits for a thread, and a thousand stores a second can be
-//! opened. Faults are those of [`faulty`](super::faulty), with what only the medium can know: a failed write may have
+//! opened. A disk made with [`SimDisk::late`] takes its time instead and completes ops out of order, so that several
+//! batches are under way at once; a sync then covers the writes whose completion was out when it was submitted, no others.
+//! Faults are those of [`faulty`](super::faulty), with what only the medium can know: a failed write may have
 //! written a part.
 
 mod history;
 mod image;
+mod late;
 mod random;
 
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use history::{History, Replay};
@@ -27,13 +31,16 @@ pub use random::Random;
 use super::faulty::{self, Fault, Plan, Plans};
 use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE};
 use history::Event;
+use late::Late;
 
 /// What tears: bytes that a device writes whole or not at all.
 pub const SECTOR: usize = 512;
 
 /// See the module.
 pub struct SimDisk {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
+    /// Where ops wait for their completion, if they do.
+    late: Option<Sender<Late>>,
 }
 
 struct State {
@@ -44,6 +51,8 @@ struct State {
     next_file: u32,
     history: History,
     plans: Plans,
+    /// Writes whose completion is not out.
+    in_flight: Vec<u64>,
     creates: u64,
     failing_creates: Option<(Range<u64>, i32)>,
 }
@@ -58,10 +67,18 @@ impl SimDisk {
             next_file: 0,
             history: History::new(image),
             plans: Plans::default(),
+            in_flight: Vec::new(),
             creates: 0,
             failing_creates: None,
         };
-        Arc::new(Self { state: Mutex::new(state) })
+        Arc::new(Self { state: Arc::new(Mutex::new(state)), late: None })
+    }
+
+    /// As [`SimDisk::open`], completing ops out of order and a little later.
+    pub fn late(image: Image, capacity_bytes: u64, seed: u64) -> Arc<Self> {
+        let inline = Self::open(image, capacity_bytes);
+        let late = late::start(Arc::clone(&inline.state), seed);
+        Arc::new(Self { state: Arc::clone(&inline.state), late: Some(late) })
     }
 
     /// Sets the faults and counts ops from here on.
@@ -97,8 +114,19 @@ impl SimDisk {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What becomes true when the completion of an op is out.
+enum Settled {
+    Nothing,
+    Write(u64),
+    Sync { name: String, done: bool, in_flight: Vec<u64> },
 }
 
 impl Disk for SimDisk {
@@ -146,8 +174,16 @@ impl Disk for SimDisk {
     }
 
     fn submit(&self, mut op: Op) {
-        let result = self.state().run(&mut op);
-        op.complete(result);
+        let (result, settled) = self.state().run(&mut op);
+        let late = Late { op, result, settled };
+        match &self.late {
+            None => late.complete(&self.state),
+            Some(queue) => {
+                if let Err(refused) = queue.send(late) {
+                    refused.0.complete(&self.state);
+                }
+            }
+        }
     }
 
     /// Nearest of the real ones: no alignment is demanded of the medium, and nothing is durable unasked.
@@ -164,25 +200,41 @@ impl State {
         id
     }
 
-    fn run(&mut self, op: &mut Op) -> io::Result<usize> {
-        let name = self.open.get(&op.file).ok_or(io::ErrorKind::NotFound)?.clone();
-        let fault = self.plans.meet(op.kind);
-        let offset = usize::try_from(op.offset).map_err(io::Error::other)?;
-        let Some(buf) = op.buf.as_deref_mut() else {
-            return match fault {
-                Some(Fault::Errno(errno)) => {
-                    self.history.push(Event::SyncFailed(name));
-                    Err(io::Error::from_raw_os_error(errno))
-                }
-                _ => {
-                    self.history.push(Event::Synced(name));
-                    Ok(0)
-                }
-            };
+    /// Does what an op asks for, all but what waits for its completion.
+    fn run(&mut self, op: &mut Op) -> (io::Result<usize>, Settled) {
+        let Some(name) = self.open.get(&op.file).cloned() else {
+            return (Err(io::ErrorKind::NotFound.into()), Settled::Nothing);
         };
-        match op.kind {
-            OpKind::Read => self.read(&name, offset, buf, fault),
-            _ => self.write(&name, offset, buf, fault),
+        let fault = self.plans.meet(op.kind);
+        let offset = usize::try_from(op.offset).expect("files fit in memory");
+        let Some(buf) = op.buf.as_deref_mut() else {
+            let result = match fault {
+                Some(Fault::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
+                _ => Ok(0),
+            };
+            let settled = Settled::Sync { name, done: result.is_ok(), in_flight: self.in_flight.clone() };
+            return (result, settled);
+        };
+        if op.kind == OpKind::Read {
+            return (self.read(&name, offset, buf, fault), Settled::Nothing);
+        }
+        let number = self.history.writes();
+        let result = self.write(&name, offset, buf, fault);
+        if self.history.writes() == number {
+            return (result, Settled::Nothing);
+        }
+        self.in_flight.push(number);
+        (result, Settled::Write(number))
+    }
+
+    fn settle(&mut self, settled: Settled) {
+        match settled {
+            Settled::Nothing => {}
+            Settled::Write(number) => self.in_flight.retain(|&other| other != number),
+            Settled::Sync { name, done: true, in_flight } => {
+                self.history.push(Event::Synced(name, in_flight))
+            }
+            Settled::Sync { name, .. } => self.history.push(Event::SyncFailed(name)),
         }
     }
 

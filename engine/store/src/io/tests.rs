@@ -29,6 +29,7 @@ fn on_every_disk(test: impl Fn(&dyn Disk, &std::path::Path)) {
     }
     let nowhere = std::path::Path::new("/nonexistent");
     test(SimDisk::open(Image::default(), 1 << 30).as_ref(), nowhere);
+    test(SimDisk::late(Image::default(), 1 << 30, 1).as_ref(), nowhere);
     test(FaultyDisk::new(SimDisk::open(Image::default(), 1 << 30)).as_ref(), nowhere);
 }
 

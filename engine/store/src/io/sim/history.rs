@@ -18,7 +18,8 @@ pub(super) enum Event {
         /// The writer was told so; the medium may hold any part of it, for good.
         failed: bool,
     },
-    Synced(String),
+    /// All writes into the file that came before, but for these: their completion was not out.
+    Synced(String, Vec<u64>),
     SyncFailed(String),
     Removing(String),
     Removed(String),
@@ -29,15 +30,22 @@ pub(super) enum Event {
 pub struct History {
     base: Image,
     events: Vec<Event>,
+    writes: u64,
 }
 
 impl History {
     pub(super) fn new(base: Image) -> Self {
-        Self { base, events: Vec::new() }
+        Self { base, events: Vec::new(), writes: 0 }
     }
 
     pub(super) fn push(&mut self, event: Event) {
+        self.writes += u64::from(matches!(event, Event::Wrote { .. }));
         self.events.push(event);
+    }
+
+    /// Number of writes, and of the next one.
+    pub(super) fn writes(&self) -> u64 {
+        self.writes
     }
 
     /// Number of steps.
@@ -169,7 +177,7 @@ impl Replay<'_> {
                 }
                 self.writes += 1;
             }
-            Event::Synced(name) => self.flush(name),
+            Event::Synced(name, in_flight) => self.flush(name, in_flight),
             Event::SyncFailed(name) => {
                 let sectors = self.unflushed.get_mut(name).into_iter().flat_map(BTreeMap::values_mut);
                 sectors.flatten().for_each(|version| version.doubtful = true);
@@ -177,12 +185,14 @@ impl Replay<'_> {
         }
     }
 
-    fn flush(&mut self, name: &str) {
+    fn flush(&mut self, name: &str, in_flight: &[u64]) {
         let (Some(file), Some(sectors)) = (self.durable.get_mut(name), self.unflushed.get_mut(name)) else {
             return;
         };
         sectors.retain(|&sector, versions| {
-            if let Some(last) = versions.iter().rposition(|version| !version.doubtful) {
+            if let Some(last) =
+                versions.iter().rposition(|version| !version.doubtful && !in_flight.contains(&version.write))
+            {
                 versions[last].write_to(file, sector);
                 versions.drain(..=last);
             }

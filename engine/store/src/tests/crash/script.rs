@@ -11,6 +11,9 @@ use crate::io::sim::{History, Image, Random, SimDisk};
 use crate::tests::common::{id, object};
 use crate::{PutObject, Sabotage, Store, StoreSettings, TtlClass};
 
+/// Threads that put at once on a disk that answers late.
+const WRITERS: usize = 3;
+
 /// See the module.
 pub(super) struct Recording {
     pub(super) settings: StoreSettings,
@@ -42,7 +45,11 @@ impl Recording {
             sabotage,
             ..StoreSettings::default()
         };
-        let disk = SimDisk::open(Image::default(), u64::MAX);
+        let late = random.once_in(2);
+        let disk = match late {
+            true => SimDisk::late(Image::default(), u64::MAX, random.number()),
+            false => SimDisk::open(Image::default(), u64::MAX),
+        };
         let mut recording = Self {
             settings,
             history: disk.history(),
@@ -61,7 +68,7 @@ impl Recording {
                     store = recording.open(dir, &disk)?;
                 }
                 1 | 2 if faults => arm(&disk, &mut random),
-                _ => recording.put(&store, &disk, &mut random)?,
+                _ => recording.put(&store, &disk, &mut random, if late { WRITERS } else { 1 }),
             }
             recording.note_index(&store, &disk);
         }
@@ -101,20 +108,25 @@ impl Recording {
         }
     }
 
-    fn put(&mut self, store: &Store, disk: &SimDisk, random: &mut Random) -> Result<(), String> {
+    fn put(&mut self, store: &Store, disk: &SimDisk, random: &mut Random, writers: usize) {
         let first = self.attempts.len();
-        for _ in 0..1 + random.below(6) {
+        for _ in 0..1 + random.index(5 * writers) {
             let put = self.next_object(random);
             self.attempts.push(put);
         }
-        let outcomes = store.put(self.attempts[first..].to_vec());
-        let position = disk.position();
-        for (attempt, outcome) in (first..).zip(outcomes) {
-            if outcome.is_ok() {
-                self.acked.push((attempt, position));
-            }
-        }
-        Ok(())
+        let all: Vec<(usize, PutObject)> = (first..).zip(self.attempts[first..].iter().cloned()).collect();
+        let share = all.len().div_ceil(writers);
+        let acked = std::thread::scope(|scope| {
+            let put_some = |some: &[(usize, PutObject)]| {
+                let outcomes = store.put(some.iter().map(|(_, put)| put.clone()).collect());
+                let position = disk.position();
+                let acked = some.iter().zip(outcomes).filter(|(_, outcome)| outcome.is_ok());
+                acked.map(|(&(attempt, _), _)| (attempt, position)).collect::<Vec<_>>()
+            };
+            let putting: Vec<_> = all.chunks(share).map(|some| scope.spawn(move || put_some(some))).collect();
+            putting.into_iter().flat_map(|writer| writer.join().unwrap()).collect::<Vec<_>>()
+        });
+        self.acked.extend(acked);
     }
 
     /// Mostly a new object; else one from before, with the same bytes or with others.

@@ -1,0 +1,213 @@
+//! Power cuts on a real kernel: a store on ext4, on a drive that forgets half of what was not flushed.
+//!
+//! The drive is a network block device of ours (`power/nbd.rs`) behind nbdfuse and a loop device (`power/chain.rs`). A
+//! process of its own writes to the store; at a random time the drive keeps a random half of its unflushed sectors and
+//! answers no more. The file system is then mounted again from what is left. What was acknowledged is noted by the
+//! test, outside.
+//!
+//! Needs root, /dev/fuse, loop devices and nbdfuse (`.ci/setup-power`); says so and passes where they are missing, unless
+//! `ESKER_POWER_REQUIRED=1`. `ESKER_POWER_CUTS` says how many cuts, `ESKER_SEED` repeats their times and halves.
+
+mod chain;
+mod nbd;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use super::common::figures::{self, Watchdog};
+use super::common::{all, fetch, id, object, planes, settings};
+use crate::io::sim::Random;
+use crate::{Sabotage, Store, StoreSettings};
+use chain::Chain;
+use nbd::Drive;
+
+const DIR: &str = "ESKER_POWER_DIR";
+const FIRST: &str = "ESKER_POWER_FIRST";
+const SKIP_FLUSH: &str = "ESKER_POWER_SKIP_FLUSH";
+
+const CUTS: u64 = 20;
+/// Cuts of one file system.
+const CUTS_OF_DRIVE: u64 = 10;
+const CONTROL_CUTS: u64 = 20;
+const WRITERS: u64 = 6;
+const NUMBERS: u64 = 1_000_000;
+const LENS: [usize; 2] = [700, 9000];
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn powered(skip_flush: bool) -> StoreSettings {
+    let sabotage = Sabotage { skip_flush, ..Sabotage::default() };
+    StoreSettings { lock_wait: Duration::from_secs(10), sabotage, ..settings() }
+}
+
+/// Not a test of its own: the process whose power is cut.
+#[test]
+fn writer() {
+    let Ok(dir) = std::env::var(DIR) else { return };
+    let first = figures::number(FIRST, 0);
+    let store = Store::open(dir.as_ref(), powered(figures::number(SKIP_FLUSH, 0) == 1)).unwrap();
+    std::thread::scope(|scope| {
+        for writer in 0..WRITERS {
+            let store = &store;
+            scope.spawn(move || {
+                for number in first + writer * NUMBERS / WRITERS.. {
+                    // No power, or no room: there is nothing more to do.
+                    if store.put(vec![object(number, number, &LENS)])[0].is_err() {
+                        return;
+                    }
+                    let mut out = std::io::stdout().lock();
+                    out.write_all(format!("acked {number}.\n").as_bytes()).unwrap();
+                    out.flush().unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[derive(Default)]
+struct Tally {
+    cuts: u64,
+    acked: u64,
+    lost: u64,
+    wrong: u64,
+    forgotten_sectors: u64,
+    reopen_ms_max: u64,
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_power_cut() {
+    let start = Instant::now();
+    let Some(tally) = run(figures::number("ESKER_POWER_CUTS", CUTS), false) else {
+        figures::report("power_cuts", &[("cuts", 0), ("skipped", 1)]);
+        return;
+    };
+    figures::report(
+        "power_cuts",
+        &[
+            ("cuts", tally.cuts),
+            ("acknowledged", tally.acked),
+            ("lost", tally.lost),
+            ("wrong", tally.wrong),
+            ("sectors_forgotten", tally.forgotten_sectors),
+            ("reopen_ms_max", tally.reopen_ms_max),
+            ("seconds", start.elapsed().as_secs()),
+        ],
+    );
+    assert_eq!((tally.lost, tally.wrong), (0, 0));
+    assert!(tally.acked > tally.cuts, "too little was put to prove anything");
+    assert!(tally.forgotten_sectors > 0, "the drive forgot nothing");
+}
+
+/// The control: without flushes something acknowledged is lost.
+#[test]
+fn without_the_flush_power_cuts_lose_acknowledged_blocks() {
+    let Some(tally) = run(CONTROL_CUTS, true) else {
+        figures::report("power_control", &[("cuts", 0), ("skipped", 1)]);
+        return;
+    };
+    figures::report("power_control", &[("cuts", tally.cuts), ("lost_found", tally.lost)]);
+    assert!(tally.lost > 0, "the test is blind");
+    assert_eq!(tally.wrong, 0);
+}
+
+/// `None`, with the reason on standard output, where there can be no such drive. A control ends with the first loss.
+fn run(cuts: u64, control: bool) -> Option<Tally> {
+    let folder = tempfile::tempdir().unwrap();
+    let blank = match chain::blank(folder.path()).and_then(|blank| {
+        Chain::up(&Arc::new(Drive::new(blank.clone())), folder.path())
+            .map(|chain| drop(chain))
+            .map(|()| blank)
+    }) {
+        Ok(blank) => blank,
+        Err(reason) => {
+            assert!(
+                std::env::var_os("ESKER_POWER_REQUIRED").is_none(),
+                "power cuts are not possible: {reason}"
+            );
+            println!("SKIPPED: power cuts need root, /dev/fuse, loop devices and nbdfuse: {reason}");
+            return None;
+        }
+    };
+    let mut random = Random::new(figures::seed());
+    let watchdog = Watchdog::start(PATIENCE);
+    let mut tally = Tally::default();
+    while tally.cuts < cuts && !(control && tally.lost > 0) {
+        let drive = Arc::new(Drive::new(blank.clone()));
+        let mut acked: Vec<u64> = Vec::new();
+        for cut in 0..CUTS_OF_DRIVE.min(cuts - tally.cuts) {
+            cut_once(&drive, folder.path(), cut, control, &mut acked, &mut random, &mut tally);
+            watchdog.progress();
+        }
+        let chain = Chain::up(&drive, folder.path()).unwrap();
+        audit(&chain.store(), &mut acked, control, &mut tally);
+        drop(chain);
+    }
+    Some(tally)
+}
+
+/// One life of the file system: mounted, looked at, written to, cut.
+fn cut_once(
+    drive: &Arc<Drive>,
+    folder: &Path,
+    cut: u64,
+    control: bool,
+    acked: &mut Vec<u64>,
+    random: &mut Random,
+    tally: &mut Tally,
+) {
+    let chain = Chain::up(drive, folder).unwrap();
+    let dir = chain.store();
+    if random.once_in(4) {
+        let _ = std::fs::remove_dir_all(dir.join("index"));
+    }
+    audit(&dir, acked, control, tally);
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "tests::power::writer", "--nocapture", "--test-threads=1"])
+        .env(DIR, &dir)
+        .env(FIRST, (cut * NUMBERS).to_string())
+        .env(SKIP_FLUSH, u64::from(control).to_string())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let (first, begun) = mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        // The harness prints the name of the test on the same line as the first acknowledgement.
+        let number = |line: String| line.split_once("acked ")?.1.strip_suffix('.')?.parse::<u64>().ok();
+        let noted = lines.map_while(Result::ok).filter_map(number).inspect(|_| drop(first.send(())));
+        noted.collect::<Vec<u64>>()
+    });
+    // Some cuts come while the store opens, most while it writes.
+    if !random.once_in(6) {
+        let _ = begun.recv_timeout(Duration::from_secs(10));
+    }
+    std::thread::sleep(Duration::from_micros(random.below(150_000)));
+    tally.forgotten_sectors += drive.cut(random.number());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let noted = reader.join().unwrap();
+    tally.acked += noted.len() as u64;
+    acked.extend(noted);
+    tally.cuts += 1;
+}
+
+/// Counts what is missing and what is wrong; forgets it, so that it is counted once.
+fn audit(dir: &Path, acked: &mut Vec<u64>, control: bool, tally: &mut Tally) {
+    let start = Instant::now();
+    let store = Store::open(dir, powered(control)).unwrap();
+    tally.reopen_ms_max = tally.reopen_ms_max.max(start.elapsed().as_millis() as u64);
+    let found = store.get(&acked.iter().map(|&number| id(number)).collect::<Vec<_>>());
+    let mut found = found.into_iter();
+    acked.retain(|&number| {
+        let found = found.next().flatten();
+        match found.map(|found| fetch(&store, all(vec![found])).remove(0)) {
+            Some(Ok(bytes)) if bytes == planes(&object(number, number, &LENS)) => return true,
+            Some(Ok(_)) => tally.wrong += 1,
+            Some(Err(_)) | None => tally.lost += 1,
+        }
+        false
+    });
+}
