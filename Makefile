@@ -3,7 +3,7 @@
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: demo test build setup fmt golden clean
+.PHONY: demo test torture fuzz build setup fmt golden clean
 
 demo: build
 	$(TARGET)/release/esker demo
@@ -15,7 +15,17 @@ build: setup
 test: setup
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
+	@./.ci/setup-power
 	$(CARGO) test --release --locked --workspace
+
+# The long form of the reliability tests: an hour or two. Figures go to torture.json, see RELIABILITY.md.
+torture: setup
+	@./.ci/setup-power
+	@CARGO="$(CARGO)" ./.ci/torture
+
+# Each parser for a minute, from the kept corpus. Needs cargo-fuzz, and says so.
+fuzz: setup
+	@CARGO="$(CARGO)" ./.ci/fuzz
 
 setup:
 	@./.ci/setup

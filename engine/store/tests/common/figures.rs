@@ -1,5 +1,6 @@
 //! What a harness has to report: seeds and sizes from the environment, figures to a file.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -17,12 +18,20 @@ pub fn seed() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = number("ESKER_SEED", u64::from(now.subsec_nanos()) << 20 | now.as_secs() & 0xf_ffff);
     println!("ESKER_SEED={seed}");
+    LAST_SEED.set(Some(seed));
     seed
+}
+
+thread_local! {
+    /// Of this test, for its report.
+    static LAST_SEED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
 /// Prints figures, and writes them to `$ESKER_FIGURES/NAME.json` if that folder is named.
 pub fn report(name: &str, figures: &[(&str, u64)]) {
-    let fields: Vec<String> = figures.iter().map(|(field, value)| format!("\"{field}\": {value}")).collect();
+    let seed = LAST_SEED.get().map(|seed| ("seed", seed));
+    let fields: Vec<String> =
+        figures.iter().chain(&seed).map(|(field, value)| format!("\"{field}\": {value}")).collect();
     let json = format!("{{{}}}", fields.join(", "));
     println!("{name}: {json}");
     if let Some(dir) = std::env::var_os("ESKER_FIGURES") {
