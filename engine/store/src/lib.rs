@@ -18,6 +18,8 @@ mod erasure;
 mod error;
 mod fetch;
 mod fields;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzzing;
 mod index;
 pub mod io;
 mod lease;

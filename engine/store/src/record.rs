@@ -55,8 +55,8 @@ use crate::segment::{Place, SegmentId};
 
 pub(crate) const MAGIC: &[u8; 8] = b"EskrRec\0";
 const VERSION: u16 = 1;
-const FIXED_BYTES: usize = 256;
-const CHECKSUM_AT: usize = 240;
+pub(crate) const FIXED_BYTES: usize = 256;
+pub(crate) const CHECKSUM_AT: usize = 240;
 const PLANE_BYTES: usize = 64;
 /// Planes from this stored length on start on a page.
 const ALIGNED_PLANE_BYTES: usize = 64 << 10;
@@ -294,7 +294,7 @@ pub(crate) fn content_digest<'a>(planes: impl Iterator<Item = &'a [u8; 32]>) -> 
     ContentDigest(*hasher.finalize().as_bytes())
 }
 
-fn checksum(header: &[u8]) -> HeaderChecksum {
+pub(crate) fn checksum(header: &[u8]) -> HeaderChecksum {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&header[..CHECKSUM_AT]).update(&header[FIXED_BYTES..]);
     let mut checksum = [0; 16];

@@ -39,7 +39,7 @@ use crate::{Result, StoreError, TtlClass};
 const HEADER_MAGIC: &[u8; 8] = b"EskrSeg\0";
 const SEAL_MAGIC: &[u8; 8] = b"EskrEnd\0";
 const VERSION: u16 = 1;
-const CHECKED_BYTES: usize = 48;
+pub(crate) const CHECKED_BYTES: usize = 48;
 
 /// Where the first record starts, in bytes.
 pub(crate) const RECORDS_AT: u64 = PAGE as u64;
@@ -166,7 +166,7 @@ pub(crate) fn random_generation() -> u64 {
     std::hash::RandomState::new().hash_one("segment generation")
 }
 
-fn checksum(page: &[u8]) -> [u8; 16] {
+pub(crate) fn checksum(page: &[u8]) -> [u8; 16] {
     let mut checksum = [0; 16];
     checksum.copy_from_slice(&blake3::hash(&page[..CHECKED_BYTES]).as_bytes()[..16]);
     checksum

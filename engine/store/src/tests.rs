@@ -7,6 +7,7 @@ mod damage;
 mod faults;
 mod fetching;
 mod nth;
+mod parsers;
 mod power;
 
 use std::fs::{self, File};

@@ -177,7 +177,9 @@ fn cut_once(
     let reader = std::thread::spawn(move || {
         // The harness prints the name of the test on the same line as the first acknowledgement.
         let number = |line: String| line.split_once("acked ")?.1.strip_suffix('.')?.parse::<u64>().ok();
-        let noted = lines.map_while(Result::ok).filter_map(number).inspect(|_| drop(first.send(())));
+        let noted = lines.map_while(Result::ok).filter_map(number).inspect(|_| {
+            let _ = first.send(());
+        });
         noted.collect::<Vec<u64>>()
     });
     // Some cuts come while the store opens, most while it writes.
