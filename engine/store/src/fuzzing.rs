@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::fields::narrow;
 use crate::index::{Entry, SegmentState};
 use crate::io::{BufferPool, PAGE};
 use crate::record::{self, CHECKSUM_AT, FIXED_BYTES, PlacedHeader};
@@ -24,13 +25,13 @@ pub fn record_header(bytes: &[u8]) -> bool {
     }
     mended[..8].copy_from_slice(record::MAGIC);
     mended[8..10].copy_from_slice(&1_u16.to_le_bytes());
-    let planes = usize::from(u16::from_le_bytes([mended[14], mended[15]])) % 8;
-    mended[14..16].copy_from_slice(&(planes as u16).to_le_bytes());
-    let header_bytes = record::header_bytes(planes);
+    let planes = u16::from_le_bytes([mended[14], mended[15]]) % 8;
+    mended[14..16].copy_from_slice(&planes.to_le_bytes());
+    let header_bytes = record::header_bytes(planes.into());
     if mended.len() < header_bytes {
         return plain;
     }
-    mended[16..20].copy_from_slice(&(header_bytes as u32).to_le_bytes());
+    mended[16..20].copy_from_slice(&narrow(header_bytes).to_le_bytes());
     let digests: Vec<[u8; 32]> = mended[FIXED_BYTES..header_bytes]
         .chunks_exact(64)
         .map(|row| row[32..].try_into().expect("half a row"))

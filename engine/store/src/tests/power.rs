@@ -116,9 +116,7 @@ fn without_the_flush_power_cuts_lose_acknowledged_blocks() {
 fn run(cuts: u64, control: bool) -> Option<Tally> {
     let folder = tempfile::tempdir().unwrap();
     let blank = match chain::blank(folder.path()).and_then(|blank| {
-        Chain::up(&Arc::new(Drive::new(blank.clone())), folder.path())
-            .map(|chain| drop(chain))
-            .map(|()| blank)
+        Chain::up(&Arc::new(Drive::new(blank.clone())), folder.path()).map(drop).map(|()| blank)
     }) {
         Ok(blank) => blank,
         Err(reason) => {

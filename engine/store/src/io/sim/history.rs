@@ -143,7 +143,7 @@ impl Replay<'_> {
                         mix(salt ^ version.write.wrapping_mul(0x1_0000_01b3) ^ ((sector as u64) << 40)) % 256;
                     match spared {
                         Spared::Sectors(of_256) => chance < of_256,
-                        Spared::Writes => mix(salt ^ version.write) % 2 == 0,
+                        Spared::Writes => mix(salt ^ version.write).is_multiple_of(2),
                         Spared::Until(write) => {
                             version.write < write || version.write == write && chance < 128
                         }

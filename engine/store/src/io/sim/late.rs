@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{Op, Random, Settled, State, lock};
 
 /// Longest pause between two completions.
-const PAUSE: Duration = Duration::from_micros(150);
+const PAUSE_US: u64 = 150;
 
 /// An op that has been done and not been answered.
 pub(super) struct Late {
@@ -31,8 +31,11 @@ pub(super) fn start(state: Arc<Mutex<State>>, seed: u64) -> Sender<Late> {
         let mut random = Random::new(seed);
         let mut waiting: Vec<Late> = Vec::new();
         loop {
-            let pause =
-                if waiting.is_empty() { Duration::MAX } else { PAUSE * random.index(100) as u32 / 100 };
+            let pause = if waiting.is_empty() {
+                Duration::MAX
+            } else {
+                Duration::from_micros(random.below(PAUSE_US))
+            };
             match ops.recv_timeout(pause) {
                 Ok(late) => waiting.push(late),
                 Err(RecvTimeoutError::Timeout) => {
