@@ -49,6 +49,8 @@ struct Mode {
     opening: Sabotage,
     /// One sector of the medium is damaged after the cut.
     damage: bool,
+    /// The disk loses, misdirects or alters one write of the script.
+    lying: bool,
 }
 
 #[test]
@@ -94,6 +96,23 @@ fn one_damaged_sector_costs_one_object_and_never_gives_wrong_bytes() {
         &[
             ("states", tally.states.into_inner()),
             ("damaged", tally.damaged.into_inner()),
+            ("violations", failures.len() as u64),
+            ("seconds", elapsed.as_secs()),
+        ],
+    );
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn a_disk_that_lies_once_costs_what_it_lied_about_and_never_gives_wrong_bytes() {
+    let states = figures::number("ESKER_CRASH_STATES", STATES) / 10;
+    let (tally, elapsed) = run(states, Mode { lying: true, ..Mode::default() }, "ESKER_LIE_SEED");
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report(
+        "lied_to_states",
+        &[
+            ("states", tally.states.into_inner()),
+            ("scripts", tally.scripts.into_inner()),
             ("violations", failures.len() as u64),
             ("seconds", elapsed.as_secs()),
         ],
@@ -151,7 +170,7 @@ fn script_states(
     tally: &Tally,
     watchdog: &Watchdog,
 ) -> Result<(), String> {
-    let recording = Recording::make(dir, seed, mode.recording)?;
+    let recording = Recording::make(dir, seed, mode.recording, mode.lying)?;
     tally.scripts.fetch_add(1, Ordering::Relaxed);
     watchdog.progress();
     let mut random = Random::new(seed ^ 0xc4a5);
@@ -164,9 +183,9 @@ fn script_states(
             let damage = if mode.damage { image.damage(&mut random) } else { None };
             let (index, what) = recording.index_at(position, &mut random);
             let oracle = recording.oracle_at(position);
+            let may_lose = recording.may_lose + usize::from(damage.is_some());
             let settings = StoreSettings { sabotage: mode.opening, ..recording.settings.clone() };
-            let state =
-                State { dir, settings, image, index, oracle, may_lose: usize::from(damage.is_some()) };
+            let state = State { dir, settings, image, index, oracle, may_lose };
             tally.states.fetch_add(1, Ordering::Relaxed);
             tally.damaged.fetch_add(u64::from(damage.is_some()), Ordering::Relaxed);
             let seen = state.examine(&mut random, tally);

@@ -24,6 +24,8 @@ pub(super) struct Recording {
     attempts: Vec<PutObject>,
     /// Position in `attempts`, and the length of the history when the acknowledgement had come.
     acked: Vec<(usize, usize)>,
+    /// Objects that may be missing, since the disk has lied once.
+    pub(super) may_lose: usize,
 }
 
 /// A folder for lock files; in memory where the system has such a place.
@@ -32,7 +34,8 @@ pub(super) fn scratch() -> tempfile::TempDir {
 }
 
 impl Recording {
-    pub(super) fn make(dir: &Path, seed: u64, sabotage: Sabotage) -> Result<Self, String> {
+    /// On a disk that reports its errors; or, if it is a lying one, loses, misdirects or alters one write and says nothing.
+    pub(super) fn make(dir: &Path, seed: u64, sabotage: Sabotage, lying: bool) -> Result<Self, String> {
         let mut random = Random::new(seed);
         let settings = StoreSettings {
             segment_bytes: random.one_of(&[24 << 10, 64 << 10, 128 << 10]),
@@ -56,10 +59,16 @@ impl Recording {
             index: vec![(0, Contents::new())],
             attempts: Vec::new(),
             acked: Vec::new(),
+            may_lose: 0,
         };
         let mut store = recording.open(dir, &disk)?;
-        let faults = random.once_in(2);
-        for _ in 0..20 + random.below(40) {
+        let faults = !lying && random.once_in(2);
+        let steps = 20 + random.below(40);
+        let lie_at = random.below(steps);
+        for step in 0..steps {
+            if lying && step == lie_at {
+                recording.may_lose = lie(&disk, &mut random);
+            }
             match random.below(16) {
                 0 => {
                     recording.note_index(&store, &disk);
@@ -159,6 +168,17 @@ impl Recording {
 /// The number that a test object was named by.
 pub(super) fn number_of(put: &PutObject) -> u64 {
     u64::from_le_bytes(put.id.hash.0[..8].try_into().unwrap())
+}
+
+/// One fault soon that nobody hears of. How many objects it may cost: a write that lands elsewhere overwrites others.
+fn lie(disk: &SimDisk, random: &mut Random) -> usize {
+    let (fault, may_lose) = match random.below(3) {
+        0 => (Fault::Lost, 1),
+        1 => (Fault::Misdirected(4096 * (1 + random.below(8))), 8),
+        _ => (Fault::FlipBit(random.index(1 << 16)), 1),
+    };
+    disk.arm(&[Plan { kind: OpKind::Write, first: random.below(4), count: 1, fault }]);
+    may_lose
 }
 
 /// One fault soon: what a device does that reports its errors.
