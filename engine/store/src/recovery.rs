@@ -141,7 +141,7 @@ impl Worker<'_> {
         }
         if seal.is_none()
             && !scanned.records.is_empty()
-            && let Err(error) = wait(self.shared.disk.as_ref(), |reply| Op::sync(file, 0, reply))
+            && let Err(error) = self.flush(found, header.as_ref())
         {
             tracing::error!(segment = %id, %error, "a segment cannot be flushed; what it may have lost is not indexed");
             // Some of it may have been acknowledged, by a process whose index is gone: scanned and flushed again next
@@ -176,6 +176,14 @@ impl Worker<'_> {
         tail.end_at(seal.extent_bytes);
         self.remember(&tail, Phase::Sealed)?;
         Ok(None)
+    }
+
+    /// Makes what the scan has written again durable, and the header with it.
+    fn flush(&self, found: &Found, header: Option<&SegmentPage>) -> std::io::Result<()> {
+        if let Some(header) = header {
+            self.shared.write_segment_page(found.file, 0, PageKind::Header, header)?;
+        }
+        wait(self.shared.disk.as_ref(), |reply| Op::sync(found.file, 0, reply)).map(drop)
     }
 
     /// A header or seal page, if it is there, sound and this segment's.

@@ -1,7 +1,7 @@
 //! Scanning a segment for records, without an index and past any damage.
 
 use crate::index::Entry;
-use crate::io::{AlignedBuf, FileId, PAGE, page_ceil, read_exact};
+use crate::io::{AlignedBuf, FileId, Op, PAGE, page_ceil, read_exact, wait};
 use crate::record::{MAGIC, MAX_HEADER_BYTES, NotAHeader, PlacedHeader};
 use crate::segment::{RECORDS_AT, SegmentId};
 use crate::shared::{Shared, miss_of};
@@ -118,8 +118,21 @@ impl Scan<'_> {
             for plane in &found.header.planes {
                 verify::plane(plane, &record[plane.range()], &self.shared.pool)?;
             }
+            self.write_again(at, record)?;
         }
         Ok(found)
+    }
+}
+
+impl Scan<'_> {
+    /// Writes what is there already. A flush that failed in an earlier process may have left it behind for good, and
+    /// then no later flush would cover it: a flush proves only what was written since the last one.
+    fn write_again(&self, at: u64, record: &[u8]) -> Result<(), MissKind> {
+        let Shared { disk, pool, .. } = self.shared;
+        let mut buf = pool.take(record.len());
+        buf.copy_from_slice(record);
+        let written = wait(disk.as_ref(), |reply| Op::write(self.file, at, buf, 0, reply));
+        written.map(drop).map_err(|_| MissKind::ReadError)
     }
 }
 
