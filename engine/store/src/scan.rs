@@ -31,7 +31,8 @@ pub(crate) struct Scanned {
     pub(crate) end: u64,
     /// Whether everything behind `end` is zero.
     pub(crate) clean: bool,
-    /// Whether a record before `end` has a sound header and bad payload: by its header alone it would pass for whole.
+    /// Whether anything before `end` is not a sound record: by its header alone a torn one would pass for whole, and a
+    /// write that failed may show only after the power has, too.
     pub(crate) torn: bool,
     pub(crate) dropped: MissCounts,
     /// First place that the device failed to read: there may be sound records from there on.
@@ -67,6 +68,7 @@ impl Scan<'_> {
             };
             if !page.starts_with(MAGIC) {
                 scanned.clean &= page.iter().all(|&byte| byte == 0);
+                torn = true;
                 at += PAGE as u64;
                 continue;
             }
@@ -80,7 +82,7 @@ impl Scan<'_> {
                     scanned.records.push(Entry::of(&found));
                 }
                 Err(kind) => {
-                    torn |= matches!(kind, MissKind::PlaneChecksum | MissKind::Decode | MissKind::Digest);
+                    torn = true;
                     scanned.pass_over(&mut at, kind);
                 }
             }
