@@ -89,7 +89,10 @@ impl<'a> Oracle<'a> {
                 Ok(bytes) if put[&found.id].contains(&bytes) => {}
                 Ok(_) => return Err(format!("wrong bytes for {:?}, which nobody was promised", found.id)),
                 Err(_) if may_lose > 0 => {}
-                Err(kind) => return Err(format!("{:?} is found and cannot be fetched: {kind}", found.id)),
+                Err(kind) => {
+                    let (id, spot) = (found.id, found.located.spot);
+                    return Err(format!("{id:?} at {spot:?} is found and cannot be fetched: {kind}"));
+                }
             }
         }
         Ok(())
