@@ -51,7 +51,7 @@ fn accept_record(bytes: &[u8]) -> bool {
     let Ok(found) = PlacedHeader::decode(bytes) else { return false };
     assert!(found.record_bytes.is_multiple_of(PAGE) && found.record_bytes >= found.header.header_bytes());
     let mut again = vec![0; found.record_bytes];
-    found.header.encode(found.place, found.sequence, &mut again);
+    found.header.encode(found.place, found.sequence, found.time_s, &mut again);
     let decoded = PlacedHeader::decode(&again).expect("what was accepted can be written and read");
     assert_eq!((&decoded.header, decoded.place), (&found.header, found.place));
     let entry = Entry::of(&found);

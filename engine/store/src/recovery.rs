@@ -22,6 +22,9 @@ use crate::shared::Shared;
 use crate::stats::MissCounts;
 use crate::{Result, StoreError, TtlClass};
 
+/// What a segment takes at most when everything in it was given back: its own two pages, and what a file system keeps.
+const EMPTY_BYTES: u64 = 16 * PAGE as u64;
+
 /// Entries compared and written at a time.
 const APPLY_ENTRIES: usize = 1024;
 
@@ -218,7 +221,7 @@ impl Worker<'_> {
     fn remember(&self, tail: &Tail, phase: Phase) -> Result<()> {
         let mut changes = Changes::default();
         changes.put_segment(tail.id, &tail.state(phase, self.sequence));
-        self.shared.segments.update(tail.id, |segment| segment.sealed = phase == Phase::Sealed);
+        self.shared.segments.update(tail.id, |segment| segment.sealed = phase != Phase::Open);
         self.shared.index.write(changes)
     }
 
@@ -284,12 +287,13 @@ impl Worker<'_> {
     /// Learns how much of each segment was given back before, and gives back those of which nothing is left.
     fn account(&self) -> Result<()> {
         for (id, segment) in self.shared.segments.all() {
-            if segment.sealed && segment.live_bytes == 0 {
+            // Without an answer the segment counts in full.
+            let taken = self.shared.disk.allocated_bytes(segment.file).unwrap_or(segment.len_bytes);
+            // One that holds something is not empty for want of entries: they may have been lost by mistake.
+            if segment.sealed && segment.live_bytes == 0 && taken <= EMPTY_BYTES {
                 self.shared.remove_segment(id);
                 continue;
             }
-            // Without an answer the segment counts in full.
-            let taken = self.shared.disk.allocated_bytes(segment.file).unwrap_or(segment.len_bytes);
             self.shared.segments.update(id, |open| open.punched_bytes = open.len_bytes.saturating_sub(taken));
         }
         Ok(())

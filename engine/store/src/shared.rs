@@ -74,6 +74,10 @@ impl Shared {
         if !self.table.remove_if(id, located.spot) {
             return;
         }
+        // The device may read it next time: a miss until the next opening, and no reason to forget it.
+        if matches!(kind, MissKind::ReadError | MissKind::Truncated) {
+            return;
+        }
         // The space stays taken until the segment goes: whoever looks into the damage finds it.
         self.counters.quarantined.add(1);
         tracing::warn!(?id, %kind, %segment, offset, "bad record quarantined");

@@ -173,6 +173,21 @@ impl Disk for SimDisk {
         Ok(())
     }
 
+    /// As a write of zeros: lost in part or in whole unless the file is synced later.
+    fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
+        let mut state = self.state();
+        let name = state.open.get(&file).cloned().ok_or(io::ErrorKind::NotFound)?;
+        let part = |bytes| usize::try_from(bytes).map_err(io::Error::other);
+        let zeros = vec![0; part(len_bytes)?];
+        state.write(&name, part(offset)?, &zeros, None).map(drop)
+    }
+
+    fn allocated_bytes(&self, file: FileId) -> io::Result<u64> {
+        let state = self.state();
+        let name = state.open.get(&file).ok_or(io::ErrorKind::NotFound)?;
+        Ok(state.live.get(name).ok_or(io::ErrorKind::NotFound)?.len() as u64)
+    }
+
     fn submit(&self, mut op: Op) {
         let (result, settled) = self.state().run(&mut op);
         let late = Late { op, result, settled };
@@ -260,7 +275,8 @@ impl State {
         let offset = offset + misdirection(fault);
         let Self { live, history, .. } = self;
         let file = live.get_mut(name).ok_or(io::ErrorKind::NotFound)?;
-        let len = file.len().saturating_sub(offset).min(buf.len());
+        let offset = offset.min(file.len());
+        let len = (file.len() - offset).min(buf.len());
         let mut data = buf[..len].to_vec();
         let mut put = |data: &[u8]| file[offset..offset + data.len()].copy_from_slice(data);
         match fault {

@@ -15,7 +15,7 @@ use crate::{
 const LENS: [usize; 2] = [700, 4500];
 const SEGMENT_BYTES: u64 = 64 << 10;
 /// Last page of a segment.
-const SEAL_AT: u64 = SEGMENT_BYTES - crate::io::PAGE as u64;
+const SEAL_AT: u64 = SEGMENT_BYTES - PAGE as u64;
 
 fn open(dir: &Path, settings: StoreSettings) -> (Store, Arc<FaultyDisk>) {
     let segments = dir.join("segments");
@@ -33,11 +33,6 @@ fn always(kind: OpKind, fault: Fault) -> [Plan; 1] {
     [Plan { kind, first: 0, count: u64::MAX, fault }]
 }
 
-/// Length of the segments here, in bytes.
-const SEGMENT_BYTES: u64 = 64 << 10;
-/// Where a seal goes, which no acknowledgement waits for.
-const SEAL_AT: u64 = SEGMENT_BYTES - PAGE as u64;
-
 /// Every acknowledgement comes after a successful flush of every write before it, abandoned files apart.
 fn every_ack_is_flushed(trace: &[Trace]) -> Result<(), String> {
     let mut dirty: HashSet<FileId> = HashSet::new();
@@ -50,7 +45,6 @@ fn every_ack_is_flushed(trace: &[Trace]) -> Result<(), String> {
             Trace::Done(OpKind::Write, file, _, true) if failed.contains(&file) => {
                 return Err(format!("{position}: a write into a file after it failed"));
             }
-            Trace::Done(OpKind::Write, _, SEAL_AT, true) => {}
             Trace::Done(OpKind::Write, file, _, true) => drop(dirty.insert(file)),
             Trace::Done(OpKind::Write | OpKind::Sync, file, _, false) => {
                 dirty.remove(&file);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::oracle::Oracle;
 use crate::index::memory::{self, Contents};
@@ -9,7 +10,7 @@ use crate::io::OpKind;
 use crate::io::faulty::{Fault, Plan};
 use crate::io::sim::{History, Image, Random, SimDisk};
 use crate::tests::common::{id, object};
-use crate::{PutObject, Sabotage, Store, StoreSettings, TtlClass};
+use crate::{LeaseId, PutObject, Sabotage, Store, StoreSettings, TtlClass};
 
 /// Threads that put at once on a disk that answers late.
 const WRITERS: usize = 3;
@@ -41,10 +42,10 @@ impl Recording {
             segment_bytes: random.one_of(&[24 << 10, 64 << 10, 128 << 10]),
             zstd_level: random.one_of(&[None, Some(1)]),
             commit_bytes: random.one_of(&[8 << 10, 32 << 20]),
-            capacity_bytes: random.one_of(&[512 << 10, u64::MAX, u64::MAX]),
+            capacity_bytes: random.one_of(&[1 << 20, u64::MAX, u64::MAX]),
             pool_bytes: 256 << 10,
             max_write_failures: u64::MAX,
-            lock_wait: std::time::Duration::from_secs(10),
+            lock_wait: Duration::from_secs(10),
             sabotage,
             ..StoreSettings::default()
         };
@@ -130,7 +131,11 @@ impl Recording {
                 let outcomes = store.put(some.iter().map(|(_, put)| put.clone()).collect());
                 let position = disk.position();
                 let acked = some.iter().zip(outcomes).filter(|(_, outcome)| outcome.is_ok());
-                acked.map(|(&(attempt, _), _)| (attempt, position)).collect::<Vec<_>>()
+                let kept = |put: &PutObject| keep(store, put).then(|| disk.position());
+                match store.shared.settings.capacity_bytes {
+                    u64::MAX => acked.map(|(&(attempt, _), _)| (attempt, position)).collect::<Vec<_>>(),
+                    _ => acked.filter_map(|((attempt, put), _)| Some((*attempt, kept(put)?))).collect(),
+                }
             };
             let putting: Vec<_> = all.chunks(share).map(|some| scope.spawn(move || put_some(some))).collect();
             putting.into_iter().flat_map(|writer| writer.join().unwrap()).collect::<Vec<_>>()
@@ -163,6 +168,11 @@ impl Recording {
         }
         put
     }
+}
+
+/// Leases an object. In a store that evicts, only what is leased must be there.
+pub(super) fn keep(store: &Store, put: &PutObject) -> bool {
+    store.lease(LeaseId(put.id.hash.0), &[put.id], Duration::from_secs(3600)).is_ok()
 }
 
 /// The number that a test object was named by.
