@@ -20,7 +20,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
-use esker_prefix::PlaneSpec;
+use esker_prefix::{ObjectId, PlaneSpec};
 
 use crate::io::{Op, Permit};
 use crate::record::Plane;
@@ -93,6 +93,8 @@ pub struct Fetch {
     order: FetchOrder,
     deadline: Option<Instant>,
     phase: Phase,
+    /// End of the prefix that counts as used; told once the first plane is out, which should not wait for that.
+    tip: Option<ObjectId>,
     /// How far each object is.
     fates: Vec<Fate>,
     /// Reads to be submitted.
@@ -153,6 +155,7 @@ impl Fetch {
         });
         let (reply, arrivals) = mpsc::channel();
         let count = context.targets.len();
+        let tip = context.targets.last().map(|target| target.found.id);
         // The first plane should not wait for a mebibyte.
         let large = context.targets.first().is_some_and(|first| {
             let Located { head_bytes, header_bytes, .. } = first.found.located;
@@ -168,6 +171,7 @@ impl Fetch {
                 true => Phase::Records,
                 false => Phase::Headers,
             },
+            tip,
             fates: vec![Fate::default(); count],
             planned: VecDeque::new(),
             in_flight: VecDeque::new(),
@@ -418,6 +422,11 @@ impl Iterator for Fetch {
                 continue;
             }
             self.top_up();
+            if self.phase != Phase::Head
+                && let Some(tip) = self.tip.take()
+            {
+                self.shared.used(tip);
+            }
             if self.in_flight.is_empty() {
                 if self.planned.is_empty() && !self.advance() {
                     return None;
@@ -434,6 +443,9 @@ impl FusedIterator for Fetch {}
 impl Drop for Fetch {
     fn drop(&mut self) {
         self.context.cancelled.store(true, Ordering::Relaxed);
+        if let Some(tip) = self.tip.take() {
+            self.shared.used(tip);
+        }
     }
 }
 

@@ -189,9 +189,6 @@ impl Store {
     /// Fetches planes. Nothing is read before the first call of `next`. The prefix that ends in the last object counts as
     /// used.
     pub fn fetch(&self, request: FetchRequest) -> Fetch {
-        if let Some(last) = request.objects.last() {
-            self.shared.used(last.id);
-        }
         Fetch::new(Arc::clone(&self.shared), request)
     }
 
