@@ -89,7 +89,7 @@ fn what_is_leased_stays_whatever_comes_and_a_store_full_of_leases_says_so() {
     drop(store);
     drop_index(dir.path());
     let store = open();
-    assert_eq!(store.leases(), [lease.clone()]);
+    assert_eq!(store.leases(), std::slice::from_ref(&lease));
     for prefix in 40..60 {
         store.put(chain(prefix * 100, 10, &LENS));
         assert_eq!(store.lookup(&ids(&kept)).len(), 10, "after prefix {prefix}");
