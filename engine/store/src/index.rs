@@ -17,6 +17,7 @@
 //! an index that lost its newest batches knows how far it reaches, and recovery scans the segments from there. What
 //! a put waits for is the flush of the segment.
 
+mod bulk;
 mod entry;
 #[cfg(test)]
 pub(crate) mod memory;
@@ -29,6 +30,7 @@ use rocksdb::{
     WriteOptions,
 };
 
+pub(crate) use bulk::Bulk;
 use entry::{ENTRIES_END, entry_key, spot_of};
 pub(crate) use entry::{Entry, Phase, SegmentState};
 
@@ -57,6 +59,7 @@ const DAMAGED_MARK: &str = "index.damaged";
 /// See the module.
 pub(crate) struct Index {
     db: DB,
+    options: Options,
     dir: PathBuf,
 }
 
@@ -70,8 +73,8 @@ impl Index {
         if marked {
             set_aside(&path)?;
         }
-        let db = match open_db(&path) {
-            Ok(db) => db,
+        let (db, options) = match open_db(&path) {
+            Ok(opened) => opened,
             Err(error) if error.kind() == rocksdb::ErrorKind::IOError && existing => {
                 if free_bytes(dir).is_ok_and(|free| free < OPEN_BYTES) {
                     let reason =
@@ -82,7 +85,7 @@ impl Index {
             }
             Err(error) => open_anew(&path, &error)?,
         };
-        let mut index = Self { db, dir: dir.to_owned() };
+        let mut index = Self { db, options, dir: dir.to_owned() };
         let format = index.db.get(FORMAT_KEY);
         let mut rebuild = marked || !existing;
         let outdated = !matches!(&format, Ok(Some(found)) if found[..] == FORMAT.to_le_bytes());
@@ -95,7 +98,7 @@ impl Index {
             {
                 drop(index.db);
                 set_aside(&path)?;
-                index.db = open_db(&path)?;
+                (index.db, index.options) = open_db(&path)?;
             }
             index.db.put(FORMAT_KEY, FORMAT.to_le_bytes())?;
             rebuild = true;
@@ -225,7 +228,17 @@ fn segment_key(prefix: u8, id: SegmentId) -> [u8; 9] {
     key
 }
 
-fn open_db(path: &Path) -> std::result::Result<DB, rocksdb::Error> {
+fn open_db(path: &Path) -> std::result::Result<(DB, Options), rocksdb::Error> {
+    #[cfg_attr(not(test), allow(unused_mut))]
+    let mut options = options();
+    #[cfg(test)]
+    if let Some(opened) = memory::open(&mut options, path) {
+        return Ok((opened?, options));
+    }
+    Ok((DB::open(&options, path)?, options))
+}
+
+fn options() -> Options {
     let mut table = BlockBasedOptions::default();
     table.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
     let mut options = Options::default();
@@ -237,15 +250,11 @@ fn open_db(path: &Path) -> std::result::Result<DB, rocksdb::Error> {
     options.set_manifest_preallocation_size(MANIFEST_BYTES);
     options.set_keep_log_file_num(2);
     options.set_max_open_files(256);
-    #[cfg(test)]
-    if let Some(opened) = memory::open(&mut options, path) {
-        return opened;
-    }
-    DB::open(&options, path)
+    options
 }
 
 /// An empty index in place of one that cannot be opened.
-fn open_anew(path: &Path, error: &rocksdb::Error) -> Result<DB> {
+fn open_anew(path: &Path, error: &rocksdb::Error) -> Result<(DB, Options)> {
     tracing::warn!(%error, "the index cannot be opened and is built anew");
     set_aside(path)?;
     Ok(open_db(path)?)

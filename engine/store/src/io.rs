@@ -53,6 +53,11 @@ pub trait Disk: Send + Sync + 'static {
     fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()>;
     /// Bytes that a file takes on the device; less than its length where it was punched.
     fn allocated_bytes(&self, file: FileId) -> io::Result<u64>;
+    /// First page at or behind `offset` that may hold anything but zeros; `u64::MAX` if there is none. A disk that knows no
+    /// holes answers `offset`.
+    fn next_data(&self, _file: FileId, offset: u64) -> u64 {
+        offset
+    }
     /// Starts an op. Blocks only while the disk's bound on ops in flight is reached.
     fn submit(&self, op: Op);
     /// Which engine this is.

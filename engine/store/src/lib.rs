@@ -48,6 +48,7 @@ pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
 pub use lease::{Lease, LeaseId};
 pub use object::{PutObject, PutOutcome, PutPlane, TtlClass};
+pub use recovery::SCANS as REBUILD_SCANS;
 pub use retention::{Candidate, Context, Retention, RetentionSettings};
 #[cfg(any(test, feature = "testing"))]
 pub use settings::Sabotage;

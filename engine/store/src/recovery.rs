@@ -5,18 +5,24 @@
 //! lies in an unsealed segment may never have been flushed, so its payload is verified and the segment flushed before
 //! anything of it is indexed; a sealed segment's headers are enough. Damage never prevents a start.
 //!
+//! Segments are examined several at a time, since one alone waits for its own reads, and taken in one after another, in
+//! their order. What was found and waits to be taken in is bounded ([`SCANS`], [`WAITING_CHUNKS`], [`CHUNK_ENTRIES`]).
+//!
 //! When the index is right, the resident table is filled from it.
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use esker_prefix::ObjectKind;
 
 use crate::commit::{Position, Tail};
 use crate::erasure::Erase;
-use crate::index::{Changes, Entry, Phase, SegmentState};
+use crate::index::{Bulk, Changes, Entry, Index, Phase, SegmentState};
 use crate::io::{FileId, Op, PAGE, read_exact, wait};
-use crate::scan::{Scan, Scanned};
+use crate::scan::{Met, Scan, Scanned};
 use crate::segment::{OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage};
 use crate::shared::Shared;
 use crate::stats::MissCounts;
@@ -25,8 +31,16 @@ use crate::{Result, StoreError, TtlClass};
 /// What a segment takes at most when everything in it was given back: its own two pages, and what a file system keeps.
 const EMPTY_BYTES: u64 = 16 * PAGE as u64;
 
-/// Entries compared and written at a time.
-const APPLY_ENTRIES: usize = 1024;
+/// Segments examined at a time; each has one read in flight, or a few where all of it is read.
+pub const SCANS: usize = 16;
+/// Entries handed over at a time.
+const CHUNK_ENTRIES: usize = 1024;
+/// Such chunks of one segment that wait to be taken in.
+const WAITING_CHUNKS: usize = 8;
+/// Segments examined ahead of the one that is taken in.
+const SEGMENTS_AHEAD: usize = 4 * SCANS;
+/// Entries of one segment from which on they go past RocksDB's log. Below, the flushes of a file cost more.
+const BULK_ENTRIES: usize = 4096;
 
 /// What recovery did.
 #[derive(Debug, Default)]
@@ -49,33 +63,99 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
     ids.sort_unstable();
 
     let mut work = Worker { shared, dir, report: Recovery::default(), sequence: 0 };
-    let mut tails: Vec<Tail> = Vec::new();
+    let mut found = Vec::with_capacity(ids.len());
     for &id in &ids {
         let state = known.remove(&id);
         work.sequence = work.sequence.max(state.map_or(0, |state| state.sequence));
-        let (file, len_bytes) = match shared.disk.open(&id.file_name()) {
-            Ok(opened) => opened,
+        match shared.disk.open(&id.file_name()) {
+            Ok((file, len_bytes)) => found.push(Found { id, file, len_bytes, state }),
             Err(error) => {
                 tracing::error!(segment = %id, %error, "a segment cannot be opened");
                 work.report.unreadable_segments.push(id.file_name());
-                continue;
             }
-        };
-        let found = Found { id, file, len_bytes, state };
-        let Some(tail) = work.segment(&found)? else { continue };
+        }
+    }
+    let mut tails: Vec<Tail> = Vec::new();
+    examine_all(shared, dir, &found, |found, messages| {
+        let Some(tail) = work.segment(found, messages)? else { return Ok(()) };
         // Of each class only the newest segment may be appended to; an older one that was left open is closed.
         if let Some(open) = tails.iter_mut().find(|open| open.class == tail.class) {
             work.seal(&std::mem::replace(open, tail));
         } else {
             tails.push(tail);
         }
-    }
+        Ok(())
+    })?;
     let mut changes = Changes::default();
     known.into_keys().for_each(|missing| changes.remove_segment(missing));
     work.load(changes)?;
     let last = ids.last().map_or(0, |id| id.0);
     let position = Position { tails, next_segment: SegmentId(last + 1), next_sequence: work.sequence + 1 };
     Ok((position, work.report))
+}
+
+/// Examines segments, several at a time, and has each taken in, in order.
+fn examine_all(
+    shared: &Shared,
+    dir: &Path,
+    all: &[Found],
+    mut take_in: impl FnMut(&Found, &Receiver<Message>) -> Result<()>,
+) -> Result<()> {
+    let (senders, receivers): (Vec<_>, Vec<_>) = all
+        .iter()
+        .map(|_| sync_channel(WAITING_CHUNKS))
+        .map(|(to, from)| (Mutex::new(Some(to)), from))
+        .unzip();
+    let (next, taken_in, moved_on) = (AtomicUsize::new(0), Mutex::new(0_usize), Condvar::new());
+    std::thread::scope(|threads| {
+        for _ in 0..SCANS.min(all.len()) {
+            threads.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(found) = all.get(number) else { return };
+                    let mut done = taken_in.lock().unwrap_or_else(PoisonError::into_inner);
+                    while number >= done.saturating_add(SEGMENTS_AHEAD) {
+                        done = moved_on.wait(done).unwrap_or_else(PoisonError::into_inner);
+                    }
+                    drop(done);
+                    let sender = senders[number].lock().unwrap_or_else(PoisonError::into_inner).take();
+                    sender.into_iter().for_each(|sender| found.examine(shared, dir, &sender));
+                }
+            });
+        }
+        let advance = |to: usize| {
+            *taken_in.lock().unwrap_or_else(PoisonError::into_inner) = to;
+            moved_on.notify_all();
+        };
+        let mut result = Ok(());
+        for (number, (found, messages)) in all.iter().zip(receivers).enumerate() {
+            // After an error the others are only let go of: a scan that nobody listens to ends soon.
+            result = result.and_then(|()| take_in(found, &messages));
+            advance(if result.is_ok() { number + 1 } else { usize::MAX });
+        }
+        result
+    })
+}
+
+/// What examining a segment tells, in order.
+enum Message {
+    /// Some of its records.
+    Records(Vec<Entry>),
+    /// The rest, last.
+    Examined(Box<Result<Examined>>),
+}
+
+/// A segment that was examined.
+struct Examined {
+    header: Option<SegmentPage>,
+    seal: Option<SegmentPage>,
+    /// Known to have its full length.
+    whole: bool,
+    from: u64,
+    to: u64,
+    scanned: Scanned,
+    /// Of an unrecognisable one: never written to.
+    blank: bool,
 }
 
 struct Worker<'a> {
@@ -93,35 +173,104 @@ struct Found {
     state: Option<SegmentState>,
 }
 
-impl Worker<'_> {
-    /// Takes one segment in. Returns it as the tail if it may be appended to.
-    fn segment(&mut self, found: &Found) -> Result<Option<Tail>> {
-        let &Found { id, file, len_bytes, state } = found;
-        let header = self.page(found, 0, PageKind::Header)?;
+impl Found {
+    /// Reads what is to be known of the segment. Changes nothing, but writes what was never known to be flushed again.
+    fn examine(&self, shared: &Shared, dir: &Path, to: &SyncSender<Message>) {
+        let mut chunk = Vec::new();
+        let examined = self.look(shared, dir, &mut |entry| {
+            chunk.push(entry);
+            if chunk.len() == CHUNK_ENTRIES {
+                let _ = to.send(Message::Records(std::mem::take(&mut chunk)));
+            }
+        });
+        let _ = to.send(Message::Records(chunk));
+        // Who does not listen has met an error.
+        let _ = to.send(Message::Examined(Box::new(examined)));
+    }
+
+    fn look(&self, shared: &Shared, dir: &Path, met: &mut dyn FnMut(Entry)) -> Result<Examined> {
+        let &Self { id, file, len_bytes, state } = self;
+        let header = self.page(shared, dir, 0, PageKind::Header)?;
         // Only of a segment known to have its full length is it known where its seal is or goes.
         let whole = header.is_some_and(|header| header.extent_bytes == len_bytes);
-        let last_page = len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64;
-        let seal = self.page(found, last_page, PageKind::Seal)?;
+        let last_page = self.last_page();
+        let seal = self.page(shared, dir, last_page, PageKind::Seal)?;
         let seal = seal.filter(|seal| header.is_none_or(|header| header.generation == seal.generation));
         let generation = header.or(seal).map(|page| page.generation).or(state.map(|state| state.generation));
-        let suspect = state.is_some_and(|state| state.phase == Phase::Suspect);
-
         let from = state.map_or(RECORDS_AT, |state| state.watermark);
         let to = match seal {
             Some(seal) => seal.extent_bytes.min(last_page),
-            None if suspect => from,
+            None if self.is_suspect() => from,
             None if whole => last_page,
             None => len_bytes,
         };
-        let scan = Scan { shared: self.shared, file, id, generation, verify_payload: seal.is_none() };
-        let scanned = scan.run(from, to);
+        let scan = Scan {
+            disk: shared.disk.as_ref(),
+            pool: &shared.pool,
+            read_bytes: &shared.counters.read_bytes,
+            file,
+            id,
+            generation,
+            verify_payload: seal.is_none(),
+            write_again: seal.is_none(),
+        };
+        let scanned = scan.run(from, to, &mut |found| {
+            if let Met::Record(entry) = found {
+                met(entry);
+            }
+        });
+        let unknown = scanned.generation.is_none();
+        let blank = unknown && scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(shared, 0);
+        Ok(Examined { header, seal, whole, from, to, scanned, blank })
+    }
+
+    /// Where a seal is or goes.
+    fn last_page(&self) -> u64 {
+        self.len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64
+    }
+
+    fn is_suspect(&self) -> bool {
+        self.state.is_some_and(|state| state.phase == Phase::Suspect)
+    }
+
+    /// A header or seal page, if it is there, sound and this segment's.
+    fn page(&self, shared: &Shared, dir: &Path, offset: u64, kind: PageKind) -> Result<Option<SegmentPage>> {
+        let path = dir.join(self.id.file_name());
+        let read = read_exact(shared.disk.as_ref(), &shared.pool, self.file, offset, PAGE);
+        let Ok(page) = read else { return Ok(None) };
+        Ok(SegmentPage::decode(kind, &page, &path)?.filter(|page| page.id == self.id))
+    }
+
+    fn is_blank(&self, shared: &Shared, page_at: u64) -> bool {
+        let read = read_exact(shared.disk.as_ref(), &shared.pool, self.file, page_at, PAGE);
+        read.is_ok_and(|page| page.iter().all(|&byte| byte == 0))
+    }
+}
+
+impl Worker<'_> {
+    /// Takes one segment in. Returns it as the tail if it may be appended to.
+    fn segment(&mut self, found: &Found, messages: &Receiver<Message>) -> Result<Option<Tail>> {
+        let &Found { id, file, len_bytes, .. } = found;
+        let mut records = Gathered::new(&self.shared.index);
+        let examined = loop {
+            match messages.recv() {
+                Ok(Message::Records(some)) => records.add(some)?,
+                Ok(Message::Examined(examined)) => break (*examined)?,
+                Err(_) => {
+                    let gone = std::io::Error::other("its scan ended early");
+                    return Err(StoreError::io("scanning", self.dir.join(id.file_name()))(gone));
+                }
+            }
+        };
+        let suspect = found.is_suspect();
+        let Examined { header, seal, whole, from, to, scanned, blank } = examined;
         for (kind, count) in scanned.dropped.iter() {
             tracing::warn!(segment = %id, %kind, count, "bad records passed over");
         }
         self.report.records_dropped.merge(&scanned.dropped);
 
         let Some(generation) = scanned.generation else {
-            if scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(found, 0) {
+            if blank {
                 // Made, and never written to.
                 let removed = self.shared.disk.remove(&id.file_name());
                 removed.map_err(StoreError::io("removing", self.dir.join(id.file_name())))?;
@@ -143,7 +292,7 @@ impl Worker<'_> {
             return Ok(None);
         }
         if seal.is_none()
-            && !scanned.records.is_empty()
+            && records.count > 0
             && let Err(error) = self.flush(found, header.as_ref())
         {
             tracing::error!(segment = %id, %error, "a segment cannot be flushed; what it may have lost is not indexed");
@@ -153,7 +302,7 @@ impl Worker<'_> {
             self.remember(&tail, Phase::Open)?;
             return Ok(None);
         }
-        self.apply(&scanned)?;
+        self.apply(records)?;
         if let Some(unread_at) = scanned.unread_at {
             // The device may read it next time: scanned again from there, neither appended to nor sealed.
             tail.end_at(unread_at);
@@ -169,7 +318,7 @@ impl Worker<'_> {
             tail.end_at(scanned.end.min(to.max(from)));
             self.remember(&tail, Phase::Open)?;
             // A seal that could not be read just now would cut off, one day, what is appended behind it.
-            let appendable = whole && scanned.clean && self.is_blank(found, last_page);
+            let appendable = whole && scanned.clean && found.is_blank(self.shared, found.last_page());
             if !appendable && whole {
                 self.seal(&tail);
             }
@@ -189,33 +338,12 @@ impl Worker<'_> {
         wait(self.shared.disk.as_ref(), |reply| Op::sync(found.file, 0, reply)).map(drop)
     }
 
-    /// A header or seal page, if it is there, sound and this segment's.
-    fn page(&self, found: &Found, offset: u64, kind: PageKind) -> Result<Option<SegmentPage>> {
-        let Found { id, file, .. } = found;
-        let path = self.dir.join(id.file_name());
-        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, *file, offset, PAGE);
-        let Ok(page) = read else { return Ok(None) };
-        Ok(SegmentPage::decode(kind, &page, &path)?.filter(|page| page.id == *id))
-    }
-
-    fn is_blank(&self, found: &Found, page_at: u64) -> bool {
-        let read = read_exact(self.shared.disk.as_ref(), &self.shared.pool, found.file, page_at, PAGE);
-        read.is_ok_and(|page| page.iter().all(|&byte| byte == 0))
-    }
-
     /// Adds what a scan found to the index. Which of two records with one name holds is decided when the table is
     /// filled.
-    fn apply(&mut self, scanned: &Scanned) -> Result<()> {
-        for some in scanned.records.chunks(APPLY_ENTRIES) {
-            let mut changes = Changes::default();
-            for entry in some {
-                changes.put(entry);
-                self.sequence = self.sequence.max(entry.sequence);
-            }
-            self.shared.index.write(changes)?;
-        }
-        self.report.records_indexed += scanned.records.len() as u64;
-        Ok(())
+    fn apply(&mut self, records: Gathered<'_>) -> Result<()> {
+        self.report.records_indexed += records.count;
+        self.sequence = self.sequence.max(records.sequence);
+        records.finish()
     }
 
     fn remember(&self, tail: &Tail, phase: Phase) -> Result<()> {
@@ -297,6 +425,46 @@ impl Worker<'_> {
             self.shared.segments.update(id, |open| open.punched_bytes = open.len_bytes.saturating_sub(taken));
         }
         Ok(())
+    }
+}
+
+/// What a scan found of one segment, on its way to the index and not in it.
+struct Gathered<'a> {
+    index: &'a Index,
+    few: Vec<Entry>,
+    bulk: Option<Bulk<'a>>,
+    count: u64,
+    sequence: u64,
+}
+
+impl<'a> Gathered<'a> {
+    fn new(index: &'a Index) -> Self {
+        Self { index, few: Vec::new(), bulk: None, count: 0, sequence: 0 }
+    }
+
+    fn add(&mut self, some: Vec<Entry>) -> Result<()> {
+        self.count += some.len() as u64;
+        self.sequence = some.iter().map(|entry| entry.sequence).fold(self.sequence, u64::max);
+        self.few.extend(some);
+        if self.bulk.is_none() && self.few.len() > BULK_ENTRIES {
+            self.bulk = Some(self.index.bulk()?);
+        }
+        match &mut self.bulk {
+            Some(bulk) => self.few.drain(..).try_for_each(|entry| bulk.put(&entry)),
+            None => Ok(()),
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        match self.bulk {
+            Some(bulk) => bulk.finish(),
+            None if self.few.is_empty() => Ok(()),
+            None => {
+                let mut changes = Changes::default();
+                self.few.iter().for_each(|entry| changes.put(entry));
+                self.index.write(changes)
+            }
+        }
     }
 }
 

@@ -158,6 +158,10 @@ impl Disk for FaultyDisk {
         self.inner.allocated_bytes(file)
     }
 
+    fn next_data(&self, file: FileId, offset: u64) -> u64 {
+        self.inner.next_data(file, offset)
+    }
+
     fn submit(&self, mut op: Op) {
         let wanted = op.len_bytes();
         let (kind, file, offset) = (op.kind, op.file, op.offset);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::FileId;
+use super::{FileId, PAGE};
 
 /// Open files of one folder.
 #[derive(Debug)]
@@ -68,6 +68,18 @@ impl Files {
         use std::os::unix::fs::MetadataExt;
         // Blocks of stat(2) have 512 bytes whatever the file system's have.
         Ok(self.get(id)?.metadata()?.blocks() * 512)
+    }
+
+    pub(super) fn next_data(&self, id: FileId, offset: u64) -> u64 {
+        let found = || -> io::Result<u64> {
+            let from = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+            let found = super::sys::next_data(&*self.get(id)?, from)?;
+            // Blocks of the file system may be smaller than pages.
+            let page = |at: libc::off_t| u64::try_from(at).unwrap_or(offset) / PAGE as u64 * PAGE as u64;
+            Ok(found.map_or(u64::MAX, page))
+        };
+        // Who cannot tell has to read.
+        found().unwrap_or(offset).max(offset)
     }
 
     pub(super) fn get(&self, id: FileId) -> io::Result<Arc<File>> {

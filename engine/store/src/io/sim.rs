@@ -188,6 +188,16 @@ impl Disk for SimDisk {
         Ok(state.live.get(name).ok_or(io::ErrorKind::NotFound)?.len() as u64)
     }
 
+    /// Zeros are holes, whoever wrote them.
+    fn next_data(&self, file: FileId, offset: u64) -> u64 {
+        let state = self.state();
+        let bytes = state.open.get(&file).and_then(|name| state.live.get(name)).unwrap_or_default();
+        let from = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+        let blank = bytes[from..].chunks(PAGE).take_while(|page| page.iter().all(|&byte| byte == 0)).count();
+        let at = offset + (blank * PAGE) as u64;
+        if at < bytes.len() as u64 { at } else { u64::MAX }
+    }
+
     fn submit(&self, mut op: Op) {
         let (result, settled) = self.state().run(&mut op);
         let late = Late { op, result, settled };

@@ -41,3 +41,15 @@ pub(super) fn punch(file: &File, offset: libc::off_t, len: libc::off_t) -> io::R
         },
     }
 }
+
+/// `lseek(2)` to the first byte at or behind `offset` that is not in a hole. `None` if there is none.
+pub(super) fn next_data(file: &File, offset: libc::off_t) -> io::Result<Option<libc::off_t>> {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed. Nobody uses its position.
+    match unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) } {
+        -1 => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+        found => Ok(Some(found)),
+    }
+}

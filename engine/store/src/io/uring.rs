@@ -111,6 +111,10 @@ impl Disk for UringDisk {
         self.files.allocated_bytes(file)
     }
 
+    fn next_data(&self, file: FileId, offset: u64) -> u64 {
+        self.files.next_data(file, offset)
+    }
+
     fn submit(&self, op: Op) {
         match self.files.get(op.file) {
             Ok(file) => self.ring.submit(op, file),
