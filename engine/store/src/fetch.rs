@@ -151,6 +151,7 @@ impl Fetch {
             planes,
             pool: Arc::clone(&shared.pool),
             skip_verification: shared.settings.skips_verification(),
+            breaker: Arc::clone(&shared.breaker),
             cancelled: AtomicBool::new(false),
         });
         let (reply, arrivals) = mpsc::channel();
@@ -230,6 +231,10 @@ impl Fetch {
         self.held_bytes += len_bytes;
         let mut arrived = None;
         match self.shared.segments.get(read.segment) {
+            Some(_) if !self.shared.admits_read() => {
+                let steps = self.context.take(&read, Err(MissKind::Unavailable));
+                arrived = Some(Taken { tag, steps, read_bytes: 0, _permit: Some(permit) });
+            }
             Some(segment) => {
                 let buf = self.shared.pool.take(len_bytes);
                 let threads = (self.phase != Phase::Head).then(|| self.shared.verifiers.jobs());

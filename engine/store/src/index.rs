@@ -6,6 +6,7 @@
 //! 0x01 | segment id u64 BE | page u32 BE           ->  Entry of the record there, see entry.rs
 //! 0xF0 | segment id u64 BE                         ->  SegmentState, see entry.rs
 //! 0xF1 | segment id u64 BE                         ->  store time of the last use of anything in it, u32 LE seconds
+//! 0xF2                                             ->  where scrubbing goes on: segment id u64, offset u64, LE
 //! 0xFF                                             ->  format of this index, u32 LE; another one means: build anew
 //! ```
 //!
@@ -40,6 +41,7 @@ use crate::{Result, StoreError};
 
 const SEGMENT_PREFIX: u8 = 0xF0;
 const USE_PREFIX: u8 = 0xF1;
+const SCRUB_KEY: [u8; 1] = [0xF2];
 const FORMAT_KEY: [u8; 1] = [0xFF];
 const FORMAT: u32 = 5;
 /// The resident table answers lookups; this serves duplicates and quarantine.
@@ -142,6 +144,29 @@ impl Index {
         })
     }
 
+    /// The entries at and behind a place, in the order of their places.
+    pub(crate) fn entries_from(&self, from: Spot) -> impl Iterator<Item = Result<Entry>> {
+        let first = entry_key(from);
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(ENTRIES_END);
+        options.fill_cache(false);
+        let entries = self.db.iterator_opt(IteratorMode::From(&first, rocksdb::Direction::Forward), options);
+        entries.filter_map(|item| match item {
+            Err(error) => Some(Err(error.into())),
+            Ok((key, value)) => self.decode(spot_of(&key)?, &value).map(Ok),
+        })
+    }
+
+    /// Where scrubbing goes on.
+    pub(crate) fn scrub_position(&self) -> Result<Option<Spot>> {
+        let value = self.db.get(SCRUB_KEY)?;
+        Ok(value.and_then(|value| {
+            let (segment, offset) = value.split_first_chunk()?;
+            let offset = u64::from_le_bytes(offset.try_into().ok()?);
+            Some(Spot { segment: SegmentId(u64::from_le_bytes(*segment)), offset })
+        }))
+    }
+
     /// Store time of the last use of a segment; may lag behind.
     pub(crate) fn last_use(&self, id: SegmentId) -> Result<Option<u32>> {
         let value = self.db.get(segment_key(USE_PREFIX, id))?;
@@ -214,6 +239,13 @@ impl Changes {
 
     pub(crate) fn put_use(&mut self, id: SegmentId, used_s: u32) {
         self.0.put(segment_key(USE_PREFIX, id), used_s.to_le_bytes());
+    }
+
+    pub(crate) fn put_scrub_position(&mut self, spot: Spot) {
+        let mut value = [0; 16];
+        value[..8].copy_from_slice(&spot.segment.0.to_le_bytes());
+        value[8..].copy_from_slice(&spot.offset.to_le_bytes());
+        self.0.put(SCRUB_KEY, value);
     }
 
     pub(crate) fn remove_segment(&mut self, id: SegmentId) {

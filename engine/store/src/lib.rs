@@ -10,6 +10,7 @@
 //! DIR/index/                RocksDB, derived from the segments (index.rs)
 //! ```
 
+mod breaker;
 pub mod clock;
 pub mod codec;
 mod commit;
@@ -29,6 +30,7 @@ mod record;
 mod recovery;
 mod retention;
 mod scan;
+mod scrub;
 mod segment;
 mod settings;
 mod shared;

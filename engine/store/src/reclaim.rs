@@ -114,6 +114,8 @@ impl Shared {
     /// Removes what an erasure with this sequence means. Returns how many objects.
     pub(crate) fn erase(&self, erase: Erase, sequence: u64) -> Result<u64> {
         let mut gone = Vec::new();
+        // What is in quarantine is not in the index, and must not come back into it.
+        self.breaker.suspects().clear();
         for entry in self.index.entries() {
             let entry = entry?;
             if entry.sequence < sequence && erase.covers(&entry) {

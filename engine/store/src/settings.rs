@@ -36,6 +36,8 @@ pub struct StoreSettings {
     pub read_merge_bytes: usize,
     /// Threads that verify and decode what is read.
     pub verify_threads: usize,
+    /// Bytes of sealed records verified again each second, in the background; 0 for none.
+    pub scrub_bytes_per_s: u64,
     /// Bytes of encoded records waiting for their commit; putters of more wait.
     pub put_bytes_in_flight: usize,
     /// Bytes of one group commit.
@@ -61,6 +63,8 @@ pub struct Sabotage {
     pub skip_verification: bool,
     /// Acknowledge puts without a flush.
     pub skip_flush: bool,
+    /// Take every failed read for the record's fault.
+    pub skip_breaker: bool,
 }
 
 impl Default for StoreSettings {
@@ -76,6 +80,7 @@ impl Default for StoreSettings {
             fetch_window_bytes: 16 << 20,
             read_merge_bytes: 1 << 20,
             verify_threads: std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(1, 8)),
+            scrub_bytes_per_s: 8_000_000,
             put_bytes_in_flight: 64 << 20,
             commit_bytes: 32 << 20,
             pool_bytes: 64 << 20,
@@ -112,6 +117,13 @@ impl StoreSettings {
     pub(crate) fn skips_verification(&self) -> bool {
         #[cfg(any(test, feature = "testing"))]
         return self.sabotage.skip_verification;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+
+    pub(crate) fn skips_breaker(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.skip_breaker;
         #[cfg(not(any(test, feature = "testing")))]
         return false;
     }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use esker_prefix::ObjectId;
 
+use crate::breaker::Breaker;
 use crate::clock::StoreTime;
 use crate::commit::Tail;
 use crate::fetch::Verifiers;
-use crate::index::{Changes, Index, Phase};
+use crate::index::{Changes, Entry, Index, Phase};
 use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
 use crate::lease::Leases;
 use crate::record::ContentDigest;
@@ -30,6 +31,7 @@ pub(crate) struct Shared {
     pub(crate) leases: Leases,
     pub(crate) segments: SegmentTable,
     pub(crate) counters: Counters,
+    pub(crate) breaker: Arc<Breaker>,
     pub(crate) reading: Arc<ByteGate>,
     pub(crate) putting: Arc<ByteGate>,
     /// The folder's lock; the kernel drops it with the file.
@@ -63,14 +65,38 @@ impl Shared {
         len: usize,
     ) -> std::result::Result<AlignedBuf, MissKind> {
         let segment = self.segments.get(located.spot.segment).ok_or(MissKind::Absent)?;
+        if !self.admits_read() {
+            return Err(MissKind::Unavailable);
+        }
         let offset = located.spot.offset + start as u64;
         let read = read_exact(self.disk.as_ref(), &self.pool, segment.file, offset, len);
+        match &read {
+            Ok(_) => self.breaker.worked(),
+            Err(error) if miss_of(error) == MissKind::ReadError => self.breaker.failed(),
+            Err(_) => {}
+        }
         read.inspect(|buf| self.counters.read_bytes.add(buf.len() as u64)).map_err(|error| miss_of(&error))
     }
 
-    /// Forgets a bad record, unless its name has come to mean another one.
+    /// Whether the device may be asked for anything.
+    pub(crate) fn admits_read(&self) -> bool {
+        self.settings.skips_breaker() || self.breaker.admits()
+    }
+
+    /// Forgets a bad record, unless its name has come to mean another one, or the device is at fault.
     pub(crate) fn quarantine(&self, id: ObjectId, located: &Located, kind: MissKind) {
         let Spot { segment, offset } = located.spot;
+        if kind == MissKind::Unavailable {
+            return;
+        }
+        if kind == MissKind::ReadError && !self.settings.skips_breaker() {
+            let mut suspects = self.breaker.suspects();
+            if self.breaker.is_open() {
+                suspects.drain(..).for_each(|entry| self.reinstate(&entry));
+                return;
+            }
+            suspects.extend(self.index.get(located.spot).ok().flatten());
+        }
         if !self.table.remove_if(id, located.spot) {
             return;
         }
@@ -86,6 +112,21 @@ impl Shared {
         if let Err(error) = self.index.write(changes) {
             tracing::error!(?id, %error, "the index still names a bad record");
         }
+    }
+
+    /// Takes a quarantine back.
+    fn reinstate(&self, entry: &Entry) {
+        if self.segments.get(entry.spot.segment).is_none() || self.table.get(entry.id).is_some() {
+            return;
+        }
+        let mut changes = Changes::default();
+        changes.put(entry);
+        if let Err(error) = self.index.write(changes) {
+            tracing::error!(id = ?entry.id, %error, "a record stays in quarantine");
+            return;
+        }
+        self.table.insert(entry, None);
+        self.counters.reinstated.add(1);
     }
 
     pub(crate) fn write_segment_page(

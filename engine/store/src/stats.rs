@@ -27,11 +27,13 @@ pub enum MissKind {
     Digest = 7,
     /// The deadline came first.
     Deadline = 8,
+    /// Its device failed so many reads that nothing is read from it for a while.
+    Unavailable = 9,
 }
 
 impl MissKind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Absent,
         Self::ReadError,
         Self::Truncated,
@@ -41,11 +43,12 @@ impl MissKind {
         Self::Decode,
         Self::Digest,
         Self::Deadline,
+        Self::Unavailable,
     ];
 
     /// Whether the record itself is at fault, so that it is worth a second read and then quarantine.
     pub fn is_damage(self) -> bool {
-        !matches!(self, Self::Absent | Self::Deadline)
+        !matches!(self, Self::Absent | Self::Deadline | Self::Unavailable)
     }
 
     /// Name for logs and metric labels.
@@ -60,6 +63,7 @@ impl MissKind {
             Self::Decode => "decode",
             Self::Digest => "digest",
             Self::Deadline => "deadline",
+            Self::Unavailable => "unavailable",
         }
     }
 }
@@ -116,6 +120,14 @@ pub struct StoreStats {
     pub misses: MissCounts,
     /// Index entries removed because their record is bad.
     pub quarantined: u64,
+    /// Those of them that came back, as it was the device that failed.
+    pub reinstated: u64,
+    /// Times that so many reads failed that nothing was read for a while.
+    pub breaker_trips: u64,
+    /// Bytes of records verified again in the background.
+    pub scrubbed_bytes: u64,
+    /// Records that were found bad by that.
+    pub scrub_bad: u64,
     /// Bytes read from the device.
     pub read_bytes: u64,
     /// Bytes written to the device.
@@ -187,6 +199,9 @@ pub(crate) struct Counters {
     pub(crate) fetched: Counter,
     pub(crate) misses: [Counter; MissKind::ALL.len()],
     pub(crate) quarantined: Counter,
+    pub(crate) reinstated: Counter,
+    pub(crate) scrubbed_bytes: Counter,
+    pub(crate) scrub_bad: Counter,
     pub(crate) read_bytes: Counter,
     pub(crate) written_bytes: Counter,
     pub(crate) commits: Counter,

@@ -17,6 +17,7 @@ use crate::index::{Entry, Index};
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::recovery;
+use crate::scrub::Scrubber;
 use crate::segment::{RECORDS_AT, SegmentTable};
 use crate::shared::Shared;
 use crate::stats::Counters;
@@ -30,6 +31,7 @@ const LOCK_POLL: Duration = Duration::from_millis(10);
 pub struct Store {
     pub(crate) shared: Arc<Shared>,
     committer: Committer,
+    scrubber: Scrubber,
     report: OpenReport,
 }
 
@@ -110,6 +112,7 @@ impl Store {
                 leases: Leases::default(),
                 segments: SegmentTable::default(),
                 counters: Counters::default(),
+                breaker: Arc::default(),
                 _lock: lock,
             }))
         };
@@ -139,7 +142,9 @@ impl Store {
         restore_leases(&shared, &recovery.own);
         let committer = Committer::start(Arc::clone(&shared), position)
             .map_err(StoreError::io("starting the commit thread of", dir))?;
-        Ok(Self { shared, committer, report })
+        let scrubber =
+            Scrubber::start(&shared).map_err(StoreError::io("starting the scrubbing thread of", dir))?;
+        Ok(Self { shared, committer, scrubber, report })
     }
 
     /// What opening found and did.
@@ -337,6 +342,10 @@ impl Store {
             fetched: counters.fetched.get(),
             misses: counters.miss_counts(),
             quarantined: counters.quarantined.get(),
+            reinstated: counters.reinstated.get(),
+            scrubbed_bytes: counters.scrubbed_bytes.get(),
+            scrub_bad: counters.scrub_bad.get(),
+            breaker_trips: self.shared.breaker.trips.get(),
             read_bytes: counters.read_bytes.get(),
             written_bytes: counters.written_bytes.get(),
             commits: counters.commits.get(),
@@ -351,7 +360,8 @@ impl Store {
 
     /// Ends the commit thread and flushes the index. The folder is free when the last fetch is dropped, too.
     pub fn close(self) -> Result<()> {
-        let Self { shared, committer, .. } = self;
+        let Self { shared, committer, scrubber, .. } = self;
+        drop(scrubber);
         drop(committer);
         shared.time.save()?;
         shared.index.flush()

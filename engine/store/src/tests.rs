@@ -2,6 +2,7 @@
 
 #[path = "../tests/common/mod.rs"]
 pub(crate) mod common;
+mod breaker;
 mod crash;
 mod damage;
 mod faults;
@@ -9,6 +10,7 @@ mod fetching;
 mod nth;
 mod parsers;
 mod power;
+mod scrub;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -15,6 +15,7 @@ use bytes::Bytes;
 
 use super::plan::{Item, Part, Read};
 use super::{FetchEvent, PlaneSelection};
+use crate::breaker::Breaker;
 use crate::io::{BufferPool, Completion, Deliver, Permit};
 use crate::record::{Codec, RecordHeader};
 use crate::shared::miss_of;
@@ -26,6 +27,7 @@ pub(super) struct Context {
     pub(super) planes: PlaneSelection,
     pub(super) pool: Arc<BufferPool>,
     pub(super) skip_verification: bool,
+    pub(super) breaker: Arc<Breaker>,
     /// Nobody waits for planes any more.
     pub(super) cancelled: AtomicBool,
 }
@@ -127,6 +129,11 @@ impl Job {
             Ok(None) => Err(MissKind::ReadError),
             Err(error) => Err(miss_of(&error)),
         };
+        match &bytes {
+            Ok(_) => context.breaker.worked(),
+            Err(MissKind::ReadError) => context.breaker.failed(),
+            Err(_) => {}
+        }
         let read_bytes = bytes.as_ref().map_or(0, Bytes::len);
         Taken { tag, steps: context.take(&read, bytes), read_bytes, _permit: permit }
     }
