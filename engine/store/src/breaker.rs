@@ -89,7 +89,10 @@ impl Breaker {
         if state.failures >= FAILURES {
             self.trips.add(1);
             state.open = Some(Open { until: now + SHORTEST, back_off: SHORTEST, probing: false });
-            tracing::error!(failures = state.failures, "the device fails to read; nothing is read for a while");
+            tracing::error!(
+                failures = state.failures,
+                "the device fails to read; nothing is read for a while"
+            );
         }
     }
 

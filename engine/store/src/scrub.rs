@@ -119,7 +119,9 @@ impl Scrub {
         let mut verified = 0;
         while verified < STRIDE_BYTES {
             let reading = &self.shared.reading;
-            if reading.used_bytes() > self.shared.settings.read_bytes_in_flight / 2 || self.shared.breaker.is_open() {
+            if reading.used_bytes() > self.shared.settings.read_bytes_in_flight / 2
+                || self.shared.breaker.is_open()
+            {
                 return Ok(if verified == 0 { Step::GaveWay } else { Step::Verified(verified) });
             }
             let Some(entry) = self.waiting.next() else {
@@ -161,7 +163,8 @@ impl Scrub {
 
     /// Verifies one record. Returns its length.
     fn record(&self, entry: &Entry) -> u64 {
-        let Some(located) = self.shared.table.get(entry.id).filter(|located| located.spot == entry.spot) else {
+        let Some(located) = self.shared.table.get(entry.id).filter(|located| located.spot == entry.spot)
+        else {
             return 0;
         };
         let prove = || self.shared.prove(entry, &located);

@@ -21,9 +21,12 @@ fn round(scrub: &mut Scrub) -> u64 {
 
 /// A store of some sealed segments, which are not scrubbed unless a test does it.
 fn store(dir: &std::path::Path) -> Store {
-    let store = Store::open(dir, StoreSettings { scrub_bytes_per_s: 0, ..buffered() }).unwrap();
+    let settings = StoreSettings { scrub_bytes_per_s: 0, ..buffered() };
+    let store = Store::open(dir, settings.clone()).unwrap();
     assert!(store.put(chain(0, 60, &[60_000, 3000, 30_000])).iter().all(Result::is_ok));
-    store
+    // Whatever is to be sealed is sealed when it opens again.
+    store.close().unwrap();
+    Store::open(dir, settings).unwrap()
 }
 
 #[test]
