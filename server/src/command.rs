@@ -2,10 +2,12 @@
 
 pub mod bench;
 pub mod demo;
+pub mod fsck;
 pub mod generate;
 pub mod golden;
 pub mod lookup;
 pub mod serve;
+pub mod stat;
 
 use std::io::Read;
 use std::path::PathBuf;

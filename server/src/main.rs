@@ -23,6 +23,10 @@ enum Command {
     Lookup(command::lookup::Args),
     /// Show it all: a long document cold, SIGKILL, restart, the same document warm, and that nothing changed
     Demo(command::demo::Args),
+    /// Check a data folder offline: every byte of every record, and the index against them; mend it with --repair
+    Fsck(command::fsck::Args),
+    /// Tell what a data folder holds, without disturbing it
+    Stat(command::stat::Args),
     /// Measure: the store on this machine, policies on a trace
     Bench(command::bench::Args),
     /// Check the decoder against a folder of golden vectors
@@ -34,6 +38,11 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_env("ESKER_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
+        Command::Fsck(args) => match command::fsck::run(&args) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        Command::Stat(args) => command::stat::run(&args),
         Command::Serve(args) => command::serve::run(args),
         Command::Generate(args) => command::generate::run(args),
         Command::Lookup(args) => command::lookup::run(args),

@@ -111,6 +111,16 @@ impl StoreTime {
     }
 }
 
+/// Store time of `dir` by its file alone, which is not written; 0 if there is none.
+pub(crate) fn peek(dir: &Path, clock: &dyn Clock) -> u32 {
+    let saved = fs::read_to_string(dir.join("clock")).ok().and_then(|text| parse(&text));
+    let store_s = saved.map_or(0, |(store_s, boot, since_s)| match boot == clock.boot_id() {
+        true => store_s + (seconds(clock.since_boot()) - since_s).max(0),
+        false => store_s,
+    });
+    u32::try_from(store_s.max(0)).unwrap_or(u32::MAX)
+}
+
 /// Store seconds, boot and seconds since that boot.
 fn parse(text: &str) -> Option<(i64, String, i64)> {
     let mut words = text.split_whitespace();

@@ -56,7 +56,7 @@ const OPEN_BYTES: u64 = 4 * WRITE_BUFFER_BYTES as u64;
 /// Reserved for the manifest, likewise.
 const MANIFEST_BYTES: usize = 64 << 10;
 /// Left in the store's folder when reads of the index fail, so that the next opening builds it anew.
-const DAMAGED_MARK: &str = "index.damaged";
+pub(crate) const DAMAGED_MARK: &str = "index.damaged";
 
 /// See the module.
 pub(crate) struct Index {
@@ -109,6 +109,12 @@ impl Index {
             fs::remove_file(&mark).map_err(StoreError::io("removing", &mark))?;
         }
         Ok((index, rebuild))
+    }
+
+    /// Opens the index in `dir/index` to be read only, as it stands: also while another process writes it.
+    pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
+        let db = DB::open_for_read_only(&options(), dir.join("index"), false)?;
+        Ok(Self { db, options: options(), dir: dir.to_owned() })
     }
 
     /// The entry of the record at `spot`. An index that cannot be read has no entries.

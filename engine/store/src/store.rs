@@ -439,7 +439,7 @@ fn restore_leases(shared: &Arc<Shared>, entries: &[Entry]) {
 }
 
 /// Takes the folder's lock, or names the folder.
-fn lock(dir: &Path, patience: Duration) -> Result<File> {
+pub(crate) fn lock(dir: &Path, patience: Duration) -> Result<File> {
     let path = dir.join("LOCK");
     let options = File::options().create(true).truncate(false).write(true).open(&path);
     let file = options.map_err(StoreError::io("opening", &path))?;

@@ -1,12 +1,13 @@
 //! Tests that break the store on purpose, and so need to reach inside. Behaviour seen from outside is in `tests/`.
 
+mod breaker;
 #[path = "../tests/common/mod.rs"]
 pub(crate) mod common;
-mod breaker;
 mod crash;
 mod damage;
 mod faults;
 mod fetching;
+mod fsck;
 mod nth;
 mod parsers;
 mod power;
