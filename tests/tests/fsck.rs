@@ -58,5 +58,6 @@ async fn damage_is_told_mended_and_costs_only_what_it_hit() -> Result<()> {
     node.fetch_best(&prompt).await?.expect_blocks(&prompt, number - 1);
     node.store(&prompt, prompt.blocks(1..=u64::from(BLOCKS))).await?;
     node.fetch_best(&prompt).await?.expect_blocks(&prompt, u64::from(BLOCKS));
-    node.stop().await
+    node.stop().await?;
+    Ok(())
 }

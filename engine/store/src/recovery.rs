@@ -117,6 +117,9 @@ fn examine_all(
                     while number >= done.saturating_add(SEGMENTS_AHEAD) {
                         done = moved_on.wait(done).unwrap_or_else(PoisonError::into_inner);
                     }
+                    if *done == usize::MAX {
+                        return;
+                    }
                     drop(done);
                     let sender = senders[number].lock().unwrap_or_else(PoisonError::into_inner).take();
                     sender.into_iter().for_each(|sender| found.examine(shared, dir, &sender));

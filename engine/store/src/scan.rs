@@ -39,7 +39,8 @@ pub(crate) struct Scan<'a> {
     pub(crate) write_again: bool,
 }
 
-/// What a scan meets, in order.
+/// What a scan meets, in order. Handed over and not kept, so its size does not matter.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Met {
     /// A sound record.
     Record(Entry),

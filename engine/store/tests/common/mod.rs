@@ -12,9 +12,9 @@ use esker_store::{
     StoreSettings, TtlClass,
 };
 
-/// Small segments, so that tests cross their borders.
+/// Small segments, so that tests cross their borders, and nothing that reads in the background.
 pub fn settings() -> StoreSettings {
-    StoreSettings { segment_bytes: 1 << 20, ..StoreSettings::default() }
+    StoreSettings { segment_bytes: 1 << 20, scrub_bytes_per_s: 0, ..StoreSettings::default() }
 }
 
 pub fn id(number: u64) -> ObjectId {
