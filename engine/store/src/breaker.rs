@@ -3,7 +3,7 @@
 //! After [`FAILURES`] failed reads in a row within [`WITHIN`] nothing is read for a while and everything asked for is a
 //! miss at once, without waiting for a device that may take seconds to fail. Then one read is let through; if it works,
 //! all is well again, and if not the while doubles, up to [`LONGEST`]. A sick device must not empty the index record by
-//! record: while the breaker is open nothing is quarantined for a failed read, and what was on the way here comes back.
+//! record: while the breaker is open nothing is forgotten for a failed read, and what was on the way here comes back.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ const LONGEST: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(crate) struct Breaker {
     state: Mutex<State>,
-    /// Records quarantined since the last read that worked.
+    /// Records forgotten for failed reads since the last one that worked. The index still has them.
     suspects: Mutex<Vec<Entry>>,
     pub(crate) trips: Counter,
 }
@@ -101,7 +101,7 @@ impl Breaker {
         self.state().open.is_some()
     }
 
-    /// Records whose quarantine is taken back if the device turns out to be at fault. Whoever brings them back holds the
+    /// Records that are taken back if the device turns out to be at fault. Whoever brings them back holds the
     /// list meanwhile.
     pub(crate) fn suspects(&self) -> MutexGuard<'_, Vec<Entry>> {
         self.suspects.lock().unwrap_or_else(PoisonError::into_inner)

@@ -114,7 +114,7 @@ impl Shared {
     /// Removes what an erasure with this sequence means. Returns how many objects.
     pub(crate) fn erase(&self, erase: Erase, sequence: u64) -> Result<u64> {
         let mut gone = Vec::new();
-        // What is in quarantine is not in the index, and must not come back into it.
+        // What was forgotten for a failed read must not come back.
         self.breaker.suspects().clear();
         for entry in self.index.entries() {
             let entry = entry?;

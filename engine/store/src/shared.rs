@@ -114,15 +114,13 @@ impl Shared {
         }
     }
 
-    /// Takes a quarantine back.
+    /// Takes a record back that was forgotten for a failed read.
     fn reinstate(&self, entry: &Entry) {
         if self.segments.get(entry.spot.segment).is_none() || self.table.get(entry.id).is_some() {
             return;
         }
-        let mut changes = Changes::default();
-        changes.put(entry);
-        if let Err(error) = self.index.write(changes) {
-            tracing::error!(id = ?entry.id, %error, "a record stays in quarantine");
+        // The index has kept it, unless it was evicted or erased meanwhile.
+        if !self.index.get(entry.spot).is_ok_and(|kept| kept == Some(*entry)) {
             return;
         }
         self.table.insert(entry, None);

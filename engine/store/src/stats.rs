@@ -120,7 +120,7 @@ pub struct StoreStats {
     pub misses: MissCounts,
     /// Index entries removed because their record is bad.
     pub quarantined: u64,
-    /// Those of them that came back, as it was the device that failed.
+    /// Records forgotten for a failed read that came back, as it was the device that failed.
     pub reinstated: u64,
     /// Times that so many reads failed that nothing was read for a while.
     pub breaker_trips: u64,

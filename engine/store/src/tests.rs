@@ -69,6 +69,11 @@ fn copy_dir(from: &Path, to: &Path) {
 }
 
 /// Through the page cache: as fast as memory, for tests of many small reads.
+/// A process that another test starts holds the lock of a closed store for a moment.
 fn buffered() -> StoreSettings {
-    StoreSettings { io_engines: vec![crate::io::IoEngine::PositionalBuffered], ..common::settings() }
+    StoreSettings {
+        io_engines: vec![crate::io::IoEngine::PositionalBuffered],
+        lock_wait: std::time::Duration::from_secs(10),
+        ..common::settings()
+    }
 }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::common::{all, chain, fetch, id, settings};
+use super::buffered;
+use super::common::{all, chain, fetch, id};
 use crate::io::faulty::{Fault, FaultyDisk, Plan};
 use crate::io::{IoEngine, OpKind};
 use crate::{MissKind, Sabotage, Store, StoreSettings};
@@ -17,7 +18,7 @@ fn open(dir: &std::path::Path, skip_breaker: bool) -> (Store, Arc<FaultyDisk>) {
     let disk = FaultyDisk::new(disk);
     let sabotage = Sabotage { skip_breaker, ..Sabotage::default() };
     // A read for each record, so that each can fail by itself.
-    let settings = StoreSettings { sabotage, read_merge_bytes: 1, ..settings() };
+    let settings = StoreSettings { sabotage, read_merge_bytes: 1, ..buffered() };
     let store = Store::open_on(dir, settings, disk.clone()).unwrap();
     assert!(store.put(chain(0, BLOCKS, &[700, 4500])).iter().all(Result::is_ok));
     (store, disk)
@@ -50,7 +51,8 @@ fn a_sick_device_does_not_empty_the_index() {
             continue;
         }
         assert_eq!(left, BLOCKS, "nothing is lost: {stats:?}");
-        assert_eq!(stats.quarantined, stats.reinstated);
+        assert_eq!(stats.quarantined, 0, "the index forgets nothing for a failed read");
+        assert!(stats.reinstated >= 1);
         assert!(reads <= 8 + probes, "{reads} reads");
 
         // The device recovers, and so does the store, without help.
@@ -64,9 +66,9 @@ fn a_sick_device_does_not_empty_the_index() {
         disk.arm(&[Plan { kind: OpKind::Read, first: 0, count: 2, fault: broken }]);
         assert_eq!(ask(&store, &ids[..2]), [Some(MissKind::ReadError), None]);
         assert!(store.get(&ids[..1])[0].is_none());
-        // And what the index holds again is there after a restart, too.
+        // The index has kept all: the device may read after a restart what it does not read now.
         drop(store);
-        let store = Store::open(dir.path(), settings()).unwrap();
-        assert_eq!(store.get(&ids).iter().flatten().count() as u64, BLOCKS - 1);
+        let store = Store::open(dir.path(), buffered()).unwrap();
+        assert_eq!(store.get(&ids).iter().flatten().count() as u64, BLOCKS);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::common::{all, chain, fetch, id, settings};
+use super::common::{all, chain, fetch, id};
 use super::{buffered, entry, flip, segment};
 use crate::scrub::{Scrub, Step};
 use crate::{MissKind, Store, StoreSettings};
@@ -67,7 +67,7 @@ fn a_restart_goes_on_where_it_was() {
     let before = scrub.position();
     drop(scrub);
     store.close().unwrap();
-    let store = Store::open(dir.path(), StoreSettings { scrub_bytes_per_s: 0, ..settings() }).unwrap();
+    let store = Store::open(dir.path(), StoreSettings { scrub_bytes_per_s: 0, ..buffered() }).unwrap();
     let mut scrub = Scrub::new(Arc::clone(&store.shared));
     assert_eq!(scrub.position(), before);
     let rest = round(&mut scrub);
