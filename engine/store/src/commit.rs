@@ -18,13 +18,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
-use esker_prefix::{ObjectId, ObjectKind};
+use esker_prefix::ObjectId;
 
 use crate::encoding::Encoded;
 use crate::index::{Changes, Phase, SegmentState};
 use crate::io::{Completion, Deliver, FileId, Op, OpKind, PAGE, Permit};
 use crate::segment::{Place, RECORDS_AT, SegmentId};
-use crate::shared::Shared;
+use crate::shared::{Shared, is_own};
 use crate::{PutOutcome, Result, StoreError, TtlClass};
 use batch::{Batch, Pending, Putter, Repeat, Run};
 use segments::{Made, Maker};
@@ -298,21 +298,13 @@ impl Writer {
     fn admit(&mut self, submission: Submission, forming: &mut Batch) -> Option<Pending> {
         let Submission { encoded: Encoded { header, digest, record }, position, reply, permit } = submission;
         let (id, putter) = (header.id, (position, reply));
-        // What the store writes about itself: the newest of a name holds.
-        let own = matches!(id.kind, ObjectKind::Lease | ObjectKind::Erasure);
-        if !own && let Some(&number) = self.unpublished.get(&id) {
-            let mut batches = self.batches.iter_mut().chain([&mut *forming]);
-            if let Some(first) = batches.find(|batch| batch.number == number).and_then(|batch| batch.find(id))
-            {
-                let same_content = first.digest == digest;
-                first.repeats.push(Repeat { putter, same_content });
-                return None;
-            }
+        let own = is_own(id);
+        if !own && let Some(first) = self.pending(id, forming) {
+            let same_content = first.digest == digest;
+            first.repeats.push(Repeat { putter, same_content });
+            return None;
         }
-        if !own
-            && let Some(located) = self.shared.table.get(id)
-            && let Some(known) = self.shared.digest_of(id, &located)
-        {
+        if let Some(known) = self.shared.stored_digest(id) {
             self.answer(putter, compare(id, known == digest));
             return None;
         }
@@ -548,7 +540,9 @@ impl Writer {
             let live_bytes = run.end - run.tail.append_at;
             self.shared.segments.update(run.tail.id, |segment| {
                 segment.live_bytes += live_bytes;
-                segment.used_s = segment.used_s.max(run.entries.last().map_or(0, |entry| entry.time_s));
+                // The batch has written this down.
+                segment.written_use_s = run.entries.last().map_or(0, |entry| entry.time_s);
+                segment.used_s = segment.used_s.max(segment.written_use_s);
             });
         }
         self.shared.free(&replaced)
@@ -624,7 +618,7 @@ impl Writer {
         self.queued_bytes = 0;
         for Submission { encoded, position, reply, .. } in std::mem::take(&mut self.queue) {
             let id = encoded.header.id;
-            let known = self.shared.table.get(id).and_then(|located| self.shared.digest_of(id, &located));
+            let known = self.shared.stored_digest(id);
             let refused = || Err(error.clone());
             self.answer(
                 (position, reply),

@@ -162,7 +162,7 @@ impl Shared {
             let Some(segment) = self.segments.get(id) else { continue };
             self.segments.update(id, |segment| segment.used_s = segment.used_s.max(now_s));
             let lag_s = self.ttl_s(segment.class).map_or(u32::MAX, |ttl_s| ttl_s / USE_LAG_PART);
-            if now_s.saturating_sub(segment.used_s) > lag_s {
+            if now_s.saturating_sub(segment.written_use_s) > lag_s {
                 self.remember_use(id, now_s);
             }
         }
@@ -171,8 +171,11 @@ impl Shared {
     fn remember_use(&self, id: SegmentId, used_s: u32) {
         let mut changes = Changes::default();
         changes.put_use(id, used_s);
-        if let Err(error) = self.index.write(changes) {
-            tracing::warn!(segment = %id, %error, "the use of a segment could not be written down");
+        match self.index.write(changes) {
+            Ok(()) => drop(self.segments.update(id, |segment| segment.written_use_s = used_s)),
+            Err(error) => {
+                tracing::warn!(segment = %id, %error, "the use of a segment could not be written down")
+            }
         }
     }
 

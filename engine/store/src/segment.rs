@@ -191,6 +191,8 @@ pub(crate) struct OpenSegment {
     pub(crate) punched_bytes: u64,
     /// Store time of the last use of anything in it.
     pub(crate) used_s: u32,
+    /// What the index says of that.
+    pub(crate) written_use_s: u32,
 }
 
 impl SegmentTable {
@@ -226,7 +228,17 @@ impl SegmentTable {
 
 impl OpenSegment {
     pub(crate) fn new(file: FileId, len_bytes: u64, generation: u64, class: TtlClass, used_s: u32) -> Self {
-        Self { file, len_bytes, generation, class, sealed: false, live_bytes: 0, punched_bytes: 0, used_s }
+        Self {
+            file,
+            len_bytes,
+            generation,
+            class,
+            sealed: false,
+            live_bytes: 0,
+            punched_bytes: 0,
+            used_s,
+            written_use_s: used_s,
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use esker_prefix::ObjectId;
+use esker_prefix::{ObjectId, ObjectKind};
 
 use crate::breaker::Breaker;
 use crate::clock::StoreTime;
@@ -39,6 +39,13 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// The digest of what is stored under a name. Of what the store writes about itself the newest holds, so nothing
+    /// counts as stored.
+    pub(crate) fn stored_digest(&self, id: ObjectId) -> Option<ContentDigest> {
+        let located = self.table.get(id).filter(|_| !is_own(id))?;
+        self.digest_of(id, &located)
+    }
+
     /// The digest of a stored object's content: from the index, or from the record if the index cannot tell. `None` if
     /// the record is bad; it is in quarantine then.
     pub(crate) fn digest_of(&self, id: ObjectId, located: &Located) -> Option<ContentDigest> {
@@ -165,6 +172,11 @@ impl Shared {
         };
         counter.add(1);
     }
+}
+
+/// Whether an object is one that the store writes about itself.
+pub(crate) fn is_own(id: ObjectId) -> bool {
+    matches!(id.kind, ObjectKind::Lease | ObjectKind::Erasure)
 }
 
 /// What a failed read means for the record.

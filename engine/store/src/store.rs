@@ -378,9 +378,7 @@ impl Store {
     fn prepare(&self, object: PutObject) -> Result<Prepared> {
         let hashed = Hashed::new(object, &self.shared.settings)?;
         let id = hashed.id();
-        let own = matches!(id.kind, ObjectKind::Lease | ObjectKind::Erasure);
-        let located = self.shared.table.get(id).filter(|_| !own);
-        match located.and_then(|located| self.shared.digest_of(id, &located)) {
+        match self.shared.stored_digest(id) {
             None => Ok(Prepared::New(hashed)),
             Some(digest) if digest == hashed.digest() => Ok(Prepared::Known(PutOutcome::Present)),
             Some(_) => Err(StoreError::ContentMismatch { id }),

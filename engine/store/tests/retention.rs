@@ -269,3 +269,23 @@ fn a_full_store_declines_what_is_not_worth_its_place() {
     println!("{declined} of {} declined", 2000 * 3);
     assert!(store.put(vec![object(7_000_000, 1, &LENS).with_class(TtlClass::PERMANENT)])[0].is_ok());
 }
+
+#[test]
+fn what_is_used_all_the_time_is_not_taken_for_old_after_a_crash() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let store = open();
+    let objects: Vec<_> =
+        chain(0, 5, &LENS).into_iter().map(|object| object.with_class(TtlClass(0))).collect();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    // Each use soon after the last, for longer than the class lives.
+    for _ in 0..60 {
+        clock.pass(Duration::from_secs(10));
+        fetch(&store, all(store.lookup(&ids(&objects))));
+    }
+    drop(store);
+    let store = open();
+    store.keep_house();
+    assert_eq!(store.lookup(&ids(&objects)).len(), 5);
+}
