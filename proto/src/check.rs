@@ -1,8 +1,11 @@
 //! From wire fields to checked values.
 
-use esker_prefix::{KvLayout, Namespace, NamespaceId, TokenId};
+use bytes::Bytes;
+use esker_prefix::{BlockHash, KvLayout, Namespace, NamespaceId, TokenId};
 
-use crate::limits::{MAX_LAYOUT_JSON_BYTES, MAX_PROMPT_TOKENS};
+use crate::limits::{
+    MAX_CHAIN_BLOCKS, MAX_ENGINE_HASH_BYTES, MAX_LAYOUT_JSON_BYTES, MAX_NAME_BYTES, MAX_PROMPT_TOKENS,
+};
 use crate::{WireError, v1};
 
 /// A namespace id of exactly 32 bytes.
@@ -20,6 +23,75 @@ pub fn check_tokens(ids: Vec<u32>) -> Result<Vec<TokenId>, WireError> {
         return Err(WireError::TooLarge { field: "tokens", unit: "tokens", limit, got });
     }
     Ok(ids.into_iter().map(TokenId).collect())
+}
+
+/// The ways in which a request may name a prefix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PrefixNames {
+    /// By its tokens.
+    Tokens(Vec<TokenId>),
+    /// By this service's chain hashes, one for each block.
+    Hashes(Vec<BlockHash>),
+    /// By an engine's hashes, one for each block; blocks that are not `chained` stand for themselves.
+    Engine {
+        /// At most [`MAX_ENGINE_HASH_BYTES`] each.
+        hashes: Vec<Bytes>,
+        /// Whether each block continues the one before it.
+        chained: bool,
+    },
+}
+
+/// The one way in which a request names a prefix. Bounds: [`MAX_PROMPT_TOKENS`], [`MAX_CHAIN_BLOCKS`].
+pub fn check_prefix(
+    tokens: Vec<u32>,
+    hashes: &[Bytes],
+    engine_hashes: Vec<Bytes>,
+    unchained: bool,
+) -> Result<PrefixNames, WireError> {
+    let given = [!tokens.is_empty(), !hashes.is_empty(), !engine_hashes.is_empty()];
+    match given {
+        [false, false, false] => Err(WireError::Empty("tokens")),
+        [true, false, false] => check_tokens(tokens).map(PrefixNames::Tokens),
+        [false, true, false] => {
+            bounded("hashes", hashes.len())?;
+            let hashes = hashes.iter().map(|hash| digest("hashes[]", hash).map(BlockHash));
+            Ok(PrefixNames::Hashes(hashes.collect::<Result<_, _>>()?))
+        }
+        [false, false, true] => {
+            bounded("engine_hashes", engine_hashes.len())?;
+            for hash in &engine_hashes {
+                bounded_text("engine_hashes[]", hash.len(), MAX_ENGINE_HASH_BYTES)?;
+            }
+            Ok(PrefixNames::Engine { hashes: engine_hashes, chained: !unchained })
+        }
+        _ => Err(WireError::Sequence(
+            "a prefix is named in one way: give `tokens`, or `hashes`, or `engine_hashes`".into(),
+        )),
+    }
+}
+
+/// A name that the caller chose: 1 to [`MAX_NAME_BYTES`] bytes without control characters.
+pub fn check_name(field: &'static str, name: &str) -> Result<(), WireError> {
+    bounded_text(field, name.len(), MAX_NAME_BYTES)?;
+    if name.chars().any(char::is_control) {
+        return Err(WireError::Sequence(format!("{field} must not have control characters")));
+    }
+    Ok(())
+}
+
+fn bounded(field: &'static str, got: usize) -> Result<(), WireError> {
+    if got > MAX_CHAIN_BLOCKS {
+        return Err(WireError::TooLarge { field, unit: "blocks", limit: MAX_CHAIN_BLOCKS, got });
+    }
+    Ok(())
+}
+
+fn bounded_text(field: &'static str, got: usize, limit: usize) -> Result<(), WireError> {
+    match got {
+        0 => Err(WireError::Empty(field)),
+        _ if got > limit => Err(WireError::TooLarge { field, unit: "bytes", limit, got }),
+        _ => Ok(()),
+    }
 }
 
 /// The namespace and layout that a registration describes.

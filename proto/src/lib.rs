@@ -19,8 +19,9 @@ mod error;
 mod limits;
 
 pub use assemble::{Assembled, PlaneAssembler, chunks};
-pub use check::{check_namespace_id, check_tokens, namespace_of};
+pub use check::{PrefixNames, check_name, check_namespace_id, check_prefix, check_tokens, namespace_of};
 pub use error::WireError;
 pub use limits::{
-    MAX_CHUNK_BYTES, MAX_LAYOUT_JSON_BYTES, MAX_MESSAGE_BYTES, MAX_PROMPT_TOKENS, MAX_TEXT_BYTES,
+    MAX_CHAIN_BLOCKS, MAX_CHUNK_BYTES, MAX_ENGINE_HASH_BYTES, MAX_LAYOUT_JSON_BYTES, MAX_LOOKUPS,
+    MAX_MESSAGE_BYTES, MAX_NAME_BYTES, MAX_PROMPT_TOKENS, MAX_TEXT_BYTES,
 };

@@ -10,3 +10,11 @@ pub const MAX_PROMPT_TOKENS: usize = 1 << 20;
 pub const MAX_TEXT_BYTES: usize = 3 << 20;
 /// Longest layout table, in bytes.
 pub const MAX_LAYOUT_JSON_BYTES: usize = 1 << 20;
+/// Most blocks of one lookup or put, and of all lookups of one `LookupMany`.
+pub const MAX_CHAIN_BLOCKS: usize = 1 << 16;
+/// Most lookups of one `LookupMany`.
+pub const MAX_LOOKUPS: usize = 64;
+/// Longest hash of an engine, in bytes.
+pub const MAX_ENGINE_HASH_BYTES: usize = 64;
+/// Longest name given by a caller: of a request, a session, a job.
+pub const MAX_NAME_BYTES: usize = 128;

@@ -7,8 +7,8 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use esker_decoder::{DecoderError, Logits, LogitsOut, Sampler, Sequence};
-use esker_prefix::TokenId;
-use esker_store::StoreError;
+use esker_prefix::{ScopeKey, TokenId};
+use esker_store::{StoreError, TtlClass};
 
 use crate::node::{Engine, Node};
 use trail::Trail;
@@ -23,6 +23,11 @@ pub(crate) struct Job {
     pub(crate) max_new_tokens: usize,
     pub(crate) sampler: Sampler,
     pub(crate) logits_digest: bool,
+    /// Where what is computed is looked for and stored, and for how long.
+    pub(crate) scope: ScopeKey,
+    pub(crate) class: TtlClass,
+    /// Whether it may be stored at all.
+    pub(crate) stores: bool,
 }
 
 /// What happens on the way.
@@ -71,7 +76,7 @@ pub(crate) fn generate(
     emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
 ) -> Result<(), GenerateError> {
     let model = &engine.loaded.model;
-    let mut trail = Trail::new(node, engine);
+    let mut trail = Trail::new(engine, &job.scope, job.class);
     trail.extend(&job.prompt);
 
     let started = Instant::now();
@@ -79,7 +84,7 @@ pub(crate) fn generate(
     let bytes_read = resume::resume(node, engine, &trail, &job.prompt, &mut sequence, emit)?;
     let restored = Instant::now();
     let hit_tokens = sequence.tokens();
-    trail.stored = trail.hashes_to(hit_tokens);
+    trail.stored = if job.stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
 
     let mut logits = prefill(engine, &mut trail, &job.prompt, &mut sequence, emit)?;
     let prefilled = Instant::now();

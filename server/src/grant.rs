@@ -1,30 +1,71 @@
-//! Grants: what one lookup found, pinned until it expires.
+//! Grants: what one lookup found, pinned for its caller until it is settled, released or expires.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use esker_prefix::KvLayout;
-use esker_store::Found;
+use esker_prefix::{NamespaceId, ObjectKind};
+use esker_store::Pins;
+
+use crate::lookup::Answer;
+use crate::principal::TenantId;
 
 /// How long a grant holds what it lists.
 pub(crate) const GRANT_TTL: Duration = Duration::from_secs(30);
 /// Most objects that all grants together list, about 250 bytes of memory each. A lookup beyond that is refused.
 const MAX_GRANTED_OBJECTS: usize = 1 << 20;
+/// Of which one tenant may have half.
+const MAX_TENANT_OBJECTS: usize = MAX_GRANTED_OBJECTS / 2;
 
 /// Name of a grant; random to everyone but this process.
 pub(crate) type GrantId = [u8; 16];
 
-/// What a lookup found.
+/// What a lookup found, for whom, and what of it was delivered.
 pub(crate) struct Granted {
-    /// Layout of the namespace.
-    pub(crate) layout: Arc<KvLayout>,
-    /// Block objects from the first token on, without a hole.
-    pub(crate) blocks: Vec<Found>,
-    /// State objects by boundary, descending; empty for a layout without state groups.
-    pub(crate) states: Vec<Found>,
-    /// Prefix lengths that can be resumed, descending.
-    pub(crate) resume_points: Vec<u64>,
+    pub(crate) tenant: TenantId,
+    pub(crate) namespace: NamespaceId,
+    pub(crate) answer: Answer,
+    /// Keeps everything listed from being evicted and from expiring.
+    pub(crate) _pins: Option<Pins>,
+    delivered: Mutex<Delivered>,
+}
+
+/// Planes that reached the caller.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Delivered {
+    /// Raw bytes of all of them.
+    pub(crate) bytes: u64,
+    /// Planes by block, in the order of [`Answer::blocks`].
+    planes: Vec<u16>,
+}
+
+impl Granted {
+    pub(crate) fn new(tenant: TenantId, namespace: NamespaceId, answer: Answer, pins: Option<Pins>) -> Self {
+        Self { tenant, namespace, answer, _pins: pins, delivered: Mutex::default() }
+    }
+
+    /// Notes what one fetch delivered: raw bytes, and planes by block in the order of [`Answer::blocks`].
+    pub(crate) fn deliver(&self, bytes: u64, planes: &[u16]) {
+        let mut delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);
+        delivered.bytes += bytes;
+        let blocks = delivered.planes.len().max(planes.len());
+        delivered.planes.resize(blocks, 0);
+        for (sum, more) in delivered.planes.iter_mut().zip(planes) {
+            *sum = sum.saturating_add(*more);
+        }
+    }
+
+    pub(crate) fn delivered_bytes(&self) -> u64 {
+        self.delivered.lock().unwrap_or_else(PoisonError::into_inner).bytes
+    }
+
+    /// Tokens of the leading blocks of which every plane was delivered.
+    pub(crate) fn delivered_tokens(&self) -> u64 {
+        let whole = self.answer.layout.planes(ObjectKind::Block).len();
+        let delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);
+        let blocks = delivered.planes.iter().take_while(|&&planes| usize::from(planes) >= whole).count();
+        blocks as u64 * u64::from(self.answer.layout.block_tokens())
+    }
 }
 
 /// Live grants.
@@ -37,6 +78,7 @@ pub(crate) struct Grants {
 struct Table {
     issued: u64,
     objects: usize,
+    tenants: HashMap<TenantId, usize>,
     live: HashMap<GrantId, Arc<Granted>>,
     /// In the order of issue, which is that of expiry since all grants live equally long.
     expiry: VecDeque<(Instant, GrantId)>,
@@ -50,64 +92,70 @@ impl Grants {
 
     /// Pins `granted`; `None` when the table is full.
     pub(crate) fn issue(&self, granted: Granted, now: Instant) -> Option<GrantId> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table.drop_expired(now);
-        if table.objects + granted.objects() > MAX_GRANTED_OBJECTS {
+        let mut table = self.table();
+        let objects = granted.answer.objects();
+        let of_tenant = table.tenants.get(&granted.tenant).copied().unwrap_or(0) + objects;
+        if table.objects + objects > MAX_GRANTED_OBJECTS || of_tenant > MAX_TENANT_OBJECTS {
             return None;
         }
         table.issued += 1;
         let digest = blake3::keyed_hash(&self.key, &table.issued.to_le_bytes());
         let mut id = GrantId::default();
         id.copy_from_slice(&digest.as_bytes()[..16]);
-        table.objects += granted.objects();
+        table.objects += objects;
+        table.tenants.insert(granted.tenant.clone(), of_tenant);
         table.live.insert(id, Arc::new(granted));
         table.expiry.push_back((now + GRANT_TTL, id));
         Some(id)
     }
 
-    /// What a live grant pins.
-    pub(crate) fn get(&self, id: &GrantId, now: Instant) -> Option<Arc<Granted>> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table.drop_expired(now);
-        table.live.get(id).cloned()
+    /// What a live grant of this tenant pins. Another tenant's grant is as unknown as one that never was.
+    pub(crate) fn get(&self, id: &GrantId, tenant: &TenantId, now: Instant) -> Option<Arc<Granted>> {
+        let table = self.table();
+        // In time even where nobody has taken the expired ones out yet.
+        let first_live = table.expiry.partition_point(|(expires, _)| *expires <= now);
+        let expired = table.expiry.iter().take(first_live).any(|(_, other)| other == id);
+        table.live.get(id).filter(|granted| granted.tenant == *tenant && !expired).cloned()
+    }
+
+    /// Ends a live grant of this tenant and gives what it held.
+    pub(crate) fn take(&self, id: &GrantId, tenant: &TenantId, now: Instant) -> Option<Arc<Granted>> {
+        self.get(id, tenant, now)?;
+        self.table().remove(id)
+    }
+
+    /// Ends those whose time is over.
+    pub(crate) fn expire(&self, now: Instant) -> Vec<(GrantId, Arc<Granted>)> {
+        let mut table = self.table();
+        let mut expired = Vec::new();
+        while let Some((_, id)) = table.expiry.pop_front_if(|(expires, _)| *expires <= now) {
+            expired.extend(table.remove(&id).map(|granted| (id, granted)));
+        }
+        expired
+    }
+
+    /// Grants, and objects that they list.
+    pub(crate) fn totals(&self) -> (usize, usize) {
+        let table = self.table();
+        (table.live.len(), table.objects)
+    }
+
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Table {
-    fn drop_expired(&mut self, now: Instant) {
-        while let Some((_, id)) = self.expiry.pop_front_if(|(expires, _)| *expires <= now) {
-            if let Some(granted) = self.live.remove(&id) {
-                self.objects -= granted.objects();
+    fn remove(&mut self, id: &GrantId) -> Option<Arc<Granted>> {
+        let granted = self.live.remove(id)?;
+        let objects = granted.answer.objects();
+        self.objects -= objects;
+        if let Some(of_tenant) = self.tenants.get_mut(&granted.tenant) {
+            *of_tenant -= objects;
+            if *of_tenant == 0 {
+                self.tenants.remove(&granted.tenant);
             }
         }
-    }
-}
-
-impl Granted {
-    fn objects(&self) -> usize {
-        self.blocks.len() + self.states.len()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use esker_prefix::RowFormat;
-
-    #[test]
-    fn a_grant_lives_its_time_and_ids_do_not_repeat() {
-        let config = r#"{"model_type":"deepseek_v32","num_hidden_layers":1,"kv_lora_rank":128,"qk_rope_head_dim":8,
-            "index_head_dim":128}"#;
-        let layout = Arc::new(KvLayout::from_config(config, RowFormat::F32, 64).unwrap());
-        let granted =
-            || Granted { layout: layout.clone(), blocks: vec![], states: vec![], resume_points: vec![64] };
-        let grants = Grants::new(b"seed");
-        let start = Instant::now();
-        let first = grants.issue(granted(), start).unwrap();
-        let second = grants.issue(granted(), start).unwrap();
-        assert_ne!(first, second);
-        assert!(grants.get(&first, start + GRANT_TTL / 2).is_some());
-        assert!(grants.get(&first, start + GRANT_TTL).is_none());
-        assert!(grants.get(&[0; 16], start).is_none());
+        Some(granted)
     }
 }

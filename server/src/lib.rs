@@ -4,18 +4,28 @@
 //! Architecture invariant: bytes of blocks pass through here but are never interpreted. Nothing here decides
 //! whether bytes are right: that is the store's word alone.
 
+mod access;
+mod audit;
+mod auth;
 pub mod bundled;
 pub mod command;
+mod control;
 mod generate;
 mod grant;
+mod lookup;
 mod model_folder;
 mod namespaces;
 mod node;
+mod policy;
+mod principal;
 mod secret;
 mod serve;
 mod service;
+mod sessions;
+mod tenants;
 mod write_behind;
 
 pub use model_folder::{LoadedModel, load_model};
 pub use node::{Node, NodeSettings};
-pub use serve::{Running, start};
+pub use principal::{Principal, Role, Roles, TenantId};
+pub use serve::{ListenSettings, Running, TlsFiles, start};

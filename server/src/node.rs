@@ -4,13 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use esker_prefix::{Namespace, NamespaceId, ScopeKey, ScopeKind};
+use esker_prefix::{Namespace, NamespaceId};
 use esker_store::{Store, StoreSettings};
 
+use crate::audit::Audit;
+use crate::control::Control;
 use crate::grant::Grants;
 use crate::model_folder::LoadedModel;
 use crate::namespaces::Namespaces;
+use crate::policy::PolicyFile;
 use crate::secret::root_secret;
+use crate::sessions::Sessions;
+use crate::tenants::Tenants;
 use crate::write_behind::WriteBehind;
 
 /// Where a node lives and how its store is set up.
@@ -20,6 +25,8 @@ pub struct NodeSettings {
     pub data: PathBuf,
     /// Settings of the store.
     pub store: StoreSettings,
+    /// The operator's policy; without one everybody is one tenant without limits.
+    pub policy: Option<PathBuf>,
 }
 
 /// Everything one process serves. All methods may block on the disk.
@@ -27,7 +34,10 @@ pub struct Node {
     pub(crate) store: Arc<Store>,
     pub(crate) namespaces: Namespaces,
     pub(crate) grants: Grants,
-    pub(crate) scope: ScopeKey,
+    pub(crate) policy: Arc<PolicyFile>,
+    pub(crate) tenants: Tenants,
+    pub(crate) sessions: Sessions,
+    pub(crate) audit: Arc<Audit>,
     pub(crate) engine: Option<Engine>,
 }
 
@@ -49,11 +59,14 @@ impl Node {
         let secret = root_secret(data)?;
         let store = Arc::new(store);
         let namespaces = Namespaces::load(&store);
-        // Who asks is not established yet on this port, so everyone is the same private tenant, and the service
-        // listens on loopback only.
-        let scope = ScopeKey::derive(&secret, ScopeKind::Private, "default", 0);
+        let policy = Arc::new(PolicyFile::open(settings.policy.as_deref())?);
+        let control = Arc::new(Control::open(&data.join("control"))?);
+        let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
+        let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), &store)?;
+        let sessions = Sessions::new(control);
         let engine = model.map(|model| Engine::start(model, &store, &namespaces)).transpose()?;
-        Ok(Self { grants: Grants::new(&grant_seed(data)), store, namespaces, scope, engine })
+        let grants = Grants::new(&grant_seed(data));
+        Ok(Self { store, namespaces, grants, policy, tenants, sessions, audit, engine })
     }
 }
 

@@ -2,27 +2,35 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use esker_proto::MAX_MESSAGE_BYTES;
 use esker_proto::v1::FILE_DESCRIPTOR_SET;
+use esker_proto::v1::admin_server::AdminServer;
 use esker_proto::v1::decoder_server::DecoderServer;
 use esker_proto::v1::prefix_cache_server::PrefixCacheServer;
+use esker_proto::v1::sessions_server::SessionsServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Server;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
+use crate::auth::{AuthLayer, Authenticator};
 use crate::node::Node;
-use crate::service::{CacheService, DecoderService};
+use crate::service::{AdminService, CacheService, DecoderService, SessionsService};
 
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_PENDING_RESETS: usize = 32;
+/// Connections are closed in good order after this long, so that load balancers can move clients.
+const MAX_CONNECTION_AGE: Duration = Duration::from_secs(3600);
 const KEEPALIVE: Duration = Duration::from_secs(20);
 /// After a stop signal, streams get this long to end by themselves.
 const DRAIN: Duration = Duration::from_secs(5);
+
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// A server that is up.
 pub struct Running {
@@ -38,26 +46,79 @@ impl Running {
     }
 }
 
-/// Beyond loopback only with `insecure`, since nobody is asked who they are.
-pub(crate) fn check_listen(listen: SocketAddr, insecure: bool) -> anyhow::Result<()> {
-    if !listen.ip().is_loopback() && !insecure {
-        bail!(
-            "refusing to listen on {listen}: anyone who reaches it could read and write this cache. \
-             Listen on 127.0.0.1, or give --insecure if the network itself keeps others out"
-        );
-    }
-    Ok(())
+/// Where and how to listen.
+#[derive(Clone, Debug)]
+pub struct ListenSettings {
+    /// Address; port 0 takes a free one.
+    pub address: SocketAddr,
+    /// Listen beyond loopback although the network is trusted with the secrecy of what passes, or with who calls.
+    pub insecure: bool,
+    /// TLS, if any.
+    pub tls: Option<TlsFiles>,
 }
 
-/// Starts to serve `node` on `listen` until `stop` resolves.
+/// PEM files of TLS.
+#[derive(Clone, Debug)]
+pub struct TlsFiles {
+    /// Certificate chain of the server.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// Authorities of client certificates; clients without one may still give a token.
+    pub client_ca: Option<PathBuf>,
+}
+
+impl ListenSettings {
+    /// Plain, on this address.
+    pub fn plain(address: SocketAddr) -> Self {
+        Self { address, insecure: false, tls: None }
+    }
+
+    /// Beyond loopback only with TLS and a policy, or with `insecure`.
+    pub(crate) fn check(&self, asks: bool) -> anyhow::Result<()> {
+        let address = self.address;
+        if address.ip().is_loopback() || (self.tls.is_some() && asks) {
+            return Ok(());
+        }
+        if self.insecure {
+            tracing::warn!(%address, tls = self.tls.is_some(), asks_who_calls = asks, "listening beyond loopback with --insecure");
+            return Ok(());
+        }
+        bail!(
+            "refusing to listen on {address}: anyone who reaches it could read and write this cache. \
+             Give --tls-cert, --tls-key and --policy, or listen on 127.0.0.1; \
+             --insecure is for a network that itself keeps others out"
+        );
+    }
+}
+
+impl TlsFiles {
+    fn config(&self) -> anyhow::Result<ServerTlsConfig> {
+        let read =
+            |path: &Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+        let identity = Identity::from_pem(read(&self.certificate)?, read(&self.key)?);
+        let config = ServerTlsConfig::new().identity(identity);
+        Ok(match &self.client_ca {
+            Some(path) => {
+                config.client_ca_root(Certificate::from_pem(read(path)?)).client_auth_optional(true)
+            }
+            None => config,
+        })
+    }
+}
+
+/// Starts to serve `node` until `stop` resolves.
 pub async fn start(
     node: Arc<Node>,
-    listen: SocketAddr,
-    insecure: bool,
+    listen: &ListenSettings,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<Running> {
-    check_listen(listen, insecure)?;
-    let listener = TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
+    let authenticator = Authenticator::new(Arc::clone(&node.policy), node.policy.is_file())?;
+    listen.check(authenticator.asks())?;
+    let auth = AuthLayer::new(Arc::new(authenticator), Arc::clone(&node.audit));
+    let listener = TcpListener::bind(listen.address)
+        .await
+        .with_context(|| format!("cannot listen on {}", listen.address))?;
     let address = listener.local_addr().context("cannot tell the listening address")?;
 
     let cache =
@@ -75,17 +136,30 @@ pub async fn start(
         .build_v1()
         .context("the descriptors of esker.v1 are not usable")?;
 
-    let router = Server::builder()
+    let sessions =
+        SessionsServer::new(SessionsService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let admin = AdminServer::new(AdminService::new(node.clone()));
+    let housekeeping = tokio::spawn(keep_house(Arc::clone(&node)));
+    let mut server = Server::builder();
+    if let Some(tls) = &listen.tls {
+        server = server.tls_config(tls.config()?).context("the TLS files cannot be used")?;
+    }
+    let router = server
         .tcp_nodelay(true)
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
+        .max_connection_age(MAX_CONNECTION_AGE)
+        .layer(auth)
         .add_service(health_service)
         .add_service(reflection)
         .add_service(cache)
-        .add_service(decoder);
+        .add_service(decoder)
+        .add_service(sessions)
+        .add_service(admin);
     let serving = tokio::spawn(async move {
+        let _housekeeping = AbortOnDrop(housekeeping);
         let (draining, drained) = tokio::sync::oneshot::channel();
         let signal = async move {
             stop.await;
@@ -102,4 +176,22 @@ pub async fn start(
         }
     });
     Ok(Running { address, serving })
+}
+
+/// Ends what nobody ends: grants whose time is over.
+async fn keep_house(node: Arc<Node>) {
+    let mut tick = tokio::time::interval(HOUSEKEEPING);
+    loop {
+        tick.tick().await;
+        node.grants.expire(Instant::now());
+    }
+}
+
+/// A task that lives no longer than this.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }

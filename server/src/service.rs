@@ -1,8 +1,15 @@
 //! The gRPC services: from messages to calls on the node and back.
 
+mod admin;
 mod cache;
+mod deadline;
 mod decoder;
+mod fetch;
+mod put;
+mod sessions;
 mod status;
 
+pub(crate) use admin::AdminService;
 pub(crate) use cache::CacheService;
 pub(crate) use decoder::DecoderService;
+pub(crate) use sessions::SessionsService;

@@ -226,6 +226,7 @@ pub fn put_steps(prompt: &Prompt, objects: Vec<Object>) -> Vec<v1::put_request::
     let mut steps = vec![Step::Prefix(v1::PutPrefix {
         namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
         tokens: prompt.tokens.iter().map(|token| token.0).collect(),
+        ..Default::default()
     })];
     for Object { kind, tokens, planes } in objects {
         for (plane, index) in planes.into_iter().zip(0..) {

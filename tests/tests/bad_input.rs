@@ -51,7 +51,8 @@ async fn an_unknown_namespace() -> Result<()> {
     let status = put(&node, put_steps(&unknown, unknown.blocks([1]))).await.unwrap_err();
     expect(&status, Code::NotFound, "call RegisterNamespace first");
 
-    let request = v1::LookupRequest { namespace: Bytes::from_static(b"short"), tokens: vec![1] };
+    let request =
+        v1::LookupRequest { namespace: Bytes::from_static(b"short"), tokens: vec![1], ..Default::default() };
     let status = node.cache.clone().lookup(request).await.unwrap_err();
     expect(&status, Code::InvalidArgument, "namespace must be 32 bytes, got 5");
     node.kill()
@@ -205,7 +206,7 @@ async fn requests_over_the_limits() -> Result<()> {
     let (node, prompt) = one_block(&folder.path().join("data")).await?;
     let namespace = Bytes::copy_from_slice(prompt.namespace.as_bytes());
     let lookup = async |tokens| {
-        let request = v1::LookupRequest { namespace: namespace.clone(), tokens };
+        let request = v1::LookupRequest { namespace: namespace.clone(), tokens, ..Default::default() };
         node.cache.clone().lookup(request).await.map(|_| ()).unwrap_err()
     };
     expect(&lookup(vec![]).await, Code::InvalidArgument, "tokens must not be empty");

@@ -50,7 +50,12 @@ impl Client {
     pub async fn lookup(&self, namespace: NamespaceId, tokens: &[TokenId]) -> Result<Found> {
         let namespace = Bytes::copy_from_slice(namespace.as_bytes());
         let tokens = tokens.iter().map(|token| token.0).collect();
-        Ok(self.cache.clone().lookup(v1::LookupRequest { namespace, tokens }).await?.into_inner())
+        Ok(self
+            .cache
+            .clone()
+            .lookup(v1::LookupRequest { namespace, tokens, ..Default::default() })
+            .await?
+            .into_inner())
     }
 
     /// Every plane of a granted prefix, object by object. `tokens` is one of the resume points, 0 for the best.
@@ -84,6 +89,7 @@ impl Client {
         let prefix = v1::PutPrefix {
             namespace: Bytes::copy_from_slice(namespace.as_bytes()),
             tokens: tokens.iter().map(|token| token.0).collect(),
+            ..Default::default()
         };
         let planes = objects.into_iter().flat_map(|object| {
             object.planes.into_iter().zip(0_u32..).flat_map(move |(plane, index)| {

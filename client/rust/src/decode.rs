@@ -82,6 +82,7 @@ impl Client {
             top_p: request.top_p,
             seed: request.seed,
             logits_digest: request.logits_digest,
+            ..Default::default()
         };
         Ok(Events(self.decoder.clone().generate(message).await?.into_inner()))
     }

@@ -112,6 +112,17 @@ impl Chain {
     }
 }
 
+/// The name, in the scope of `key`, of a block that an engine names by a hash of its own:
+/// `keyed_hash(scope_key, "rekey" || namespace || group u32 LE || length u16 LE || engine hash)`. An engine may send any hash:
+/// without the scope key it can neither name nor collide with a block of another scope.
+pub fn rekey(key: &ScopeKey, namespace: NamespaceId, group: u32, engine_hash: &[u8]) -> BlockHash {
+    let length = u16::try_from(engine_hash.len()).expect("engine hashes are bounded where they come in");
+    let mut hasher = key.hasher();
+    hasher.update(b"rekey").update(namespace.as_bytes()).update(&group.to_le_bytes());
+    hasher.update(&length.to_le_bytes()).update(engine_hash);
+    BlockHash(*hasher.finalize().as_bytes())
+}
+
 /// Length prefix of a variable field. Fields here are names and blocks; none comes near 4 GiB.
 pub(crate) fn len_u32(len: usize) -> [u8; 4] {
     u32::try_from(len).expect("hashed fields are far below 4 GiB").to_le_bytes()
@@ -149,6 +160,19 @@ mod tests {
         assert_eq!(hashes.len(), 2);
         assert_eq!(hashes[0].to_hex(), "ca4c81862978779467e947a3fbe95843b61ff43d9fc744449b6627903f17a03d");
         assert_eq!(hashes[1].to_hex(), "fd9a1d0960f013097ec7cb3083e8ef98e4b931c2af0aeca3e80cabc1e78c7dde");
+    }
+
+    /// Golden digests, as above.
+    #[test]
+    fn an_engines_hash_names_another_block_in_every_scope_and_namespace() {
+        let name = |tenant, group, hash: &[u8]| rekey(&key(tenant), namespace(), group, hash).to_hex();
+        assert_eq!(
+            name("tenant-a", 0, b"engine"),
+            "a9ff18f51f9c1b8f96f0d535757a4050aa1b7224fe4c334b04f6df601db6cecd"
+        );
+        assert_ne!(name("tenant-a", 0, b"engine"), name("tenant-b", 0, b"engine"));
+        assert_ne!(name("tenant-a", 0, b"engine"), name("tenant-a", 1, b"engine"));
+        assert_ne!(name("tenant-a", 0, b"engine"), name("tenant-a", 0, b"engine\0"));
     }
 
     #[test]

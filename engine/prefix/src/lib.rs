@@ -12,7 +12,7 @@ mod object;
 mod scope;
 mod token;
 
-pub use chain::{BlockHash, Chain};
+pub use chain::{BlockHash, Chain, rekey};
 pub use error::{PrefixError, Result};
 pub use layout::{Dtype, Family, Field, Group, KvLayout, LayoutId, PlaneSpec, RowFormat};
 pub use namespace::{Namespace, NamespaceId};

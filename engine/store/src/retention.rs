@@ -166,6 +166,14 @@ impl Retention {
         self.enqueue(slot);
     }
 
+    /// Nobody expects `slot` to be used again: among leaves it goes first.
+    pub fn demote(&mut self, slot: u32) {
+        self.dequeue(slot);
+        let node = &mut self.nodes[slot as usize];
+        node.line = queue::line(queue::class(node.line), queue::GRADE_MAX);
+        self.enqueue(slot);
+    }
+
     /// The stored block before `slot`.
     pub fn parent(&self, slot: u32) -> Option<u32> {
         Some(self.nodes[slot as usize].parent).filter(|&parent| parent != NO_PARENT)
@@ -191,14 +199,12 @@ impl Retention {
         self.nodes[slot as usize].pins > 0
     }
 
-    /// Keeps `slot`, and so its path, until it is unpinned as often.
-    ///
-    /// # Panics
-    /// After 65,535 pins of one slot.
-    pub fn pin(&mut self, slot: u32) {
+    /// Keeps `slot`, and so its path, until it is unpinned as often. `false`, and nothing done, after 65,535 pins of one slot.
+    pub fn pin(&mut self, slot: u32) -> bool {
+        let Some(pins) = self.nodes[slot as usize].pins.checked_add(1) else { return false };
         self.dequeue(slot);
-        let node = &mut self.nodes[slot as usize];
-        node.pins = node.pins.checked_add(1).expect("a slot has at most 65,535 pins");
+        self.nodes[slot as usize].pins = pins;
+        true
     }
 
     /// Takes one pin back.

@@ -53,6 +53,25 @@ pub struct Found {
     pub(crate) located: Located,
 }
 
+/// Prefixes kept by [`Store::pin`] until this is dropped.
+pub struct Pins {
+    shared: Arc<Shared>,
+    ends: Vec<ObjectId>,
+}
+
+impl Pins {
+    /// The ends that are kept.
+    pub fn ends(&self) -> &[ObjectId] {
+        &self.ends
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        self.ends.iter().for_each(|&end| self.shared.table.unpin(end));
+    }
+}
+
 impl Store {
     /// Opens or makes the store in `dir`: takes the lock, chooses an I/O engine by trying, brings the index to what
     /// the segments hold. Damaged data never prevents that; [`Store::open_report`] tells what was found.
@@ -235,6 +254,33 @@ impl Store {
         };
         let_go.into_iter().for_each(|end| self.shared.table.unpin(end));
         lease
+    }
+
+    /// Keeps prefixes for as long as the returned value lives: nothing that ends in `ends` is evicted or expires. Nothing is
+    /// written down; a lease is what survives this process. Ends that are not stored are passed over.
+    pub fn pin(&self, ends: &[ObjectId]) -> Pins {
+        let ends = ends.iter().copied().filter(|&end| self.shared.table.pin(end)).collect();
+        Pins { shared: Arc::clone(&self.shared), ends }
+    }
+
+    /// Bytes of the records of all prefixes that end in `ends`, shared ones counted with each; what a lease of them would hold.
+    pub fn path_bytes(&self, ends: &[ObjectId]) -> u64 {
+        ends.iter().filter_map(|&end| self.shared.table.path_bytes(end)).sum()
+    }
+
+    /// Something newer took the place of an object: it goes first when space is needed, unless it is held.
+    pub fn supersede(&self, id: ObjectId) {
+        self.shared.table.demote(id);
+    }
+
+    /// Bytes of all records by namespace and scope.
+    pub fn realms(&self) -> Vec<(NamespaceId, ScopeTag, u64)> {
+        self.shared.table.realms()
+    }
+
+    /// Bytes of all records of a scope.
+    pub fn scope_bytes(&self, scope: ScopeTag) -> u64 {
+        self.shared.table.scope_bytes(scope)
     }
 
     /// Gives a lease up. `false` if there is none of this name.

@@ -158,9 +158,14 @@ impl Table {
         if let Some(known) = inner.find_any(&slot) {
             let before = *inner.slot(known);
             *inner.slot_mut(known) = slot;
+            inner.realms.add(&slot);
+            if before.kind & HOLE == 0 {
+                inner.realms.subtract(&before);
+            }
             return (before.kind & HOLE == 0).then(|| before.record());
         }
         let at = inner.allocate(slot);
+        inner.realms.add(&slot);
         let Inner { by_hash, chunks, .. } = &mut *inner;
         by_hash.insert_unique(slot.bucket(), at, |&other| chunk_slot(chunks, other).bucket());
         inner.retain(at, entry, candidate);
@@ -213,12 +218,19 @@ impl Table {
         segments.into_iter().map(|segment| SegmentId(u64::from(segment))).collect()
     }
 
-    /// Keeps an object and its prefix. `false` if it is not there.
+    /// Keeps an object and its prefix. `false` if it is not there, or held 65,535 times already.
     pub(crate) fn pin(&self, id: ObjectId) -> bool {
         let mut inner = self.write();
         let Some(slot) = inner.find(id) else { return false };
-        inner.retention.pin(slot);
-        true
+        inner.retention.pin(slot)
+    }
+
+    /// Lets an object go first when space is needed.
+    pub(crate) fn demote(&self, id: ObjectId) {
+        let mut inner = self.write();
+        if let Some(slot) = inner.find(id) {
+            inner.retention.demote(slot);
+        }
     }
 
     /// Takes one pin back.
@@ -292,9 +304,24 @@ impl Table {
         if inner.retention.is_leaf(at) {
             inner.release(at);
         } else {
+            let slot = *inner.slot(at);
+            inner.realms.subtract(&slot);
             inner.slot_mut(at).kind |= HOLE;
         }
         true
+    }
+
+    /// Bytes of records by namespace and scope; of those that had any.
+    pub(crate) fn realms(&self) -> Vec<(NamespaceId, ScopeTag, u64)> {
+        let inner = self.read();
+        let realms = inner.realms.all.iter().zip(&inner.realms.pages);
+        realms.map(|(&(namespace, scope), &pages)| (namespace, scope, pages * PAGE as u64)).collect()
+    }
+
+    /// Bytes of the records of a scope.
+    pub(crate) fn scope_bytes(&self, scope: ScopeTag) -> u64 {
+        let inner = self.read();
+        inner.realms.scopes.get(&scope).copied().unwrap_or(0) * PAGE as u64
     }
 
     /// Objects, and bytes of memory that they take.
@@ -359,13 +386,18 @@ impl Inner {
         }
         self.retention.insert(at, parent, &candidate, entry.time_s);
         if entry.class == TtlClass::PERMANENT {
-            self.retention.pin(at);
+            // Its only pin: nobody else can know it yet.
+            let _ = self.retention.pin(at);
         }
     }
 
     /// Frees the slot of a leaf.
     fn release(&mut self, at: u32) {
-        let bucket = self.slot(at).bucket();
+        let slot = *self.slot(at);
+        if slot.kind & HOLE == 0 {
+            self.realms.subtract(&slot);
+        }
+        let bucket = slot.bucket();
         if let Ok(found) = self.by_hash.find_entry(bucket, |&other| other == at) {
             found.remove();
         }
@@ -443,6 +475,9 @@ impl Located {
 #[derive(Default)]
 struct Realms {
     all: Vec<(NamespaceId, ScopeTag)>,
+    /// Pages of the records of each, and of each scope.
+    pages: Vec<u64>,
+    scopes: HashMap<ScopeTag, u64>,
     ids: HashMap<(NamespaceId, ScopeTag), u32>,
 }
 
@@ -454,8 +489,27 @@ impl Realms {
     fn id_of(&mut self, namespace: NamespaceId, scope: ScopeTag) -> u32 {
         *self.ids.entry((namespace, scope)).or_insert_with(|| {
             self.all.push((namespace, scope));
+            self.pages.push(0);
             narrow(self.all.len() - 1)
         })
+    }
+
+    fn add(&mut self, slot: &Slot) {
+        let pages = u64::from(slot.record_pages);
+        self.pages[slot.realm as usize] += pages;
+        *self.scopes.entry(self.get(slot.realm).1).or_default() += pages;
+    }
+
+    fn subtract(&mut self, slot: &Slot) {
+        let pages = u64::from(slot.record_pages);
+        self.pages[slot.realm as usize] -= pages;
+        let scope = self.get(slot.realm).1;
+        if let Some(all) = self.scopes.get_mut(&scope) {
+            *all -= pages;
+            if *all == 0 {
+                self.scopes.remove(&scope);
+            }
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use esker_store::{OpenReport, StoreSettings};
 
 use crate::model_folder::load_model;
 use crate::node::{Node, NodeSettings};
+use crate::serve::{ListenSettings, TlsFiles};
 use crate::{bundled, serve};
 
 /// A process that was killed may hold its lock for a moment longer.
@@ -26,9 +27,39 @@ pub struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, short, value_name = "IP:PORT", default_value = "127.0.0.1:7410")]
     listen: SocketAddr,
-    /// Listen beyond loopback although nobody is asked who they are
+    /// Listen beyond loopback without TLS or without a policy: on a network that itself keeps others out
     #[arg(long)]
     insecure: bool,
+    /// Tenants, roles and limits, as TOML; with it every caller must say who it is. Read again when it changes
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// Certificate chain of this server, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Authorities whose client certificates are accepted, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+    /// Space for stored blocks, in GiB; beyond it what is worth least goes first [default: what the disk has]
+    #[arg(long, value_name = "GIB")]
+    capacity_gib: Option<u64>,
+    /// Space that leases may hold together, in GiB [default: no limit of its own]
+    #[arg(long, value_name = "GIB")]
+    leased_gib: Option<u64>,
+    /// How long blocks of the four classes are kept after their last use, in seconds
+    #[arg(
+        long,
+        value_name = "S,S,S,S",
+        value_delimiter = ',',
+        num_args = 4,
+        default_value = "300,3600,86400,259200"
+    )]
+    ttl_s: Vec<u64>,
+    /// Stored bytes proven again each second in the background, in MB; 0 for none
+    #[arg(long, value_name = "MB", default_value_t = 8)]
+    scrub_mb_per_s: u64,
     /// Decode with the model of this folder (config.json, *.safetensors, tokenizer.json), not the bundled one
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -80,7 +111,14 @@ fn block_tokens(text: &str) -> Result<u32, String> {
 
 /// Serves until SIGINT or SIGTERM.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    serve::check_listen(args.listen, args.insecure)?;
+    let tls = args.tls_cert.clone().zip(args.tls_key.clone()).map(|(certificate, key)| TlsFiles {
+        certificate,
+        key,
+        client_ca: args.tls_client_ca.clone(),
+    });
+    let listen = ListenSettings { address: args.listen, insecure: args.insecure, tls };
+    // Before anything is made or loaded.
+    listen.check(args.policy.is_some())?;
     let format = match args.kv {
         Kv::F32 => KvFormat::F32,
         Kv::Bf16 => KvFormat::Bf16,
@@ -102,14 +140,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Io::Uring => vec![IoEngine::UringDirect],
             Io::Positional => vec![IoEngine::PositionalDirect, IoEngine::PositionalBuffered],
         },
+        capacity_bytes: args.capacity_gib.map_or(defaults.capacity_bytes, |gib| gib << 30),
+        leased_bytes: args.leased_gib.map_or(defaults.leased_bytes, |gib| gib << 30),
+        ttl_classes: args.ttl_s.iter().map(|&seconds| Duration::from_secs(seconds)).collect(),
+        scrub_bytes_per_s: args.scrub_mb_per_s * 1_000_000,
         lock_wait: LOCK_WAIT,
         ..defaults
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    let node = Arc::new(Node::open(&NodeSettings { data: args.data.clone(), store }, model)?);
+    let node = Arc::new(Node::open(
+        &NodeSettings { data: args.data.clone(), store, policy: args.policy.clone() },
+        model,
+    )?);
     tell(&args.data, node.store.open_report());
     runtime.block_on(async {
-        let running = serve::start(node.clone(), args.listen, args.insecure, stop_signal()?).await?;
+        let running = serve::start(node.clone(), &listen, stop_signal()?).await?;
         // The one line on standard output: scripts wait for it and read the port from it.
         println!("listening on {}", running.address);
         running.wait().await

@@ -4,16 +4,17 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use esker_decoder::{BlockIdentity, Sequence};
-use esker_prefix::{BlockHash, BlockObject, Chain, ObjectKind, StateObject, TokenId};
-use esker_store::PutObject;
+use esker_prefix::{BlockHash, BlockObject, Chain, ObjectKind, ScopeKey, StateObject, TokenId};
+use esker_store::{PutObject, TtlClass};
 
 use super::GenerateError;
-use crate::node::{Engine, Node};
+use crate::node::Engine;
 
 /// See the module.
 pub(super) struct Trail<'a> {
     engine: &'a Engine,
     scope: esker_prefix::ScopeTag,
+    class: TtlClass,
     chain: Chain,
     genesis: BlockHash,
     block_tokens: usize,
@@ -26,11 +27,12 @@ pub(super) struct Trail<'a> {
 }
 
 impl<'a> Trail<'a> {
-    pub(super) fn new(node: &Node, engine: &'a Engine) -> Self {
-        let chain = Chain::genesis(&node.scope, engine.namespace, &[]);
+    pub(super) fn new(engine: &'a Engine, scope: &ScopeKey, class: TtlClass) -> Self {
+        let chain = Chain::genesis(scope, engine.namespace, &[]);
         Self {
             engine,
-            scope: node.scope.tag(),
+            scope: scope.tag(),
+            class,
             genesis: chain.tip(),
             chain,
             block_tokens: engine.loaded.model.layout().block_tokens() as usize,
@@ -120,7 +122,7 @@ impl<'a> Trail<'a> {
 
     /// A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.
     fn offer(&mut self, object: PutObject) {
-        if !self.engine.write_behind.offer(object) {
+        if !self.engine.write_behind.offer(object.with_class(self.class)) {
             self.stored = usize::MAX;
             self.states.clear();
         }

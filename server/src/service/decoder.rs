@@ -13,9 +13,11 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::put::ttl_class;
 use super::status::{from_generate, from_wire};
 use crate::generate::{Account, Event, GenerateError, Job, generate};
 use crate::node::{Engine, Node};
+use crate::principal::{Principal, Role, principal_of};
 
 /// Generations that compute at a time: each uses every core by itself.
 const RUNNING: usize = 2;
@@ -45,8 +47,15 @@ impl DecoderService {
         engine(&self.node)
     }
 
-    fn job(&self, request: v1::GenerateRequest) -> Result<Job, Status> {
+    fn job(&self, principal: &Principal, request: v1::GenerateRequest) -> Result<Job, Status> {
         let engine = self.engine()?;
+        let class = ttl_class(request.ttl());
+        let mut scopes = self.node.tenants.readable(principal, &request.user)?;
+        let stores = principal.roles.has(Role::Writer);
+        if stores {
+            self.node.tenants.writable(principal, &request.user, v1::Scope::Private)?;
+        }
+        let scope = scopes.swap_remove(0);
         let prompt = match request.prompt.ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
             generate_request::Prompt::Tokens(tokens) => check_tokens(tokens.ids).map_err(from_wire)?,
             generate_request::Prompt::Text(text) => tokenize(engine, &text)?,
@@ -63,7 +72,15 @@ impl DecoderService {
         let top_p = if request.top_p == 0.0 { 1.0 } else { request.top_p };
         let sampler = Sampler::seeded(request.temperature, top_p, request.seed)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        Ok(Job { prompt, max_new_tokens, sampler, logits_digest: request.logits_digest })
+        Ok(Job {
+            prompt,
+            max_new_tokens,
+            sampler,
+            logits_digest: request.logits_digest,
+            scope,
+            class,
+            stores,
+        })
     }
 }
 
@@ -114,7 +131,8 @@ impl v1::decoder_server::Decoder for DecoderService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let job = self.job(request.into_inner())?;
+        let principal = principal_of(&request)?;
+        let job = self.job(&principal, request.into_inner())?;
         if self.waiting.fetch_add(1, Ordering::AcqRel) >= MAX_WAITING {
             self.waiting.fetch_sub(1, Ordering::AcqRel);
             return Err(Status::resource_exhausted(format!(
@@ -202,5 +220,6 @@ fn usage(account: &Account) -> v1::Usage {
         prefill_us: micros(account.prefill),
         rest_of_text: account.rest_of_text.clone(),
         finish_reason: if account.stopped { v1::FinishReason::Stop } else { v1::FinishReason::Length }.into(),
+        ..Default::default()
     }
 }

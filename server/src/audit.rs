@@ -1,0 +1,226 @@
+//! The audit log: what was refused, erased, published or administered. `DIR/audit.jsonl`, append-only, one JSON object per line,
+//! each with the BLAKE3 of the line before it, so that a line changed or taken out shows. No token ids, no keys, no KV.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::principal::Principal;
+
+/// Longest line: the end of the file that is read to find the last one.
+const MAX_LINE_BYTES: u64 = 16 << 10;
+/// Refusals written down in a second; one caller in a loop must not fill the disk. What is left out is counted.
+const REFUSALS_PER_S: u32 = 100;
+
+/// What happened.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Event {
+    /// `tenant/account`.
+    pub(crate) who: String,
+    /// Method or operation.
+    pub(crate) operation: String,
+    /// What it was about.
+    pub(crate) object: String,
+    /// `ok`, `denied`, `refused`.
+    pub(crate) result: String,
+    /// How many, where that says something.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) count: Option<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    number: u64,
+    unix_ms: u64,
+    #[serde(flatten)]
+    event: Event,
+    /// BLAKE3 of the line before, without its line feed; of nothing for the first.
+    previous: String,
+}
+
+/// See the module.
+pub(crate) struct Audit {
+    path: PathBuf,
+    tail: Mutex<Tail>,
+    left_out: AtomicU64,
+}
+
+struct Tail {
+    file: File,
+    number: u64,
+    previous: blake3::Hash,
+    second: Instant,
+    refusals: u32,
+}
+
+impl Event {
+    pub(crate) fn new(who: &Principal, operation: &str, object: impl Into<String>, result: &str) -> Self {
+        let who = format!("{}/{}", who.tenant, who.name);
+        Self { who, operation: operation.into(), object: object.into(), result: result.into(), count: None }
+    }
+
+    pub(crate) fn denied(who: &Principal, path: &str) -> Self {
+        Self::new(who, path, "", "denied")
+    }
+
+    pub(crate) fn count(self, count: u64) -> Self {
+        Self { count: Some(count), ..self }
+    }
+}
+
+impl Audit {
+    /// Goes on after the last line. A line that a crash cut is taken off; it was never acknowledged.
+    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+        let opened = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
+        let mut file = opened.with_context(|| format!("cannot open the audit log {}", path.display()))?;
+        let last = last_line(&mut file).with_context(|| format!("cannot read {}", path.display()))?;
+        let (number, previous) = match last {
+            None => (0, blake3::hash(b"")),
+            Some(text) => {
+                let line: Line = serde_json::from_str(&text).with_context(|| {
+                    format!("the last line of {} is damaged: move the file away to go on", path.display())
+                })?;
+                (line.number + 1, blake3::hash(text.as_bytes()))
+            }
+        };
+        let tail = Tail { file, number, previous, second: Instant::now(), refusals: 0 };
+        Ok(Self { path: path.to_owned(), tail: Mutex::new(tail), left_out: AtomicU64::new(0) })
+    }
+
+    /// Writes an event down, durably. A log that cannot be written is reported; it stops nobody's work.
+    pub(crate) fn record(&self, event: &Event) {
+        let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        if event.result != "ok" && !tail.takes_refusal() {
+            self.left_out.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        if let Err(error) = tail.append(event) {
+            tracing::error!(%error, path = %self.path.display(), "the audit log cannot be written");
+        }
+    }
+
+    /// Refusals that were only counted.
+    pub(crate) fn left_out(&self) -> u64 {
+        self.left_out.load(Ordering::Relaxed)
+    }
+
+    /// Reads a log from its first line and checks the chain. Returns the number of lines.
+    pub(crate) fn verify(path: &Path) -> anyhow::Result<u64> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut previous = blake3::hash(b"");
+        for (number, text) in (0..).zip(text.lines()) {
+            let line: Line = serde_json::from_str(text)
+                .with_context(|| format!("line {} of {} cannot be read", number + 1, path.display()))?;
+            if line.number != number || line.previous != previous.to_hex().as_str() {
+                bail!("line {} of {} does not follow the line before it", number + 1, path.display());
+            }
+            previous = blake3::hash(text.as_bytes());
+        }
+        Ok(text.lines().count() as u64)
+    }
+}
+
+impl Tail {
+    fn takes_refusal(&mut self) -> bool {
+        if self.second.elapsed() >= Duration::from_secs(1) {
+            (self.second, self.refusals) = (Instant::now(), 0);
+        }
+        self.refusals += 1;
+        self.refusals <= REFUSALS_PER_S
+    }
+
+    fn append(&mut self, event: &Event) -> std::io::Result<()> {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let line = Line {
+            number: self.number,
+            unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+            event: event.clone(),
+            previous: self.previous.to_hex().to_string(),
+        };
+        let mut text = serde_json::to_string(&line)?;
+        let digest = blake3::hash(text.as_bytes());
+        text.push('\n');
+        self.file.write_all(text.as_bytes())?;
+        self.file.sync_data()?;
+        (self.number, self.previous) = (self.number + 1, digest);
+        Ok(())
+    }
+}
+
+/// The last whole line; what is behind it is cut off.
+fn last_line(file: &mut File) -> std::io::Result<Option<String>> {
+    let length = file.metadata()?.len();
+    let start = length.saturating_sub(2 * MAX_LINE_BYTES);
+    file.seek(SeekFrom::Start(start))?;
+    let mut end = Vec::new();
+    file.read_to_end(&mut end)?;
+    let Some(feed) = end.iter().rposition(|&byte| byte == b'\n') else {
+        file.set_len(start)?;
+        return Ok(None);
+    };
+    file.set_len(start + feed as u64 + 1)?;
+    let first = end[..feed].iter().rposition(|&byte| byte == b'\n').map_or(0, |before| before + 1);
+    Ok(Some(String::from_utf8_lossy(&end[first..feed]).into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(object: &str) -> Event {
+        Event::new(&Principal::local(), "test", object, "ok")
+    }
+
+    #[test]
+    fn the_chain_holds_across_restarts_and_shows_what_was_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        for round in 0..3 {
+            let audit = Audit::open(&path).unwrap();
+            audit.record(&event(&format!("a{round}")));
+            audit.record(&event("b"));
+        }
+        assert_eq!(Audit::verify(&path).unwrap(), 6);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replacen("a1", "a9", 1)).unwrap();
+        assert!(Audit::verify(&path).is_err());
+        let without: Vec<&str> =
+            text.lines().enumerate().filter(|(at, _)| *at != 2).map(|(_, line)| line).collect();
+        std::fs::write(&path, without.join("\n")).unwrap();
+        assert!(Audit::verify(&path).unwrap_err().to_string().contains("line 3"));
+    }
+
+    #[test]
+    fn a_cut_line_is_taken_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        Audit::open(&path).unwrap().record(&event("a"));
+        let whole = std::fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            let mut torn = whole.clone();
+            torn.extend_from_slice(&whole[..cut]);
+            std::fs::write(&path, torn).unwrap();
+            Audit::open(&path).unwrap().record(&event("b"));
+            assert_eq!(Audit::verify(&path).unwrap(), 2, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_flood_of_refusals_is_counted_instead() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        let audit = Audit::open(&path).unwrap();
+        for _ in 0..3 * REFUSALS_PER_S {
+            audit.record(&Event::denied(&Principal::local(), "/x"));
+        }
+        assert!(audit.left_out() >= u64::from(REFUSALS_PER_S));
+    }
+}

@@ -1,0 +1,292 @@
+//! Lookup: which prefix lengths of a prompt can be resumed exactly, in which of the caller's scopes.
+//!
+//! A prefix of `n` tokens can be resumed if every block up to `n` is stored and, for a layout with state groups, the state at
+//! `n`; and if at least one token of the prompt is behind it, whose logits are what the caller came for. Every scope has names
+//! of its own for the same tokens; the first scope, in the order private, org, public, with the longest answer gives it. What is
+//! not stored, not the caller's, expired, evicted or erased is equally absent.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use esker_prefix::{
+    BlockHash, Chain, Family, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeKey, ScopeTag, rekey,
+};
+use esker_proto::{PrefixNames, v1};
+use esker_store::{Found, Pins, Store};
+
+/// Most resume points listed in a reply; the greatest is always among them.
+const MAX_RESUME_POINTS: usize = 8;
+/// A grant pins what was found a moment ago; where something has gone meanwhile, the search is made again.
+const ATTEMPTS: usize = 3;
+
+/// A checked question.
+pub(crate) struct Question {
+    pub(crate) namespace: NamespaceId,
+    pub(crate) layout: Arc<KvLayout>,
+    pub(crate) names: PrefixNames,
+    /// Tokens of the whole prompt, where they are not given themselves; 0 for one more than the hashes cover.
+    pub(crate) prompt_tokens: u64,
+    /// Scopes to ask, in this order.
+    pub(crate) scopes: Vec<ScopeKey>,
+}
+
+/// What is stored of it.
+pub(crate) struct Answer {
+    pub(crate) layout: Arc<KvLayout>,
+    pub(crate) prompt_tokens: u64,
+    /// Blocks that are there: the position of each in the prefix, and the block. A run from 0 on if the prefix is a chain.
+    pub(crate) blocks: Vec<(usize, Found)>,
+    /// States that are there, by boundary, ascending.
+    pub(crate) states: Vec<Found>,
+    /// Whether each block continues the one before it.
+    pub(crate) chained: bool,
+    /// Blocks that could be offered at most.
+    asked_blocks: usize,
+    /// Names in the scope that answered.
+    hashes: Vec<BlockHash>,
+}
+
+/// Where in a scope a prefix is, by names.
+struct Names {
+    hashes: Vec<BlockHash>,
+    /// Only what is in one of these scopes counts, where the names do not say it.
+    only: Option<Vec<ScopeTag>>,
+}
+
+impl Question {
+    /// Blocks that may be offered: all but those that would leave nothing to compute.
+    pub(crate) fn blocks(&self) -> usize {
+        let block_tokens = self.layout.block_tokens() as usize;
+        let given = match &self.names {
+            PrefixNames::Tokens(tokens) => return (tokens.len() - 1) / block_tokens,
+            PrefixNames::Hashes(hashes) => hashes.len(),
+            PrefixNames::Engine { hashes, .. } => hashes.len(),
+        };
+        let by_length = self.prompt_tokens.saturating_sub(1) / u64::from(self.layout.block_tokens());
+        let limited = self.prompt_tokens > 0 && self.chained();
+        if limited { given.min(usize::try_from(by_length).unwrap_or(given)) } else { given }
+    }
+
+    fn chained(&self) -> bool {
+        !matches!(self.names, PrefixNames::Engine { chained: false, .. })
+    }
+
+    fn prompt_tokens(&self) -> u64 {
+        match &self.names {
+            PrefixNames::Tokens(tokens) => tokens.len() as u64,
+            _ if self.prompt_tokens > 0 => self.prompt_tokens,
+            _ => self.blocks() as u64 * u64::from(self.layout.block_tokens()) + 1,
+        }
+    }
+
+    /// Searches, and pins what is found if `pin` says so.
+    pub(crate) fn answer(&self, store: &Store, pin: bool) -> (Answer, Option<Pins>) {
+        for _ in 1..ATTEMPTS {
+            let answer = self.search(store);
+            if !pin || answer.best() == 0 && answer.blocks.is_empty() {
+                return (answer, None);
+            }
+            let ends = answer.ends();
+            let pins = store.pin(&ends);
+            if pins.ends().len() == ends.len() {
+                return (answer, Some(pins));
+            }
+        }
+        // Under this much pressure an answer of nothing is true by the time it arrives.
+        (self.nothing(), None)
+    }
+
+    fn search(&self, store: &Store) -> Answer {
+        let blocks = self.blocks();
+        let mut best: Option<Answer> = None;
+        for names in self.names_by_scope(store, blocks) {
+            let answer = self.search_in(store, names, blocks);
+            let better =
+                |than: &Answer| (answer.best(), answer.blocks.len()) > (than.best(), than.blocks.len());
+            if best.as_ref().is_none_or(better) {
+                best = Some(answer);
+            }
+        }
+        best.unwrap_or_else(|| self.nothing())
+    }
+
+    fn names_by_scope<'a>(&'a self, store: &'a Store, blocks: usize) -> impl Iterator<Item = Names> + 'a {
+        let by_hashes = matches!(self.names, PrefixNames::Hashes(_));
+        // Hashes are of one scope already: they are asked for once.
+        let scopes = if by_hashes { &self.scopes[..1] } else { &self.scopes[..] };
+        // The first scope is always asked; an empty shared one costs nothing.
+        let asked =
+            scopes.iter().enumerate().filter(|(at, scope)| *at == 0 || store.scope_bytes(scope.tag()) > 0);
+        asked.map(move |(_, scope)| match &self.names {
+            PrefixNames::Tokens(tokens) => {
+                let block_tokens = self.layout.block_tokens();
+                let whole = &tokens[..blocks * block_tokens as usize];
+                let (_, hashes) = Chain::hashes(scope, self.namespace, block_tokens, whole);
+                Names { hashes, only: None }
+            }
+            PrefixNames::Hashes(hashes) => Names {
+                hashes: hashes[..blocks].to_vec(),
+                only: Some(self.scopes.iter().map(ScopeKey::tag).collect()),
+            },
+            PrefixNames::Engine { hashes, .. } => {
+                let names = hashes[..blocks].iter().map(|hash| rekey(scope, self.namespace, 0, hash));
+                Names { hashes: names.collect(), only: None }
+            }
+        })
+    }
+
+    fn search_in(&self, store: &Store, names: Names, asked_blocks: usize) -> Answer {
+        let Names { hashes, only } = names;
+        let ids = |kind| hashes.iter().map(move |&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
+        let ours = |found: &Found| {
+            found.namespace == self.namespace
+                && only.as_ref().is_none_or(|scopes| scopes.contains(&found.scope))
+        };
+        let chained = self.chained();
+        let mut blocks: Vec<(usize, Found)> = if chained {
+            store.lookup(&ids(ObjectKind::Block)).into_iter().take_while(ours).enumerate().collect()
+        } else {
+            let found = store.get(&ids(ObjectKind::Block)).into_iter().enumerate();
+            found.filter_map(|(at, found)| Some((at, found.filter(ours)?))).collect()
+        };
+        blocks.truncate(asked_blocks);
+        let states = if chained && has_states(&self.layout) {
+            let ids = ids(ObjectKind::State);
+            store.get(&ids[..blocks.len()]).into_iter().flatten().filter(ours).collect()
+        } else {
+            Vec::new()
+        };
+        let (layout, prompt_tokens) = (Arc::clone(&self.layout), self.prompt_tokens());
+        Answer { layout, prompt_tokens, blocks, states, chained, asked_blocks, hashes }
+    }
+
+    fn nothing(&self) -> Answer {
+        Answer {
+            layout: Arc::clone(&self.layout),
+            prompt_tokens: self.prompt_tokens(),
+            blocks: Vec::new(),
+            states: Vec::new(),
+            chained: self.chained(),
+            asked_blocks: self.blocks(),
+            hashes: Vec::new(),
+        }
+    }
+}
+
+impl Answer {
+    fn block_tokens(&self) -> u64 {
+        u64::from(self.layout.block_tokens())
+    }
+
+    /// Tokens of the leading blocks without a hole.
+    pub(crate) fn history_tokens(&self) -> u64 {
+        let run = self.blocks.iter().enumerate().take_while(|(at, (position, _))| at == position).count();
+        run as u64 * self.block_tokens()
+    }
+
+    /// The greatest prefix that can be resumed; 0 for none.
+    pub(crate) fn best(&self) -> u64 {
+        if has_states(&self.layout) && self.chained {
+            self.states.last().map_or(0, |state| state.tokens)
+        } else {
+            self.history_tokens()
+        }
+    }
+
+    /// Whether a prefix of this many tokens can be resumed.
+    pub(crate) fn is_resumable(&self, tokens: u64) -> bool {
+        if has_states(&self.layout) && self.chained {
+            self.states.iter().any(|state| state.tokens == tokens)
+        } else {
+            tokens > 0 && tokens <= self.history_tokens() && tokens.is_multiple_of(self.block_tokens())
+        }
+    }
+
+    /// Prefix lengths worth listing, descending.
+    pub(crate) fn resume_points(&self) -> Vec<u64> {
+        if has_states(&self.layout) && self.chained {
+            self.states.iter().rev().take(MAX_RESUME_POINTS).map(|state| state.tokens).collect()
+        } else {
+            // Every shorter one can be resumed as well.
+            Some(self.best()).filter(|&best| best > 0).into_iter().collect()
+        }
+    }
+
+    /// What a pin has to hold.
+    fn ends(&self) -> Vec<ObjectId> {
+        let blocks =
+            if self.chained { &self.blocks[self.blocks.len().saturating_sub(1)..] } else { &self.blocks };
+        blocks.iter().map(|(_, block)| block.id).chain(self.states.iter().map(|state| state.id)).collect()
+    }
+
+    /// Objects listed.
+    pub(crate) fn objects(&self) -> usize {
+        self.blocks.len() + self.states.len()
+    }
+
+    /// The reply, without a grant.
+    pub(crate) fn reply(&self, want_hashes: bool) -> v1::LookupReply {
+        let history_tokens = self.history_tokens();
+        let best = self.best();
+        let hashes = if want_hashes { &self.hashes[..self.blocks.len().min(self.hashes.len())] } else { &[] };
+        v1::LookupReply {
+            history_tokens,
+            resume_points: self
+                .resume_points()
+                .into_iter()
+                .map(|tokens| resume_point(&self.layout, tokens))
+                .collect(),
+            best: Some(v1::Best { tokens: best, replay_tokens: history_tokens.saturating_sub(best) }),
+            resumable: self.resumable(),
+            hashes: hashes.iter().map(|hash| Bytes::copy_from_slice(hash.as_bytes())).collect(),
+            misses: self.misses(),
+            ..Default::default()
+        }
+    }
+
+    fn resumable(&self) -> Bytes {
+        let mut bits = vec![0_u8; self.blocks.last().map_or(0, |(last, _)| last / 8 + 1)];
+        let mut set = |at: usize| bits[at / 8] |= 1 << (at % 8);
+        if has_states(&self.layout) && self.chained {
+            let at = |state: &Found| usize::try_from(state.tokens / self.block_tokens()).unwrap_or(1) - 1;
+            self.states.iter().map(at).for_each(&mut set);
+        } else {
+            self.blocks.iter().for_each(|(at, _)| set(*at));
+        }
+        bits.into()
+    }
+
+    fn misses(&self) -> Vec<v1::Miss> {
+        let history_tokens = self.history_tokens();
+        let short = history_tokens < self.asked_blocks as u64 * self.block_tokens();
+        let no_state = self.chained && self.best() < history_tokens;
+        let groups = self.layout.groups().iter();
+        let missing = groups.filter_map(|group| match group.family {
+            Family::History if short => Some((group, history_tokens, "absent")),
+            Family::State if no_state => Some((group, self.best(), "no_state")),
+            _ => None,
+        });
+        missing
+            .map(|(group, first_missing_token, reason)| v1::Miss {
+                group: group.name.clone(),
+                first_missing_token,
+                reason: reason.into(),
+            })
+            .collect()
+    }
+}
+
+fn has_states(layout: &KvLayout) -> bool {
+    !layout.planes(ObjectKind::State).is_empty()
+}
+
+fn resume_point(layout: &KvLayout, tokens: u64) -> v1::ResumePoint {
+    let blocks = tokens / u64::from(layout.block_tokens());
+    let groups = layout.groups().iter();
+    let bytes_by_group = groups.map(|group| {
+        let object = u64::from(group.rows) * group.row_bytes() * group.layers.len() as u64;
+        let bytes = if group.family == Family::State { object } else { object * blocks };
+        v1::GroupBytes { group: group.name.clone(), bytes }
+    });
+    v1::ResumePoint { tokens, bytes_by_group: bytes_by_group.collect() }
+}

@@ -1,0 +1,71 @@
+//! `Admin`: erasing tenants, and what they hold.
+
+use std::sync::Arc;
+
+use esker_proto::v1;
+use tonic::{Request, Response, Status};
+
+use super::cache::blocking;
+use crate::audit::Event;
+use crate::node::Node;
+use crate::principal::{TenantId, is_name, principal_of};
+
+/// The service.
+pub(crate) struct AdminService {
+    node: Arc<Node>,
+}
+
+impl AdminService {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+}
+
+#[tonic::async_trait]
+impl v1::admin_server::Admin for AdminService {
+    async fn erase_tenant(
+        &self,
+        request: Request<v1::EraseTenantRequest>,
+    ) -> Result<Response<v1::EraseTenantReply>, Status> {
+        let principal = principal_of(&request)?;
+        let tenant = request.into_inner().tenant;
+        if !is_name(&tenant) {
+            return Err(Status::invalid_argument(format!("{tenant:?} is not the name of a tenant")));
+        }
+        let node = self.node.clone();
+        blocking(move || {
+            let tenant = TenantId(tenant);
+            node.sessions.close_all(&node, &tenant)?;
+            let erased = node.tenants.erase(&node.store, &tenant);
+            let result = if erased.is_ok() { "ok" } else { "unfinished" };
+            let objects = erased.as_ref().map_or(0, |(objects, _)| *objects);
+            node.audit.record(&Event::new(&principal, "erase-tenant", tenant.0, result).count(objects));
+            let (objects, epochs) = erased?;
+            Ok(Response::new(v1::EraseTenantReply { objects, epochs }))
+        })
+        .await
+    }
+
+    async fn list_tenants(
+        &self,
+        _: Request<v1::ListTenantsRequest>,
+    ) -> Result<Response<v1::ListTenantsReply>, Status> {
+        let node = self.node.clone();
+        blocking(move || {
+            let about = |tenant: TenantId| {
+                let (sessions, leased_bytes) = node.sessions.totals(&node, &tenant)?;
+                Ok(v1::Tenant {
+                    stored_bytes: node.tenants.stored_bytes(&node.store, &tenant),
+                    stored_bytes_limit: node.tenants.rules(&tenant).stored_bytes.unwrap_or(0),
+                    leased_bytes,
+                    sessions,
+                    epoch: node.tenants.get(&tenant).epoch(),
+                    tenant: tenant.0,
+                })
+            };
+            let tenants = node.tenants.names().into_iter().map(about).collect::<Result<_, Status>>()?;
+            Ok(Response::new(v1::ListTenantsReply { tenants }))
+        })
+        .await
+    }
+}

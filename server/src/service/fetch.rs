@@ -1,0 +1,192 @@
+//! `Fetch`: the planes of a granted prefix, in restore order.
+//!
+//! Flow is by credit from end to end: HTTP/2 windows of the client, then a short queue of chunks, then the store's own bound on
+//! bytes read ahead. A client that stops taking stops the reading, and after a while its stream.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use esker_prefix::{KvLayout, ObjectKind};
+use esker_proto::chunks;
+use esker_proto::v1::{self, fetch_reply};
+use esker_store::{FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::grant::Granted;
+use crate::node::Node;
+use crate::principal::TenantId;
+
+/// Longest time the store may take for one fetch; a caller's own deadline may be earlier.
+const FETCH_DEADLINE: Duration = Duration::from_secs(120);
+/// A client that takes nothing for this long is let go.
+const IDLE_PROGRESS: Duration = Duration::from_secs(30);
+
+/// A checked fetch.
+pub(crate) struct Fetching {
+    pub(crate) granted: Arc<Granted>,
+    pub(crate) request: FetchRequest,
+    /// Of each object of the request: kind, tokens as the caller counts them, position among the grant's blocks.
+    pub(crate) labels: Vec<Label>,
+}
+
+/// See [`Fetching`].
+#[derive(Clone, Copy)]
+pub(crate) struct Label {
+    pub(crate) kind: ObjectKind,
+    pub(crate) tokens: u64,
+    position: Option<usize>,
+}
+
+impl Fetching {
+    /// What a request means under its grant.
+    pub(crate) fn plan(
+        node: &Node,
+        tenant: &TenantId,
+        request: &v1::FetchRequest,
+        deadline: Option<Instant>,
+    ) -> Result<Self, Status> {
+        let granted = granted(node, tenant, &request.grant)?;
+        let answer = &granted.answer;
+        let tokens = if request.tokens == 0 { answer.best() } else { request.tokens };
+        let block_tokens = u64::from(answer.layout.block_tokens());
+        // Blocks that stand for themselves need no run before them.
+        let run = answer.chained.then_some(tokens);
+        if answer.chained && request.blocks.is_empty() && !answer.is_resumable(tokens) {
+            return Err(Status::invalid_argument(format!(
+                "{tokens} tokens is not a resume point of this grant; it lists {:?}",
+                answer.resume_points()
+            )));
+        }
+        let wanted = |position: usize| {
+            let listed = request.blocks.is_empty()
+                || u32::try_from(position).is_ok_and(|position| request.blocks.contains(&position));
+            listed
+                && run.is_none_or(|tokens| {
+                    !request.blocks.is_empty() || (position as u64 + 1) * block_tokens <= tokens
+                })
+        };
+        let mut objects: Vec<Found> = Vec::new();
+        let mut labels = Vec::new();
+        if request.blocks.is_empty() {
+            for state in answer.states.iter().filter(|state| state.tokens == tokens) {
+                labels.push(Label { kind: ObjectKind::State, tokens, position: None });
+                objects.push(state.clone());
+            }
+        }
+        for (index, (position, block)) in answer.blocks.iter().enumerate().filter(|(_, (at, _))| wanted(*at))
+        {
+            let tokens = (*position as u64 + 1) * block_tokens;
+            labels.push(Label { kind: ObjectKind::Block, tokens, position: Some(index) });
+            objects.push(block.clone());
+        }
+        let planes = plane_selection(&answer.layout, request)?;
+        let order = match request.order() {
+            v1::Order::ByPlane => FetchOrder::ByPlane,
+            v1::Order::ByObject | v1::Order::Unspecified => FetchOrder::ByObject,
+        };
+        let latest = Instant::now() + FETCH_DEADLINE;
+        let deadline = Some(deadline.map_or(latest, |deadline| deadline.min(latest)));
+        Ok(Self { request: FetchRequest { objects, planes, order, deadline }, labels, granted })
+    }
+
+    /// Raw bytes of the objects.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.request.objects.iter().map(|found| found.raw_bytes).sum()
+    }
+
+    /// Streams on a blocking thread; ends when the client has everything, leaves, or stops taking.
+    pub(crate) fn run(self, node: &Node, replies: &mpsc::Sender<Result<v1::FetchReply, Status>>) {
+        let Self { granted, request, labels } = self;
+        let runtime = tokio::runtime::Handle::current();
+        let send = |event| {
+            let reply = Ok(v1::FetchReply { event: Some(event) });
+            match replies.try_send(reply) {
+                Ok(()) => true,
+                Err(mpsc::error::TrySendError::Full(reply)) => {
+                    runtime.block_on(replies.send_timeout(reply, IDLE_PROGRESS)).is_ok()
+                }
+                Err(mpsc::error::TrySendError::Closed(_)) => false,
+            }
+        };
+        let block_tokens = u64::from(granted.answer.layout.block_tokens());
+        let mut usable_tokens = labels.iter().map(|label| label.tokens).max().unwrap_or(0);
+        let mut done = v1::FetchDone::default();
+        let mut planes_of = vec![0_u16; granted.answer.blocks.len()];
+        for event in node.store.fetch(request) {
+            let sent = match event {
+                FetchEvent::Plane { object, plane, bytes, .. } => {
+                    let Label { kind, tokens, position } = labels[object];
+                    let len = bytes.len() as u64;
+                    let mut parts = chunks(kind, tokens, u32::try_from(plane).unwrap_or(u32::MAX), bytes);
+                    let sent = parts.all(|chunk| send(fetch_reply::Event::Chunk(chunk)));
+                    if sent {
+                        done.planes += 1;
+                        done.bytes += len;
+                        position.into_iter().for_each(|position| planes_of[position] += 1);
+                    }
+                    sent
+                }
+                FetchEvent::Miss { object, kind: reason } => {
+                    let Label { kind, tokens, .. } = labels[object];
+                    let ends = if kind == ObjectKind::State { 0 } else { tokens - block_tokens };
+                    usable_tokens = usable_tokens.min(ends);
+                    let kind = v1::ObjectKind::from(kind).into();
+                    send(fetch_reply::Event::Missing(v1::Missing {
+                        kind,
+                        tokens,
+                        reason: reason.to_string(),
+                    }))
+                }
+            };
+            if !sent {
+                break;
+            }
+        }
+        granted.deliver(done.bytes, &planes_of);
+        done.usable_tokens = usable_tokens;
+        send(fetch_reply::Event::Done(done));
+    }
+}
+
+/// The live grant of this tenant that a request names.
+pub(crate) fn granted(node: &Node, tenant: &TenantId, id: &[u8]) -> Result<Arc<Granted>, Status> {
+    let id = id.try_into().ok();
+    id.and_then(|id| node.grants.get(&id, tenant, Instant::now())).ok_or_else(unknown_grant)
+}
+
+/// Not another tenant's, not expired and not invented are told apart.
+pub(crate) fn unknown_grant() -> Status {
+    Status::not_found("this grant is not known or has expired: look the prefix up again")
+}
+
+fn plane_selection(layout: &KvLayout, request: &v1::FetchRequest) -> Result<PlaneSelection, Status> {
+    let mut groups = Vec::new();
+    for name in &request.groups {
+        let index = layout.groups().iter().position(|group| group.name == *name).ok_or_else(|| {
+            let names: Vec<_> = layout.groups().iter().map(|group| group.name.as_str()).collect();
+            Status::invalid_argument(format!(
+                "layout {} has no group {name:?}; it has {names:?}",
+                layout.id()
+            ))
+        })?;
+        groups.push(index);
+    }
+    let end_layer = if request.end_layer == 0 { u32::MAX } else { request.end_layer };
+    if request.first_layer >= end_layer {
+        return Err(Status::invalid_argument("first_layer must be below end_layer"));
+    }
+    if groups.is_empty() && request.first_layer == 0 && end_layer == u32::MAX {
+        return Ok(PlaneSelection::All);
+    }
+    let wanted =
+        layout.groups().iter().enumerate().filter(|(index, _)| groups.is_empty() || groups.contains(index));
+    let layers = wanted.filter_map(|(index, group)| {
+        // A run of the group's own layer list, which ascends.
+        let first = group.layers.partition_point(|&layer| u32::from(layer) < request.first_layer);
+        let end = group.layers.partition_point(|&layer| u32::from(layer) < end_layer);
+        let narrow = |value: usize| u16::try_from(value).unwrap_or(u16::MAX);
+        (first < end).then(|| (narrow(index), narrow(first)..narrow(end)))
+    });
+    Ok(PlaneSelection::Layers(layers.collect()))
+}
