@@ -107,11 +107,13 @@ impl Audit {
     }
 
     /// Refusals that were only counted.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for metrics"))]
     pub(crate) fn left_out(&self) -> u64 {
         self.left_out.load(Ordering::Relaxed)
     }
 
     /// Reads a log from its first line and checks the chain. Returns the number of lines.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for a command that checks the log"))]
     pub(crate) fn verify(path: &Path) -> anyhow::Result<u64> {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

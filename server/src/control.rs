@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 pub(crate) enum Table {
     Tenants = b't',
     Sessions = b's',
+    #[cfg_attr(not(test), expect(dead_code, reason = "for warm-up jobs"))]
     Warmups = b'w',
 }
 

@@ -23,6 +23,7 @@ pub(crate) type GrantId = [u8; 16];
 /// What a lookup found, for whom, and what of it was delivered.
 pub(crate) struct Granted {
     pub(crate) tenant: TenantId,
+    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) namespace: NamespaceId,
     pub(crate) answer: Answer,
     /// Keeps everything listed from being evicted and from expiring.
@@ -55,11 +56,13 @@ impl Granted {
         }
     }
 
+    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) fn delivered_bytes(&self) -> u64 {
         self.delivered.lock().unwrap_or_else(PoisonError::into_inner).bytes
     }
 
     /// Tokens of the leading blocks of which every plane was delivered.
+    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) fn delivered_tokens(&self) -> u64 {
         let whole = self.answer.layout.planes(ObjectKind::Block).len();
         let delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);
@@ -135,6 +138,7 @@ impl Grants {
     }
 
     /// Grants, and objects that they list.
+    #[expect(dead_code, reason = "for metrics")]
     pub(crate) fn totals(&self) -> (usize, usize) {
         let table = self.table();
         (table.live.len(), table.objects)

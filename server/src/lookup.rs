@@ -33,6 +33,7 @@ pub(crate) struct Question {
 /// What is stored of it.
 pub(crate) struct Answer {
     pub(crate) layout: Arc<KvLayout>,
+    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) prompt_tokens: u64,
     /// Blocks that are there: the position of each in the prefix, and the block. A run from 0 on if the prefix is a chain.
     pub(crate) blocks: Vec<(usize, Found)>,

@@ -280,6 +280,7 @@ impl Tenants {
 }
 
 impl Tenant {
+    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) fn id(&self) -> &TenantId {
         &self.id
     }
