@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files =
-        ["cache", "decoder", "sessions", "warmup", "admin"].map(|name| format!("esker/v1/{name}.proto"));
+    let files = ["cache", "decoder", "sessions", "warmup", "usage", "admin"]
+        .map(|name| format!("esker/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);

@@ -13,6 +13,7 @@ use esker_proto::v1::admin_server::AdminServer;
 use esker_proto::v1::decoder_server::DecoderServer;
 use esker_proto::v1::prefix_cache_server::PrefixCacheServer;
 use esker_proto::v1::sessions_server::SessionsServer;
+use esker_proto::v1::usage_server::UsageServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -20,7 +21,7 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::auth::{AuthLayer, Authenticator};
 use crate::node::Node;
-use crate::service::{AdminService, CacheService, DecoderService, SessionsService};
+use crate::service::{AdminService, CacheService, DecoderService, SessionsService, UsageService};
 
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_PENDING_RESETS: usize = 32;
@@ -139,6 +140,7 @@ pub async fn start(
     let sessions =
         SessionsServer::new(SessionsService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let admin = AdminServer::new(AdminService::new(node.clone()));
+    let usage = UsageServer::new(UsageService).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let housekeeping = tokio::spawn(keep_house(Arc::clone(&node)));
     let mut server = Server::builder();
     if let Some(tls) = &listen.tls {
@@ -157,6 +159,7 @@ pub async fn start(
         .add_service(cache)
         .add_service(decoder)
         .add_service(sessions)
+        .add_service(usage)
         .add_service(admin);
     let serving = tokio::spawn(async move {
         let _housekeeping = AbortOnDrop(housekeeping);

@@ -8,8 +8,10 @@ mod fetch;
 mod put;
 mod sessions;
 mod status;
+mod usage;
 
 pub(crate) use admin::AdminService;
 pub(crate) use cache::CacheService;
 pub(crate) use decoder::DecoderService;
 pub(crate) use sessions::SessionsService;
+pub(crate) use usage::UsageService;

@@ -308,7 +308,7 @@ pub struct Answer {
     /// Tokens, each with the digest of the logits that it was chosen from.
     pub tokens: Vec<(u32, Bytes)>,
     /// The account.
-    pub usage: v1::Usage,
+    pub usage: v1::GenerateUsage,
 }
 
 /// A question about tokens: greedy, eight tokens long, with digests of the logits.

@@ -6,6 +6,7 @@
 mod cache;
 mod decode;
 mod error;
+mod usage;
 
 pub use cache::{Fetched, Found, Object, PutResult};
 pub use decode::{Event, Events, Prompt, Request};
@@ -19,6 +20,7 @@ use tonic::transport::{Channel, Endpoint};
 use esker_proto::MAX_MESSAGE_BYTES;
 use v1::decoder_client::DecoderClient;
 use v1::prefix_cache_client::PrefixCacheClient;
+use v1::usage_client::UsageClient;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -27,6 +29,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Client {
     cache: PrefixCacheClient<Channel>,
     decoder: DecoderClient<Channel>,
+    usage: UsageClient<Channel>,
 }
 
 impl Client {
@@ -39,7 +42,8 @@ impl Client {
         let channel = endpoint.connect().await.map_err(fail)?;
         Ok(Self {
             cache: PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
-            decoder: DecoderClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            decoder: DecoderClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            usage: UsageClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
         })
     }
 }

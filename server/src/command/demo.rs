@@ -254,7 +254,7 @@ struct Answer {
     logits: Vec<Vec<u8>>,
     text: String,
     ttft: Duration,
-    usage: v1::Usage,
+    usage: v1::GenerateUsage,
 }
 
 impl Answer {

@@ -174,6 +174,10 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
+    async fn settle(&self, _: Request<v1::SettleRequest>) -> Result<Response<v1::SettleReply>, Status> {
+        Err(Status::unimplemented("this node keeps no billing ledger yet"))
+    }
+
     async fn release(
         &self,
         request: Request<v1::ReleaseRequest>,

@@ -208,9 +208,9 @@ fn wire(event: Event) -> generate_reply::Event {
     }
 }
 
-fn usage(account: &Account) -> v1::Usage {
+fn usage(account: &Account) -> v1::GenerateUsage {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    v1::Usage {
+    v1::GenerateUsage {
         prompt_tokens: account.prompt_tokens as u64,
         prompt_cache_hit_tokens: account.hit_tokens as u64,
         prompt_cache_miss_tokens: (account.prompt_tokens - account.hit_tokens) as u64,
