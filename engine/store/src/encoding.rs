@@ -61,7 +61,7 @@ impl Hashed {
                 let raw = &plane.bytes[..];
                 let codec = zstd_level.map_or(Codec::Raw, |level| scratch.compress(plane, level));
                 let stored = if codec == Codec::Raw { raw } else { &scratch.out[..] };
-                let offset = record::plane_offset(end, stored.len());
+                let offset = record::plane_offset(end);
                 record[end..offset].fill(0);
                 end = offset + stored.len();
                 record[offset..end].copy_from_slice(stored);
@@ -117,8 +117,7 @@ pub(crate) fn max_record_in(segment_bytes: u64) -> u64 {
 
 fn max_record_bytes(object: &PutObject) -> usize {
     let end = object.planes.iter().fold(record::header_bytes(object.planes.len()), |end, plane| {
-        // A plane that compresses below the alignment limit is packed and so ends no later than this.
-        record::plane_offset(end, plane.bytes.len()) + plane.bytes.len()
+        record::plane_offset(end) + plane.bytes.len()
     });
     crate::io::page_ceil(end)
 }

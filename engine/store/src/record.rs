@@ -42,9 +42,10 @@
 //!  32  32  BLAKE3 of the raw bytes
 //! ```
 //!
-//! Planes follow in table order. One of 64 KiB or more starts on a page, so that it can be read and handed on alone
-//! at a cost of at most 6 % of its length in padding; smaller ones follow at the next multiple of 64 bytes, as a page
-//! each would waste more than reading a neighbour's rest does. Padding is zero and covered by nothing.
+//! Planes follow in table order, each at the next multiple of 64 bytes. A plane that is read alone costs a page more
+//! than if it started on one; planes on pages would cost every write and every whole read half a page for each, which was 3 %
+//! of a V4-Flash block. Records of earlier builds have planes of 64 KiB and more on pages; the table says where, and both
+//! are read. Padding is zero and covered by nothing.
 
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
 
@@ -58,9 +59,8 @@ const VERSION: u16 = 1;
 pub(crate) const FIXED_BYTES: usize = 256;
 pub(crate) const CHECKSUM_AT: usize = 240;
 const PLANE_BYTES: usize = 64;
-/// Planes from this stored length on start on a page.
-const ALIGNED_PLANE_BYTES: usize = 64 << 10;
-const PACKED_ALIGNMENT: usize = 64;
+/// Planes start at multiples of this, so that vectors over them are aligned.
+const PLANE_ALIGNMENT: usize = 64;
 /// Caps the header at 256 KiB, before any length in it is trusted.
 pub(crate) const MAX_PLANES: usize = 4092;
 pub(crate) const MAX_HEADER_BYTES: usize = FIXED_BYTES + MAX_PLANES * PLANE_BYTES;
@@ -280,10 +280,9 @@ pub(crate) fn header_bytes(planes: usize) -> usize {
     FIXED_BYTES + planes * PLANE_BYTES
 }
 
-/// Where a plane of `stored_bytes` goes when the record is filled up to `end`.
-pub(crate) fn plane_offset(end: usize, stored_bytes: usize) -> usize {
-    let alignment = if stored_bytes >= ALIGNED_PLANE_BYTES { PAGE } else { PACKED_ALIGNMENT };
-    end.next_multiple_of(alignment)
+/// Where the next plane goes when the record is filled up to `end`.
+pub(crate) fn plane_offset(end: usize) -> usize {
+    end.next_multiple_of(PLANE_ALIGNMENT)
 }
 
 pub(crate) fn content_digest<'a>(planes: impl Iterator<Item = &'a [u8; 32]>) -> ContentDigest {

@@ -366,7 +366,9 @@ fn a_record_smuggled_in_as_content_is_not_a_record() {
     forged.header.encode(place, 1000, 0, &mut image);
     let mut carrier = object(2, 2, &[64 << 10]);
     let mut bytes = carrier.planes[0].bytes.to_vec();
-    bytes[..image.len()].copy_from_slice(&image);
+    // Where a page of the segment starts: behind the header of one plane.
+    let page_at = 4096 - crate::record::header_bytes(1);
+    bytes[page_at..page_at + image.len()].copy_from_slice(&image);
     carrier.planes[0].bytes = bytes.into();
     assert!(store.put(vec![carrier])[0].is_ok());
     let carrier = entry(&store, id(2));
