@@ -4,6 +4,8 @@
 //! namespace. Everything of it with a lower sequence is gone; what is put later is new. The record is durable before
 //! anything is removed, and every opening applies all of them again.
 
+use std::collections::HashMap;
+
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 
 use crate::index::Entry;
@@ -52,15 +54,37 @@ impl Erase {
             None => Self::Namespace(entry.namespace),
         })
     }
+}
 
-    /// Whether it means the record of this entry, sequence apart.
-    pub(crate) fn covers(self, entry: &Entry) -> bool {
-        let content = matches!(entry.id.kind, ObjectKind::Block | ObjectKind::State | ObjectKind::Layout);
-        content
-            && match self {
-                Self::Object(id) => entry.id == id,
-                Self::Scope(scope) => entry.scope == scope && entry.id.kind != ObjectKind::Layout,
-                Self::Namespace(namespace) => entry.namespace == namespace,
-            }
+/// Many erasures, each with its sequence: what is told of an entry costs the same however many there are.
+#[derive(Default)]
+pub(crate) struct Erasures {
+    objects: HashMap<ObjectId, u64>,
+    scopes: HashMap<ScopeTag, u64>,
+    namespaces: HashMap<NamespaceId, u64>,
+}
+
+impl Erasures {
+    pub(crate) fn add(&mut self, erase: Erase, sequence: u64) {
+        let newest = match erase {
+            Erase::Object(id) => self.objects.entry(id).or_default(),
+            Erase::Scope(scope) => self.scopes.entry(scope).or_default(),
+            Erase::Namespace(namespace) => self.namespaces.entry(namespace).or_default(),
+        };
+        *newest = sequence.max(*newest);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.objects.is_empty() && self.scopes.is_empty() && self.namespaces.is_empty()
+    }
+
+    /// Whether one of them means the record of this entry.
+    pub(crate) fn cover(&self, entry: &Entry) -> bool {
+        if !matches!(entry.id.kind, ObjectKind::Block | ObjectKind::State | ObjectKind::Layout) {
+            return false;
+        }
+        let by_scope = self.scopes.get(&entry.scope).filter(|_| entry.id.kind != ObjectKind::Layout);
+        let newest = [self.objects.get(&entry.id), by_scope, self.namespaces.get(&entry.namespace)];
+        newest.into_iter().flatten().any(|&sequence| entry.sequence < sequence)
     }
 }

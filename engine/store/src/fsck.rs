@@ -13,7 +13,7 @@ use std::time::Duration;
 use esker_prefix::{ObjectId, ObjectKind};
 
 use crate::clock::{self, SystemClock};
-use crate::erasure::Erase;
+use crate::erasure::{Erase, Erasures};
 use crate::index::{DAMAGED_MARK, Entry, Index, Phase, SegmentState};
 use crate::io::{self, BufferPool, Disk, FileId, PAGE, read_exact};
 use crate::record::{ContentDigest, PlacedHeader};
@@ -130,7 +130,7 @@ struct Check<'a> {
     newest: HashMap<ObjectId, Held>,
     /// Sound records that an equally named later one replaces.
     replaced: Vec<Held>,
-    erasures: Vec<(Erase, u64)>,
+    erasures: Erasures,
     bad: Vec<(Spot, MissKind)>,
     dead: Vec<(Spot, u64)>,
     report: FsckReport,
@@ -167,7 +167,7 @@ impl<'a> Check<'a> {
             files: HashMap::new(),
             newest: HashMap::new(),
             replaced: Vec::new(),
-            erasures: Vec::new(),
+            erasures: Erasures::default(),
             bad: Vec::new(),
             dead: Vec::new(),
             report,
@@ -271,7 +271,9 @@ impl<'a> Check<'a> {
 
     /// Takes a sound record in: of one name the later holds.
     fn sound(&mut self, held: Held) {
-        self.erasures.extend(Erase::of(&held.entry).map(|erase| (erase, held.entry.sequence)));
+        if let Some(erase) = Erase::of(&held.entry) {
+            self.erasures.add(erase, held.entry.sequence);
+        }
         let loser = match self.newest.entry(held.entry.id) {
             std::collections::hash_map::Entry::Vacant(vacant) => {
                 vacant.insert(held);
@@ -298,12 +300,9 @@ impl<'a> Check<'a> {
             self.report.dead_bytes += bytes(&loser.entry);
             self.dead.push((loser.entry.spot, bytes(&loser.entry)));
         }
-        let covers = |entry: &Entry| {
-            self.erasures.iter().any(|(erase, sequence)| entry.sequence < *sequence && erase.covers(entry))
-        };
         let mut erased = Vec::new();
         for Held { entry, indexed, known } in self.newest.values() {
-            let gone = covers(entry);
+            let gone = self.erasures.cover(entry);
             match (gone, indexed) {
                 (true, true) => self.report.erased_present += 1,
                 (true, false) => {

@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::erasure::Erase;
+use crate::erasure::{Erase, Erasures};
 use crate::index::{Changes, Entry};
 use crate::segment::{SegmentId, Spot};
 use crate::shared::Shared;
@@ -113,16 +113,36 @@ impl Shared {
 
     /// Removes what an erasure with this sequence means. Returns how many objects.
     pub(crate) fn erase(&self, erase: Erase, sequence: u64) -> Result<u64> {
-        let mut gone = Vec::new();
-        // What was forgotten for a failed read must not come back.
-        self.breaker.suspects().clear();
-        for entry in self.index.entries() {
-            let entry = entry?;
-            if entry.sequence < sequence && erase.covers(&entry) {
-                self.table.remove_if(entry.id, entry.spot);
-                gone.push(Victim { spot: entry.spot, record_bytes: entry.end() - entry.spot.offset });
-            }
+        let mut erasures = Erasures::default();
+        erasures.add(erase, sequence);
+        if let Erase::Object(id) = erase {
+            // What was forgotten for a failed read must not come back.
+            self.breaker.suspects().clear();
+            let located = self.table.get(id);
+            let entry = located.map_or(Ok(None), |located| self.index.get(located.spot))?;
+            return self.erase_entries(entry.into_iter().filter(|entry| erasures.cover(entry)).collect());
         }
+        self.erase_all(&erasures)
+    }
+
+    /// Removes what any of these means. Looks at every entry once.
+    pub(crate) fn erase_all(&self, erasures: &Erasures) -> Result<u64> {
+        if erasures.is_empty() {
+            return Ok(0);
+        }
+        self.breaker.suspects().clear();
+        let covered = |entry: &Result<Entry>| entry.as_ref().map_or(true, |entry| erasures.cover(entry));
+        self.erase_entries(self.index.entries().filter(covered).collect::<Result<_>>()?)
+    }
+
+    fn erase_entries(&self, entries: Vec<Entry>) -> Result<u64> {
+        let gone: Vec<Victim> = entries
+            .iter()
+            .map(|entry| {
+                self.table.remove_if(entry.id, entry.spot);
+                Victim { spot: entry.spot, record_bytes: entry.end() - entry.spot.offset }
+            })
+            .collect();
         self.counters.erased.add(gone.len() as u64);
         self.free(&gone)?;
         Ok(gone.len() as u64)
@@ -134,6 +154,7 @@ impl Shared {
         if let Err(error) = done {
             tracing::error!(%error, "housekeeping failed");
         }
+        self.wear.save(&self.counters);
         let now_s = self.time.now_s();
         let over: Vec<_> = {
             let mut held = self.leases.held();

@@ -19,7 +19,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use esker_prefix::ObjectKind;
 
 use crate::commit::{Position, Tail};
-use crate::erasure::Erase;
+use crate::erasure::{Erase, Erasures};
 use crate::index::{Bulk, Changes, Entry, Index, Phase, SegmentState};
 use crate::io::{FileId, Op, PAGE, read_exact, wait};
 use crate::scan::{Met, Scan, Scanned};
@@ -39,8 +39,6 @@ const CHUNK_ENTRIES: usize = 1024;
 const WAITING_CHUNKS: usize = 8;
 /// Segments examined ahead of the one that is taken in.
 const SEGMENTS_AHEAD: usize = 4 * SCANS;
-/// Entries of one segment from which on they go past RocksDB's log. Below, the flushes of a file cost more.
-const BULK_ENTRIES: usize = 4096;
 
 /// What recovery did.
 #[derive(Debug, Default)]
@@ -254,7 +252,7 @@ impl Worker<'_> {
     /// Takes one segment in. Returns it as the tail if it may be appended to.
     fn segment(&mut self, found: &Found, messages: &Receiver<Message>) -> Result<Option<Tail>> {
         let &Found { id, file, len_bytes, .. } = found;
-        let mut records = Gathered::new(&self.shared.index);
+        let mut records = Gathered::new(&self.shared.index, self.shared.settings.bulk_entries());
         let examined = loop {
             match messages.recv() {
                 Ok(Message::Records(some)) => records.add(some)?,
@@ -365,7 +363,7 @@ impl Worker<'_> {
     /// Fills the table, and removes entries from the index that point behind the end of a segment, into a missing one,
     /// or at a record that a later one replaces.
     fn load(&mut self, mut changes: Changes) -> Result<()> {
-        let mut erasures = Vec::new();
+        let mut erasures = Erasures::default();
         let mut live_bytes: HashMap<SegmentId, u64> = HashMap::new();
         let mut newest_s = 0;
         for entry in self.shared.index.entries() {
@@ -398,7 +396,7 @@ impl Worker<'_> {
             match entry.id.kind {
                 ObjectKind::Lease => self.report.own.push(entry),
                 ObjectKind::Erasure => {
-                    erasures.extend(Erase::of(&entry).map(|erase| (erase, entry.sequence)))
+                    Erase::of(&entry).into_iter().for_each(|erase| erasures.add(erase, entry.sequence))
                 }
                 _ => {}
             }
@@ -409,9 +407,7 @@ impl Worker<'_> {
             self.shared.segments.update(id, |segment| segment.live_bytes = bytes);
         }
         self.report.own.retain(|entry| self.shared.table.is_at(entry.id, entry.spot));
-        for (erase, sequence) in erasures {
-            self.shared.erase(erase, sequence)?;
-        }
+        self.shared.erase_all(&erasures)?;
         self.account()
     }
 
@@ -435,21 +431,23 @@ impl Worker<'_> {
 struct Gathered<'a> {
     index: &'a Index,
     few: Vec<Entry>,
+    /// So many and no more.
+    few_entries: usize,
     bulk: Option<Bulk<'a>>,
     count: u64,
     sequence: u64,
 }
 
 impl<'a> Gathered<'a> {
-    fn new(index: &'a Index) -> Self {
-        Self { index, few: Vec::new(), bulk: None, count: 0, sequence: 0 }
+    fn new(index: &'a Index, few_entries: usize) -> Self {
+        Self { index, few: Vec::new(), few_entries, bulk: None, count: 0, sequence: 0 }
     }
 
     fn add(&mut self, some: Vec<Entry>) -> Result<()> {
         self.count += some.len() as u64;
         self.sequence = some.iter().map(|entry| entry.sequence).fold(self.sequence, u64::max);
         self.few.extend(some);
-        if self.bulk.is_none() && self.few.len() > BULK_ENTRIES {
+        if self.bulk.is_none() && self.few.len() > self.few_entries {
             self.bulk = Some(self.index.bulk()?);
         }
         match &mut self.bulk {

@@ -10,6 +10,8 @@ pub(crate) const MAX_SEGMENT_BYTES: u64 = 2 << 30;
 /// Smallest segment: header, seal and one page of records.
 const MIN_SEGMENT_BYTES: u64 = 3 * PAGE as u64;
 
+const BULK_ENTRIES: usize = 4096;
+
 /// Length of segments of the permanent class, unless others are smaller.
 const OWN_SEGMENT_BYTES: u64 = 8 << 20;
 
@@ -44,6 +46,8 @@ pub struct StoreSettings {
     pub commit_bytes: usize,
     /// Bytes of free buffers kept for reuse.
     pub pool_bytes: usize,
+    /// Bytes of buffers that are registered with the kernel, where its limit on locked memory allows; 0 for none.
+    pub registered_bytes: usize,
     /// After this many segments given up because of failed writes or flushes, writes are refused.
     pub max_write_failures: u64,
     /// I/O engines to try, in this order; the first that passes the probe is used.
@@ -53,11 +57,14 @@ pub struct StoreSettings {
     /// Ways to break the store, so that tests can show that they would notice.
     #[cfg(any(test, feature = "testing"))]
     pub sabotage: Sabotage,
+    /// Entries of one segment from which on a rebuild hands them to the index in bulk; as usual if 0.
+    #[cfg(any(test, feature = "testing"))]
+    pub bulk_entries: usize,
 }
 
 /// Negative controls: each disables one guard.
 #[cfg(any(test, feature = "testing"))]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sabotage {
     /// Serve bytes without looking at checksums and digests.
     pub skip_verification: bool,
@@ -65,6 +72,8 @@ pub struct Sabotage {
     pub skip_flush: bool,
     /// Take every failed read for the record's fault.
     pub skip_breaker: bool,
+    /// Erase without writing down that something was erased.
+    pub skip_tombstone: bool,
 }
 
 impl Default for StoreSettings {
@@ -84,11 +93,14 @@ impl Default for StoreSettings {
             put_bytes_in_flight: 64 << 20,
             commit_bytes: 32 << 20,
             pool_bytes: 64 << 20,
+            registered_bytes: 32 << 20,
             max_write_failures: 3,
             io_engines: vec![IoEngine::UringDirect, IoEngine::PositionalDirect, IoEngine::PositionalBuffered],
             lock_wait: Duration::ZERO,
             #[cfg(any(test, feature = "testing"))]
             sabotage: Sabotage::default(),
+            #[cfg(any(test, feature = "testing"))]
+            bulk_entries: 0,
         }
     }
 }
@@ -126,6 +138,22 @@ impl StoreSettings {
         return self.sabotage.skip_breaker;
         #[cfg(not(any(test, feature = "testing")))]
         return false;
+    }
+
+    pub(crate) fn skips_tombstone(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.skip_tombstone;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+
+    /// Entries of one segment from which on they go past the index's log. Below, the flushes of a file cost more.
+    pub(crate) fn bulk_entries(&self) -> usize {
+        #[cfg(any(test, feature = "testing"))]
+        if self.bulk_entries > 0 {
+            return self.bulk_entries;
+        }
+        BULK_ENTRIES
     }
 
     pub(crate) fn skips_flush(&self) -> bool {

@@ -98,6 +98,11 @@ impl ManualClock {
         std::sync::Arc::new(Self(std::sync::Mutex::new((1, std::time::Duration::from_secs(60)))))
     }
 
+    /// Another boot than any of [`ManualClock::new`] comes to.
+    pub fn after_power_cut() -> std::sync::Arc<Self> {
+        std::sync::Arc::new(Self(std::sync::Mutex::new((1_000_000, std::time::Duration::from_secs(1)))))
+    }
+
     pub fn pass(&self, time: std::time::Duration) {
         self.0.lock().unwrap().1 += time;
     }

@@ -60,6 +60,18 @@ impl Image {
         Some(Damage { name, sector, what })
     }
 
+    /// Files by name.
+    #[cfg(test)]
+    pub(crate) fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.0.iter().map(|(name, file)| (name.as_str(), &file[..]))
+    }
+
+    /// Of these files.
+    #[cfg(test)]
+    pub(crate) fn of(files: impl Iterator<Item = (String, Vec<u8>)>) -> Self {
+        Self(files.map(|(name, file)| (name, Arc::new(file))).collect())
+    }
+
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }

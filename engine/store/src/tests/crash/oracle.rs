@@ -1,6 +1,6 @@
-//! What must hold of a store after a crash. It knows what was put and what was acknowledged, and asks no store.
+//! What must hold of a store after a crash. It knows what was put, acknowledged and erased, and asks no store.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 use esker_prefix::ObjectId;
@@ -18,15 +18,24 @@ const AFTERWARDS: u64 = 500_000;
 
 /// See the module.
 pub(super) struct Oracle<'a> {
-    attempts: &'a [PutObject],
+    pub(super) attempts: &'a [PutObject],
+    /// Positions of those that an acknowledged erasure covers.
+    pub(super) erased: HashSet<usize>,
     /// Must be there, with these very bytes. Grows at its end, oldest first by number.
-    must: BTreeMap<u64, (ObjectId, Vec<Bytes>)>,
+    pub(super) must: BTreeMap<u64, (ObjectId, Vec<Bytes>)>,
+    /// Whether only what is leased must be there: the store evicts, or time passes.
+    lapses: bool,
 }
 
 impl<'a> Oracle<'a> {
-    /// Of `attempts`, those that were acknowledged.
-    pub(super) fn new(attempts: &'a [PutObject], acked: impl Iterator<Item = usize>) -> Self {
-        let mut oracle = Self { attempts, must: BTreeMap::new() };
+    /// Of `attempts`, those that were acknowledged and those that were erased.
+    pub(super) fn new(
+        attempts: &'a [PutObject],
+        acked: impl Iterator<Item = usize>,
+        erased: HashSet<usize>,
+        lapses: bool,
+    ) -> Self {
+        let mut oracle = Self { attempts, erased, must: BTreeMap::new(), lapses };
         acked.for_each(|attempt| oracle.add(attempts[attempt].clone()));
         oracle
     }
@@ -41,7 +50,8 @@ impl<'a> Oracle<'a> {
         self.must.len()
     }
 
-    /// All that must be there is, but for `may_lose`; nothing wrong is; nothing that is found cannot be fetched.
+    /// All that must be there is, but for `may_lose`; nothing wrong is, and nothing erased; nothing that is found cannot
+    /// be fetched.
     pub(super) fn check(&self, store: &Store, may_lose: usize, random: &mut Random) -> Result<(), String> {
         let numbers: Vec<u64> = self.must.keys().copied().collect();
         let ids: Vec<ObjectId> = self.must.values().map(|(id, _)| *id).collect();
@@ -76,28 +86,40 @@ impl<'a> Oracle<'a> {
         if lost.len() > may_lose {
             return Err(format!("lost of {} acknowledged: {lost:?}; {:?}", ids.len(), store.open_report()));
         }
-        self.check_unacknowledged(store, may_lose)
+        self.check_others(store, may_lose)
     }
 
     fn was_put(&self, id: ObjectId, bytes: &[Bytes]) -> bool {
         self.attempts.iter().any(|attempt| attempt.id == id && planes(attempt) == bytes)
     }
 
-    /// What was put and not acknowledged may be there or not; if it is, it is what somebody put.
-    fn check_unacknowledged(&self, store: &Store, may_lose: usize) -> Result<(), String> {
+    /// What was put and not acknowledged may be there or not; if it is, it is what somebody put and nobody erased since.
+    fn check_others(&self, store: &Store, may_lose: usize) -> Result<(), String> {
         let mut put: HashMap<ObjectId, Vec<Vec<Bytes>>> = HashMap::new();
-        for attempt in self.attempts.iter().filter(|attempt| !self.must.contains_key(&number_of(attempt))) {
-            put.entry(attempt.id).or_default().push(planes(attempt));
+        for (position, attempt) in self.attempts.iter().enumerate() {
+            if self.must.contains_key(&number_of(attempt)) {
+                continue;
+            }
+            let allowed = put.entry(attempt.id).or_default();
+            if !self.erased.contains(&position) {
+                allowed.push(planes(attempt));
+            }
         }
         let ids: Vec<ObjectId> = put.keys().copied().collect();
         let found: Vec<_> = store.get(&ids).into_iter().flatten().collect();
         for (got, found) in fetch(store, all(found.clone())).into_iter().zip(found) {
             match got {
                 Ok(bytes) if put[&found.id].contains(&bytes) => {}
-                Ok(_) => return Err(format!("wrong bytes for {:?}, which nobody was promised", found.id)),
+                Ok(bytes) if self.was_put(found.id, &bytes) => {
+                    // What was destroyed, or lied about, may have been the erasure.
+                    if may_lose == 0 {
+                        return Err(format!("{:?} was erased and is back", found.id));
+                    }
+                }
+                Ok(_) => return Err(format!("wrong bytes for {:?}, which was never acknowledged", found.id)),
                 Err(_) if may_lose > 0 => {}
-                // Evicted, by an index that a power cut put back to before that.
-                Err(_) if store.shared.settings.capacity_bytes < u64::MAX => {}
+                // Evicted between the two looks.
+                Err(_) if self.lapses => {}
                 Err(kind) => {
                     let (id, spot) = (found.id, found.located.spot);
                     return Err(format!("{id:?} at {spot:?} is found and cannot be fetched: {kind}"));
@@ -109,7 +131,7 @@ impl<'a> Oracle<'a> {
 
     /// Puts what was not acknowledged once more, and something new. What was acknowledged now, and when.
     pub(super) fn put_more(
-        &self,
+        &mut self,
         store: &Store,
         disk: &SimDisk,
         random: &mut Random,
@@ -120,10 +142,16 @@ impl<'a> Oracle<'a> {
         puts.extend((0..3).map(|number| object(AFTERWARDS + number, random.number() >> 8, &[600, 3000])));
         let mut acked: Vec<(usize, PutObject)> = Vec::new();
         for put in puts {
+            // What is put again is not erased any more, acknowledged or not.
+            let again = |&position: &usize| {
+                let attempt = &self.attempts[position];
+                attempt.id == put.id && planes(attempt) == planes(&put)
+            };
+            self.erased.retain(|position| !again(position));
             match store.put(vec![put.clone()]).remove(0) {
                 Ok(PutOutcome::Declined) => {}
                 // Where others may push it out, only the lease counts.
-                Ok(_) if store.shared.settings.capacity_bytes < u64::MAX && !keep(store, &put) => {}
+                Ok(_) if self.lapses && !keep(store, &put, super::script::LEASE_S) => {}
                 Ok(PutOutcome::Stored | PutOutcome::Present) => acked.push((disk.position(), put)),
                 Err(error) if error.kind() != ErrorKind::Unavailable => {}
                 Err(error) => return Err(format!("a sound disk refuses {:?}: {error}", put.id)),

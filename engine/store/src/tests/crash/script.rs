@@ -1,19 +1,28 @@
-//! A random script of puts, faults and reopenings, run once, with everything noted that a crash test needs.
+//! A random script of puts, erasures, faults, reopenings and jumps of time, run once, with everything noted that a crash
+//! test needs.
 
+use std::collections::HashSet;
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+use esker_prefix::{NamespaceId, ScopeTag};
 
 use super::oracle::Oracle;
 use crate::index::memory::{self, Contents};
 use crate::io::OpKind;
 use crate::io::faulty::{Fault, Plan};
 use crate::io::sim::{History, Image, Random, SimDisk};
-use crate::tests::common::{id, object};
-use crate::{LeaseId, PutObject, Sabotage, Store, StoreSettings, TtlClass};
+use crate::tests::common::{ManualClock, id, object};
+use crate::{Erase, LeaseId, PutObject, Sabotage, Store, StoreSettings, TtlClass};
 
 /// Threads that put at once on a disk that answers late.
 const WRITERS: usize = 3;
+/// What leases of these tests last. One length, so that a renewal never shortens one.
+pub(super) const LEASE_S: u64 = 3600;
+/// Jumps of time, in seconds.
+const JUMPS_S: [u64; 7] = [1, 30, 400, 4000, 90_000, 400_000, 315_360_000];
 
 /// See the module.
 pub(super) struct Recording {
@@ -23,10 +32,39 @@ pub(super) struct Recording {
     index: Vec<(usize, Contents)>,
     /// All that was put, acknowledged or not, and when it was first handed in.
     attempts: Vec<PutObject>,
-    /// Position in `attempts`, and the length of the history when the acknowledgement had come.
-    acked: Vec<(usize, usize)>,
+    acked: Vec<Acked>,
+    erasures: Vec<Erased>,
+    /// Whether only what is leased must be there: the store evicts, or time passes.
+    pub(super) lapses: bool,
+    /// Whether time passes.
+    pub(super) clocked: bool,
+    clock: Arc<ManualClock>,
+    /// Seconds that have truly passed, from this length of the history on.
+    times: Vec<(usize, u64)>,
+    /// What `DIR/clock` held when the history was this long.
+    clock_files: Vec<(usize, String)>,
     /// Objects that may be missing, since the disk has lied once.
     pub(super) may_lose: usize,
+}
+
+/// A put that was acknowledged.
+struct Acked {
+    /// Position in `attempts`.
+    attempt: usize,
+    /// Length of the history when the acknowledgement had come.
+    at: usize,
+    /// True seconds until which it is promised.
+    until_s: u64,
+}
+
+/// An erasure: of what was handed in before it.
+struct Erased {
+    what: Erase,
+    /// Length of `attempts` when it began.
+    attempts: usize,
+    /// Length of the history when it began, and when it was acknowledged.
+    begun: usize,
+    done: Option<usize>,
 }
 
 /// A folder for lock files; in memory where the system has such a place.
@@ -38,6 +76,12 @@ impl Recording {
     /// On a disk that reports its errors; or, if it is a lying one, loses, misdirects or alters one write and says nothing.
     pub(super) fn make(dir: &Path, seed: u64, sabotage: Sabotage, lying: bool) -> Result<Self, String> {
         let mut random = Random::new(seed);
+        // Numbers of their own, so that what else happens in a script of a known seed stays what it was.
+        let mut life = Random::new(seed ^ 0x11fe);
+        let (erases, clocked) = match super::PLAIN_REGRESSIONS.contains(&seed) {
+            true => (false, false),
+            false => (life.once_in(2), life.once_in(3)),
+        };
         let settings = StoreSettings {
             segment_bytes: random.one_of(&[24 << 10, 64 << 10, 128 << 10]),
             zstd_level: random.one_of(&[None, Some(1)]),
@@ -47,6 +91,7 @@ impl Recording {
             max_write_failures: u64::MAX,
             lock_wait: Duration::from_secs(10),
             sabotage,
+            bulk_entries: life.one_of(&[0, 0, 1, 6]),
             ..StoreSettings::default()
         };
         let late = random.once_in(2);
@@ -55,13 +100,21 @@ impl Recording {
             false => SimDisk::open(Image::default(), u64::MAX),
         };
         let mut recording = Self {
-            settings,
             history: disk.history(),
             index: vec![(0, Contents::new())],
             attempts: Vec::new(),
             acked: Vec::new(),
+            erasures: Vec::new(),
+            lapses: settings.capacity_bytes < u64::MAX || clocked,
+            clocked,
+            clock: ManualClock::new(),
+            times: vec![(0, 0)],
+            clock_files: Vec::new(),
             may_lose: 0,
+            settings,
         };
+        // The script's before this one.
+        let _ = fs::remove_file(dir.join("clock"));
         let mut store = recording.open(dir, &disk)?;
         let faults = !lying && random.once_in(2);
         let steps = 20 + random.below(40);
@@ -75,22 +128,47 @@ impl Recording {
                     recording.note_index(&store, &disk);
                     // Not closed: memory has no log to flush.
                     drop(store);
+                    if clocked && life.once_in(2) {
+                        recording.clock.reboot();
+                    }
                     store = recording.open(dir, &disk)?;
                 }
                 1 | 2 if faults => arm(&disk, &mut random),
                 _ => recording.put(&store, &disk, &mut random, if late { WRITERS } else { 1 }),
             }
+            if erases && life.once_in(5) {
+                recording.erase(&store, &disk, &mut life);
+            }
+            if clocked && life.once_in(4) {
+                recording.pass_time(&store, &disk, &mut life);
+            }
             recording.note_index(&store, &disk);
+            recording.note_clock(dir, &disk);
         }
         drop(store);
         recording.history = disk.history();
         Ok(recording)
     }
 
-    /// What must hold of a store opened after a crash at this point.
-    pub(super) fn oracle_at(&self, position: usize) -> Oracle<'_> {
-        let acked = self.acked.iter().filter(|(_, at)| *at <= position);
-        Oracle::new(&self.attempts, acked.map(|&(attempt, _)| attempt))
+    /// What must hold of a store that is looked at `later_s` after a crash at this point.
+    pub(super) fn oracle_at(&self, position: usize, later_s: u64) -> Oracle<'_> {
+        let now_s = self.times.iter().rfind(|(at, _)| *at <= position).map_or(0, |(_, s)| *s) + later_s;
+        let covered = |attempt: usize, erased: &Erased| {
+            attempt < erased.attempts && covers(erased.what, &self.attempts[attempt])
+        };
+        // From its beginning on nobody knows; from its end on everybody does.
+        let doubtful = |attempt| self.erasures.iter().any(|e| e.begun <= position && covered(attempt, e));
+        let gone = |e: &Erased| e.done.is_some_and(|done| done <= position);
+        let erased = |&attempt: &usize| self.erasures.iter().any(|e| gone(e) && covered(attempt, e));
+        let acked = self.acked.iter().filter(|acked| acked.at <= position && acked.until_s > now_s);
+        let acked = acked.map(|acked| acked.attempt).filter(|&attempt| !doubtful(attempt));
+        let erased: HashSet<usize> = (0..self.attempts.len()).filter(erased).collect();
+        Oracle::new(&self.attempts, acked, erased, self.lapses)
+    }
+
+    /// What `DIR/clock` held at this point. It is flushed before it is renamed, so a cut takes none of it.
+    pub(super) fn clock_at(&self, position: usize) -> Option<&str> {
+        self.clock_files.iter().rfind(|(at, _)| *at <= position).map(|(_, text)| text.as_str())
     }
 
     /// An index that a crash at this point may leave: none, an older one, the newest.
@@ -106,7 +184,7 @@ impl Recording {
     fn open(&self, dir: &Path, disk: &Arc<SimDisk>) -> Result<Store, String> {
         let (_, contents) = self.index.last().expect("starts with an empty one");
         memory::expect(contents);
-        let store = Store::open_on(dir, self.settings.clone(), disk.clone());
+        let store = Store::open_on_at(dir, self.settings.clone(), disk.clone(), self.clock.clone());
         store.map_err(|error| format!("the script's store does not open: {error}"))
     }
 
@@ -118,6 +196,39 @@ impl Recording {
         }
     }
 
+    fn note_clock(&mut self, dir: &Path, disk: &SimDisk) {
+        let text = fs::read_to_string(dir.join("clock")).unwrap_or_default();
+        if self.clock_files.last().is_none_or(|(_, last)| *last != text) {
+            self.clock_files.push((disk.position(), text));
+        }
+    }
+
+    /// Time that nobody has foreseen passes, and mostly the store takes note of what is over.
+    fn pass_time(&mut self, store: &Store, disk: &SimDisk, random: &mut Random) {
+        let jump_s = random.one_of(&JUMPS_S);
+        let true_s = self.times.last().map_or(0, |(_, s)| *s) + jump_s;
+        self.times.push((disk.position(), true_s));
+        self.clock.pass(Duration::from_secs(jump_s));
+        if !random.once_in(3) {
+            store.keep_house();
+        }
+    }
+
+    fn erase(&mut self, store: &Store, disk: &SimDisk, random: &mut Random) {
+        if self.attempts.is_empty() {
+            return;
+        }
+        let some = &self.attempts[random.index(self.attempts.len())];
+        let what = match random.below(6) {
+            0 => Erase::Namespace(some.namespace),
+            1 => Erase::Scope(some.scope),
+            _ => Erase::Object(some.id),
+        };
+        let (attempts, begun) = (self.attempts.len(), disk.position());
+        let done = store.erase(what).is_ok().then(|| disk.position());
+        self.erasures.push(Erased { what, attempts, begun, done });
+    }
+
     fn put(&mut self, store: &Store, disk: &SimDisk, random: &mut Random, writers: usize) {
         let first = self.attempts.len();
         for _ in 0..1 + random.index(5 * writers) {
@@ -126,16 +237,22 @@ impl Recording {
         }
         let all: Vec<(usize, PutObject)> = (first..).zip(self.attempts[first..].iter().cloned()).collect();
         let share = all.len().div_ceil(writers);
+        let now_s = self.times.last().map_or(0, |(_, s)| *s);
+        let lapses = self.lapses;
         let acked = std::thread::scope(|scope| {
             let put_some = |some: &[(usize, PutObject)]| {
                 let outcomes = store.put(some.iter().map(|(_, put)| put.clone()).collect());
                 let position = disk.position();
                 let acked = some.iter().zip(outcomes).filter(|(_, outcome)| outcome.is_ok());
-                let kept = |put: &PutObject| keep(store, put).then(|| disk.position());
-                match store.shared.settings.capacity_bytes {
-                    u64::MAX => acked.map(|(&(attempt, _), _)| (attempt, position)).collect::<Vec<_>>(),
-                    _ => acked.filter_map(|((attempt, put), _)| Some((*attempt, kept(put)?))).collect(),
-                }
+                let kept = |put: &PutObject| keep(store, put, LEASE_S).then(|| disk.position());
+                let promise = |(attempt, put): &(usize, PutObject)| {
+                    let (at, until_s) = match lapses {
+                        false => (position, u64::MAX),
+                        true => (kept(put)?, now_s + LEASE_S),
+                    };
+                    Some(Acked { attempt: *attempt, at, until_s })
+                };
+                acked.filter_map(|(put, _)| promise(put)).collect::<Vec<_>>()
             };
             let putting: Vec<_> = all.chunks(share).map(|some| scope.spawn(move || put_some(some))).collect();
             putting.into_iter().flat_map(|writer| writer.join().unwrap()).collect::<Vec<_>>()
@@ -148,9 +265,8 @@ impl Recording {
         if random.once_in(5) && !self.attempts.is_empty() {
             let again = self.attempts[random.index(self.attempts.len())].clone();
             let number = number_of(&again);
-            // Where a record may be evicted, its name is free for other bytes, and nobody could tell which were meant.
-            let evicts = self.settings.capacity_bytes < u64::MAX;
-            return match random.once_in(2) || evicts {
+            // Where a record may go, its name is free for other bytes, and nobody could tell which were meant.
+            return match random.once_in(2) || self.lapses {
                 true => again,
                 false => {
                     PutObject { planes: object(number, number + 1_000_000, &[300, 900]).planes, ..again }
@@ -161,6 +277,8 @@ impl Recording {
         let lens: Vec<usize> =
             (0..random.below(4)).map(|_| random.one_of(&[0, 50, 700, 2500, 6000])).collect();
         let mut put = object(number, number, &lens);
+        (put.namespace, put.scope) =
+            (NamespaceId([7 + (number % 2) as u8; 32]), ScopeTag([9 + (number % 3) as u8; 16]));
         put.class = random.one_of(&[TtlClass(0), TtlClass(2), TtlClass(2), TtlClass::PERMANENT]);
         if random.once_in(2) && number > 0 {
             // Often the one before, which may be of this very batch, or may have been refused.
@@ -172,9 +290,18 @@ impl Recording {
     }
 }
 
-/// Leases an object. In a store that evicts, only what is leased must be there.
-pub(super) fn keep(store: &Store, put: &PutObject) -> bool {
-    store.lease(LeaseId(put.id.hash.0), &[put.id], Duration::from_secs(3600)).is_ok()
+/// Leases an object. In a store that evicts or lives through time, only what is leased must be there.
+pub(super) fn keep(store: &Store, put: &PutObject, lease_s: u64) -> bool {
+    store.lease(LeaseId(put.id.hash.0), &[put.id], Duration::from_secs(lease_s)).is_ok()
+}
+
+/// Whether an erasure means an object.
+fn covers(what: Erase, put: &PutObject) -> bool {
+    match what {
+        Erase::Object(id) => put.id == id,
+        Erase::Scope(scope) => put.scope == scope,
+        Erase::Namespace(namespace) => put.namespace == namespace,
+    }
 }
 
 /// The number that a test object was named by.
