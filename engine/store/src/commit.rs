@@ -17,6 +17,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use esker_prefix::ObjectId;
 
@@ -436,7 +437,9 @@ impl Writer {
             }
             run.records[position].record = completion.buf.take();
         } else {
-            run.flushing = false;
+            if let Some(since) = run.flushing.take() {
+                self.shared.counters.flush_us.add(since.elapsed());
+            }
             run.flushed = true;
         }
         let what = if position.is_some() { OpKind::Write } else { OpKind::Sync };
@@ -463,7 +466,7 @@ impl Writer {
                     continue;
                 }
                 busy.push(file);
-                if run.writing > 0 || run.flushing {
+                if run.writing > 0 || run.flushing.is_some() {
                     continue;
                 }
                 if self.shared.settings.skips_flush() {
@@ -471,7 +474,7 @@ impl Writer {
                     busy.pop();
                     continue;
                 }
-                run.flushing = true;
+                run.flushing = Some(Instant::now());
                 self.shared.disk.submit(Op::sync(file, batch::tag(batch.number, run_number, None), &reply));
             }
         }
@@ -511,6 +514,7 @@ impl Writer {
                 }
             }
             self.shared.counters.commits.add(1);
+            self.shared.counters.commit_us.add(batch.started.elapsed());
             let number = batch.number;
             for record in batch.into_records() {
                 self.forget(record.header.id, number);
@@ -605,6 +609,7 @@ impl Writer {
     }
 
     fn acknowledge(&self, record: Pending) {
+        self.shared.counters.stored_raw_bytes.add(record.header.raw_bytes());
         self.answer(record.putter, Ok(PutOutcome::Stored));
         for repeat in record.repeats {
             self.answer(repeat.putter, compare(record.header.id, repeat.same_content));

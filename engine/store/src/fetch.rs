@@ -93,6 +93,9 @@ pub struct Fetch {
     order: FetchOrder,
     deadline: Option<Instant>,
     phase: Phase,
+    started: Instant,
+    /// Bytes of planes given out.
+    given_bytes: u64,
     /// End of the prefix that counts as used; told once the first plane is out, which should not wait for that.
     tip: Option<ObjectId>,
     /// How far each object is.
@@ -152,6 +155,7 @@ impl Fetch {
             pool: Arc::clone(&shared.pool),
             skip_verification: shared.settings.skips_verification(),
             breaker: Arc::clone(&shared.breaker),
+            read_us: Arc::clone(&shared.counters.read_us),
             cancelled: AtomicBool::new(false),
         });
         let (reply, arrivals) = mpsc::channel();
@@ -172,6 +176,8 @@ impl Fetch {
                 true => Phase::Records,
                 false => Phase::Headers,
             },
+            started: Instant::now(),
+            given_bytes: 0,
             tip,
             fates: vec![Fate::default(); count],
             planned: VecDeque::new(),
@@ -240,7 +246,8 @@ impl Fetch {
                 let threads = (self.phase != Phase::Head).then(|| self.shared.verifiers.jobs());
                 let start = read.range.start;
                 let (context, fetch) = (Arc::clone(&self.context), self.reply.clone());
-                let route = Route { context, read: Arc::new(read), threads, fetch };
+                let route =
+                    Route { context, read: Arc::new(read), threads, fetch, submitted: Instant::now() };
                 let mut op = Op::read(segment.file, start, buf, tag, &route);
                 op.permit = Some(permit);
                 self.shared.disk.submit(op);
@@ -303,6 +310,12 @@ impl Fetch {
             }
             Ok(Step::Plane(event)) => {
                 fate.planes_left = fate.planes_left.map(|left| left.saturating_sub(1));
+                if let FetchEvent::Plane { bytes, .. } = &event {
+                    if self.given_bytes == 0 {
+                        self.shared.counters.first_plane_us.add(self.started.elapsed());
+                    }
+                    self.given_bytes += bytes.len() as u64;
+                }
                 if fate.planes_left == Some(0) {
                     self.shared.counters.fetched.add(1);
                 }
@@ -448,6 +461,10 @@ impl FusedIterator for Fetch {}
 impl Drop for Fetch {
     fn drop(&mut self) {
         self.context.cancelled.store(true, Ordering::Relaxed);
+        if self.given_bytes > 0 {
+            self.shared.counters.fetched_bytes.add(self.given_bytes);
+            self.shared.counters.fetch_us.add(self.started.elapsed());
+        }
         if let Some(tip) = self.tip.take() {
             self.shared.used(tip);
         }

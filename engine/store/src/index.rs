@@ -37,6 +37,7 @@ pub(crate) use entry::{Entry, Phase, SegmentState};
 
 use crate::io::free_bytes;
 use crate::segment::{SegmentId, Spot};
+use crate::stats::Counter;
 use crate::{Result, StoreError};
 
 const SEGMENT_PREFIX: u8 = 0xF0;
@@ -63,6 +64,8 @@ pub(crate) struct Index {
     db: DB,
     options: Options,
     dir: PathBuf,
+    /// Bytes of the changes written.
+    pub(crate) change_bytes: Counter,
 }
 
 impl Index {
@@ -87,7 +90,7 @@ impl Index {
             }
             Err(error) => open_anew(&path, &error)?,
         };
-        let mut index = Self { db, options, dir: dir.to_owned() };
+        let mut index = Self { db, options, dir: dir.to_owned(), change_bytes: Counter::default() };
         let format = index.db.get(FORMAT_KEY);
         let mut rebuild = marked || !existing;
         let outdated = !matches!(&format, Ok(Some(found)) if found[..] == FORMAT.to_le_bytes());
@@ -114,7 +117,7 @@ impl Index {
     /// Opens the index in `dir/index` to be read only, as it stands: also while another process writes it.
     pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
         let db = DB::open_for_read_only(&options(), dir.join("index"), false)?;
-        Ok(Self { db, options: options(), dir: dir.to_owned() })
+        Ok(Self { db, options: options(), dir: dir.to_owned(), change_bytes: Counter::default() })
     }
 
     /// The entry of the record at `spot`. An index that cannot be read has no entries.
@@ -194,6 +197,7 @@ impl Index {
 
     /// Writes all changes or none.
     pub(crate) fn write(&self, changes: Changes) -> Result<()> {
+        self.change_bytes.add(changes.0.size_in_bytes() as u64);
         Ok(self.db.write(changes.0)?)
     }
 
@@ -204,6 +208,7 @@ impl Index {
 
     /// As [`Index::write`], and durable at once: for what the segments themselves do not say.
     pub(crate) fn write_durably(&self, changes: Changes) -> Result<()> {
+        self.change_bytes.add(changes.0.size_in_bytes() as u64);
         let mut options = WriteOptions::default();
         options.set_sync(true);
         Ok(self.db.write_opt(changes.0, &options)?)

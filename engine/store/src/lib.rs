@@ -24,6 +24,7 @@ mod fsck;
 pub mod fuzzing;
 mod index;
 pub mod io;
+mod latency;
 mod lease;
 mod object;
 mod reclaim;
@@ -40,6 +41,7 @@ mod stats;
 mod store;
 mod table;
 mod verify;
+mod wear;
 
 #[cfg(test)]
 extern crate self as esker_store;
@@ -51,6 +53,7 @@ pub use erasure::Erase;
 pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
 pub use fsck::{FsckReport, Repair, fsck};
+pub use latency::Latencies;
 pub use lease::{Lease, LeaseId};
 pub use object::{PutObject, PutOutcome, PutPlane, TtlClass};
 pub use recovery::SCANS as REBUILD_SCANS;
@@ -61,3 +64,4 @@ pub use settings::StoreSettings;
 pub use stat::{AGE_BOUNDS_S, Amount, LeaseStat, SegmentStat, StoreStat, stat};
 pub use stats::{MissCounts, MissKind, OpenReport, StoreStats};
 pub use store::{Found, Pins, Store};
+pub use wear::Wear;

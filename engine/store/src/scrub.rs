@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -133,6 +134,9 @@ impl Scrub {
                 }
                 self.position = Spot { segment: SegmentId(0), offset: 0 };
                 self.remember();
+                let counters = &self.shared.counters;
+                counters.scrub_rounds.add(1);
+                counters.scrub_round_start.store(counters.scrubbed_bytes.get(), Ordering::Relaxed);
                 return Ok(Step::Round);
             };
             let segment = self.shared.segments.get(entry.spot.segment);

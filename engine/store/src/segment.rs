@@ -218,6 +218,12 @@ impl SegmentTable {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
+    /// Bytes of the records that the table names.
+    pub(crate) fn live_bytes(&self) -> u64 {
+        let segments = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        segments.values().map(|segment| segment.live_bytes).sum()
+    }
+
     /// How many there are and how many bytes they take.
     pub(crate) fn totals(&self) -> (u64, u64) {
         let segments = self.0.read().unwrap_or_else(PoisonError::into_inner);

@@ -18,6 +18,7 @@ use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot};
 use crate::stats::Counters;
 use crate::table::{Located, Table};
 use crate::verify;
+use crate::wear::WearFile;
 use crate::{MissKind, PutOutcome, Result, StoreError, StoreSettings};
 
 pub(crate) struct Shared {
@@ -31,6 +32,7 @@ pub(crate) struct Shared {
     pub(crate) leases: Leases,
     pub(crate) segments: SegmentTable,
     pub(crate) counters: Counters,
+    pub(crate) wear: WearFile,
     pub(crate) breaker: Arc<Breaker>,
     pub(crate) reading: Arc<ByteGate>,
     pub(crate) putting: Arc<ByteGate>,

@@ -1,9 +1,13 @@
 //! What is counted.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::Latencies;
+use crate::Wear;
 use crate::io::IoEngine;
+use crate::latency::LatencyCounter;
 
 /// Why an object that was asked for is not returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -166,6 +170,48 @@ pub struct StoreStats {
     pub suspect_segments: u64,
     /// I/O completions that belonged to no operation.
     pub unknown_completions: u64,
+    /// Objects that lookups asked for.
+    pub looked_up: u64,
+    /// Objects that they found, each in a leading run.
+    pub found: u64,
+    /// Bytes of planes that fetches gave out, proven.
+    pub fetched_bytes: u64,
+    /// Bytes of planes of the objects stored.
+    pub stored_raw_bytes: u64,
+    /// Bytes of changes that were handed to the index, which writes them to its log and, later, to its tables.
+    pub index_change_bytes: u64,
+    /// Times that scrubbing came round.
+    pub scrub_rounds: u64,
+    /// Bytes of records proven since it last did; of a round, this share of `live_bytes`.
+    pub scrub_round_bytes: u64,
+    /// Bytes of the records that can be found.
+    pub live_bytes: u64,
+    /// Bytes that all segments may take.
+    pub capacity_bytes: u64,
+    /// Written to the device and accepted for it since the store was made.
+    pub wear: Wear,
+
+    /// Ops that the device has not answered yet.
+    pub io_in_flight: u64,
+    /// Bytes being read ahead by fetches.
+    pub reading_bytes: u64,
+    /// Bytes of records that wait for their commit or are in it.
+    pub putting_bytes: u64,
+
+    /// Lookups.
+    pub lookup_us: Latencies,
+    /// From the start of a fetch to its first proven plane.
+    pub first_plane_us: Latencies,
+    /// Whole fetches, for as long as whoever asked took to take the planes.
+    pub fetch_us: Latencies,
+    /// Reads of fetches, each from its submission to its completion.
+    pub read_us: Latencies,
+    /// Calls of put, from hashing to durable.
+    pub put_us: Latencies,
+    /// Group commits, from the first write to findable.
+    pub commit_us: Latencies,
+    /// Flushes of segments.
+    pub flush_us: Latencies,
 }
 
 /// What `open` found and did.
@@ -213,6 +259,21 @@ pub(crate) struct Counters {
     pub(crate) expired: Counter,
     pub(crate) erased: Counter,
     pub(crate) punched_bytes: Counter,
+    pub(crate) looked_up: Counter,
+    pub(crate) found: Counter,
+    pub(crate) fetched_bytes: Counter,
+    pub(crate) stored_raw_bytes: Counter,
+    pub(crate) scrub_rounds: Counter,
+    /// Of `scrubbed_bytes`, what was counted when the last round ended.
+    pub(crate) scrub_round_start: AtomicU64,
+    pub(crate) lookup_us: LatencyCounter,
+    pub(crate) first_plane_us: LatencyCounter,
+    pub(crate) fetch_us: LatencyCounter,
+    /// Shared with reads, which outlive the store.
+    pub(crate) read_us: Arc<LatencyCounter>,
+    pub(crate) put_us: LatencyCounter,
+    pub(crate) commit_us: LatencyCounter,
+    pub(crate) flush_us: LatencyCounter,
 }
 
 impl Counters {

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use crate::encoding::Hashed;
 use crate::erasure::Erase;
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::index::{Entry, Index};
-use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine};
+use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::recovery;
 use crate::scrub::Scrubber;
@@ -22,6 +23,7 @@ use crate::segment::{RECORDS_AT, SegmentTable};
 use crate::shared::Shared;
 use crate::stats::Counters;
 use crate::table::{Located, Table};
+use crate::wear::WearFile;
 use crate::{OpenReport, PutObject, PutOutcome, Result, StoreError, StoreSettings, StoreStats};
 
 /// Between two attempts at the folder's lock.
@@ -99,6 +101,16 @@ impl Store {
         })
     }
 
+    /// As [`Store::open_on`], with a clock of the caller's, too.
+    pub fn open_on_at(
+        dir: &Path,
+        settings: StoreSettings,
+        disk: Arc<dyn Disk>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self> {
+        Self::open_with(dir, settings, Some(clock), |_| Ok((disk, Vec::new())))
+    }
+
     fn open_with(
         dir: &Path,
         settings: StoreSettings,
@@ -115,10 +127,12 @@ impl Store {
             Some(clock) => clock,
             None => Arc::new(SystemClock::new().map_err(StoreError::io("reading the clock for", dir))?),
         };
+        let pool = BufferPool::new(settings.pool_bytes);
+        register(&pool, &*disk, &settings);
         let share = |index| -> Result<Arc<Shared>> {
             let lock = lock.try_clone().map_err(StoreError::io("keeping the lock of", dir))?;
             Ok(Arc::new(Shared {
-                pool: BufferPool::new(settings.pool_bytes),
+                pool: Arc::clone(&pool),
                 verifiers: Verifiers::start(settings.verify_threads)
                     .map_err(StoreError::io("starting the verifying threads of", dir))?,
                 reading: ByteGate::new(settings.read_bytes_in_flight),
@@ -131,6 +145,7 @@ impl Store {
                 leases: Leases::default(),
                 segments: SegmentTable::default(),
                 counters: Counters::default(),
+                wear: WearFile::open(dir),
                 breaker: Arc::default(),
                 _lock: lock,
             }))
@@ -173,6 +188,7 @@ impl Store {
 
     /// Stores objects, parents before children. Returns when each is durable or refused, in the order given.
     pub fn put(&self, objects: Vec<PutObject>) -> Vec<Result<PutOutcome>> {
+        let started = Instant::now();
         let mut outcomes: Vec<Option<Result<PutOutcome>>> = vec![None; objects.len()];
         let (reply, replies) = mpsc::channel();
         for (position, object) in objects.into_iter().enumerate() {
@@ -195,12 +211,18 @@ impl Store {
         for (position, outcome) in replies {
             outcomes[position] = Some(outcome);
         }
+        self.shared.counters.put_us.add(started.elapsed());
         outcomes.into_iter().map(|outcome| outcome.unwrap_or(Err(StoreError::Closed))).collect()
     }
 
     /// The longest leading run of `ids` that is present, in order.
     pub fn lookup(&self, ids: &[ObjectId]) -> Vec<Found> {
+        let started = Instant::now();
         let run = self.shared.table.run(ids);
+        let counters = &self.shared.counters;
+        counters.looked_up.add(ids.len() as u64);
+        counters.found.add(run.len() as u64);
+        counters.lookup_us.add(started.elapsed());
         ids.iter().zip(run).map(|(&id, located)| Found::new(id, located)).collect()
     }
 
@@ -310,6 +332,9 @@ impl Store {
     /// Erases for good: when this returns, nothing of it is found, none of it can come back after any crash, and its
     /// space is given back. Leases do not protect from it. Returns how many objects went.
     pub fn erase(&self, what: Erase) -> Result<u64> {
+        if self.shared.settings.skips_tombstone() {
+            return self.shared.erase(what, u64::MAX);
+        }
         let object = what.object();
         let id = object.id;
         self.put(vec![object]).remove(0)?;
@@ -401,6 +426,29 @@ impl Store {
             record_bytes: self.record_bytes(),
             suspect_segments: counters.suspect_segments.get(),
             unknown_completions: self.shared.disk.unknown_completions(),
+            looked_up: counters.looked_up.get(),
+            found: counters.found.get(),
+            fetched_bytes: counters.fetched_bytes.get(),
+            stored_raw_bytes: counters.stored_raw_bytes.get(),
+            index_change_bytes: self.shared.index.change_bytes.get(),
+            scrub_rounds: counters.scrub_rounds.get(),
+            scrub_round_bytes: counters
+                .scrubbed_bytes
+                .get()
+                .saturating_sub(counters.scrub_round_start.load(Ordering::Relaxed)),
+            live_bytes: self.shared.segments.live_bytes(),
+            capacity_bytes: self.shared.settings.capacity_bytes,
+            wear: self.shared.wear.total(counters),
+            io_in_flight: self.shared.disk.in_flight(),
+            reading_bytes: self.shared.reading.used_bytes() as u64,
+            putting_bytes: self.shared.putting.used_bytes() as u64,
+            lookup_us: counters.lookup_us.get(),
+            first_plane_us: counters.first_plane_us.get(),
+            fetch_us: counters.fetch_us.get(),
+            read_us: counters.read_us.get(),
+            put_us: counters.put_us.get(),
+            commit_us: counters.commit_us.get(),
+            flush_us: counters.flush_us.get(),
         }
     }
 
@@ -410,6 +458,7 @@ impl Store {
         drop(scrubber);
         drop(committer);
         shared.time.save()?;
+        shared.wear.save(&shared.counters);
         shared.index.flush()
     }
 
@@ -452,6 +501,22 @@ impl Found {
             namespace: located.namespace,
             scope: located.scope,
             located,
+        }
+    }
+}
+
+/// Gives the pool buffers that the disk has registered, of the length of merged reads. Where that cannot be, without.
+fn register(pool: &BufferPool, disk: &dyn Disk, settings: &StoreSettings) {
+    let slot_bytes = settings.read_merge_bytes.max(io::PAGE).next_power_of_two();
+    // Others know no such thing, and memory would be mapped for nothing.
+    if disk.engine() != IoEngine::UringDirect || settings.registered_bytes < slot_bytes {
+        return;
+    }
+    let Some(region) = Region::map(settings.registered_bytes) else { return };
+    match disk.register(&region) {
+        Ok(()) => pool.add_region(&region, slot_bytes),
+        Err(error) => {
+            tracing::debug!(%error, "buffers could not be registered; reads and writes map their own")
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A batch: records that are written, flushed and published together.
 
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use esker_prefix::ObjectId;
 
@@ -14,6 +15,7 @@ use crate::segment::Place;
 /// See the module.
 pub(super) struct Batch {
     pub(super) number: u64,
+    pub(super) started: Instant,
     /// One for each segment that it goes to.
     pub(super) runs: Vec<Run>,
 }
@@ -30,7 +32,8 @@ pub(super) struct Run {
     pub(super) sequence: u64,
     /// Writes not completed.
     pub(super) writing: usize,
-    pub(super) flushing: bool,
+    /// Since when it is being flushed.
+    pub(super) flushing: Option<Instant>,
     pub(super) flushed: bool,
     pub(super) failed: bool,
 }
@@ -61,7 +64,7 @@ pub(super) struct Repeat {
 
 impl Batch {
     pub(super) fn new(number: u64) -> Self {
-        Self { number, runs: Vec::new() }
+        Self { number, started: Instant::now(), runs: Vec::new() }
     }
 
     pub(super) fn records(&self) -> usize {
@@ -81,7 +84,7 @@ impl Batch {
             end: tail.append_at,
             sequence: 0,
             writing: 0,
-            flushing: false,
+            flushing: None,
             flushed: false,
             failed: false,
         });
@@ -101,7 +104,7 @@ impl Batch {
 
     /// Whether the disk has nothing of it any more.
     pub(super) fn is_over(&self) -> bool {
-        self.runs.iter().all(|run| run.writing == 0 && !run.flushing)
+        self.runs.iter().all(|run| run.writing == 0 && run.flushing.is_none())
     }
 
     /// Its records in the order of their sequence.

@@ -10,6 +10,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -17,6 +18,7 @@ use super::plan::{Item, Part, Read};
 use super::{FetchEvent, PlaneSelection};
 use crate::breaker::Breaker;
 use crate::io::{BufferPool, Completion, Deliver, Permit};
+use crate::latency::LatencyCounter;
 use crate::record::{Codec, RecordHeader};
 use crate::shared::miss_of;
 use crate::{Found, MissKind, verify};
@@ -28,6 +30,7 @@ pub(super) struct Context {
     pub(super) pool: Arc<BufferPool>,
     pub(super) skip_verification: bool,
     pub(super) breaker: Arc<Breaker>,
+    pub(super) read_us: Arc<LatencyCounter>,
     /// Nobody waits for planes any more.
     pub(super) cancelled: AtomicBool,
 }
@@ -65,6 +68,7 @@ pub(super) struct Route {
     /// `None`: verified by whoever receives it, which is quicker for a single read.
     pub(super) threads: Option<Sender<Job>>,
     pub(super) fetch: Sender<Arrival>,
+    pub(super) submitted: Instant,
 }
 
 /// What a fetch receives.
@@ -111,6 +115,7 @@ fn run(jobs: &Mutex<Receiver<Job>>) {
 
 impl Deliver for Route {
     fn deliver(&self, completion: Completion) {
+        self.context.read_us.add(self.submitted.elapsed());
         let job = Job { route: self.clone(), completion };
         let _ = match &self.threads {
             Some(threads) => threads.send(job).map_err(drop),

@@ -3,6 +3,9 @@
 //! Invariants: address and capacity are multiples of [`PAGE`]; the memory is initialised (fresh buffers are zeroed,
 //! recycled ones hold what they held before); a buffer has one owner, who is the operation while one is in flight.
 //! Recycling is not only about the allocator: touching a fresh mebibyte costs the kernel as much as hashing it.
+//!
+//! A [`Region`] is memory that a disk has registered with the kernel once, so that its pages need not be looked up and pinned
+//! for every transfer. A pool cuts its large buffers out of one, if it has one, and takes others when those are out.
 
 #![allow(unsafe_code)]
 
@@ -45,6 +48,17 @@ impl BufferPool {
         Arc::new(Self { retained_limit_bytes, free: Mutex::default() })
     }
 
+    /// Takes the memory of a region for its buffers, as many of `slot_bytes` as fit; a power of two of pages.
+    pub fn add_region(&self, region: &Arc<Region>, slot_bytes: usize) {
+        let (Some(class), size) = class(slot_bytes) else { return };
+        assert_eq!(size, slot_bytes, "slots are powers of two of pages");
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.classes.len() <= class {
+            free.classes.resize_with(class + 1, Vec::new);
+        }
+        free.classes[class].extend(region.cut(slot_bytes));
+    }
+
     /// A buffer of `len` bytes rounded up to whole pages. Its content is unspecified.
     pub fn take(self: &Arc<Self>, len: usize) -> AlignedBuf {
         let len = page_ceil(len.max(1));
@@ -52,7 +66,9 @@ impl BufferPool {
         let recycled = class.and_then(|class| {
             let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
             let memory = free.classes.get_mut(class)?.pop()?;
-            free.retained_bytes -= memory.layout.size();
+            if memory.region.is_none() {
+                free.retained_bytes -= memory.layout.size();
+            }
             Some(memory)
         });
         let memory = recycled.unwrap_or_else(|| Memory::zeroed(capacity));
@@ -63,14 +79,16 @@ impl BufferPool {
         let size = memory.layout.size();
         let (Some(class), _) = class(size) else { return };
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.retained_bytes + size > self.retained_limit_bytes {
-            return;
-        }
         if free.classes.len() <= class {
             free.classes.resize_with(class + 1, Vec::new);
         }
-        free.retained_bytes += size;
-        free.classes[class].push(memory);
+        // Those of a region are taken first, and are there anyway.
+        if memory.region.is_some() {
+            free.classes[class].push(memory);
+        } else if free.retained_bytes + size <= self.retained_limit_bytes {
+            free.retained_bytes += size;
+            free.classes[class].insert(0, memory);
+        }
     }
 }
 
@@ -149,6 +167,8 @@ impl Drop for AlignedBuf {
 struct Memory {
     start: NonNull<u8>,
     layout: Layout,
+    /// Whose it is, if it is no allocation of its own.
+    region: Option<Arc<Region>>,
 }
 
 // SAFETY: `Memory` owns its allocation alone and has no interior mutability; which thread frees it does not matter.
@@ -161,20 +181,124 @@ impl Memory {
         let layout = Layout::from_size_align(size, PAGE).expect("a page-aligned size far below isize::MAX");
         // SAFETY: the layout's size is positive: callers round up to at least one page.
         let start = unsafe { alloc_zeroed(layout) };
-        Self { start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)), layout }
+        Self {
+            start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)),
+            layout,
+            region: None,
+        }
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this very layout, and dropped once.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+        if self.region.is_none() {
+            // SAFETY: allocated in `zeroed` with this very layout, and dropped once.
+            unsafe { dealloc(self.start.as_ptr(), self.layout) }
+        }
+    }
+}
+
+/// Huge pages, where the system has them: fewer entries for the kernel and the device to walk.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// A stretch of memory for a disk to register. Zeroed; unmapped when its last part is dropped.
+#[derive(Debug)]
+pub struct Region {
+    start: NonNull<u8>,
+    len: usize,
+    mapped: (NonNull<u8>, usize),
+    cut: std::sync::atomic::AtomicBool,
+}
+
+// SAFETY: the region itself gives nothing but its address and length; its bytes are reached through the parts that `cut`
+// hands out once, each of which has one owner.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Maps `len` bytes, rounded down to whole huge pages. `None` if there are none of these or the system has no memory.
+    pub fn map(len: usize) -> Option<Arc<Self>> {
+        let len = len / HUGE_PAGE * HUGE_PAGE;
+        if len == 0 {
+            return None;
+        }
+        let mapped_len = len + HUGE_PAGE;
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing that exists.
+        let mapped = unsafe { libc::mmap(std::ptr::null_mut(), mapped_len, protection, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return None;
+        }
+        let mapped = NonNull::new(mapped.cast::<u8>())?;
+        let skip = mapped.as_ptr().align_offset(HUGE_PAGE);
+        // SAFETY: `skip` is below the huge page by which the mapping is longer.
+        let start = unsafe { mapped.add(skip) };
+        // SAFETY: the range lies within the mapping. It is advice; whether it is taken does not matter.
+        unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        let cut = std::sync::atomic::AtomicBool::new(false);
+        Some(Arc::new(Self { start, len, mapped: (mapped, mapped_len), cut }))
+    }
+
+    /// Where it starts, and its length in bytes.
+    pub(crate) fn extent(&self) -> (*mut u8, usize) {
+        (self.start.as_ptr(), self.len)
+    }
+
+    /// Whether all of these bytes are its.
+    pub(crate) fn contains(&self, bytes: &[u8]) -> bool {
+        let (at, start) = (bytes.as_ptr() as usize, self.start.as_ptr() as usize);
+        at >= start && at + bytes.len() <= start + self.len
+    }
+
+    /// Its parts of `size` bytes. None the second time.
+    fn cut(self: &Arc<Self>, size: usize) -> Vec<Memory> {
+        let layout = Layout::from_size_align(size, PAGE).expect("a page-aligned size far below isize::MAX");
+        if self.cut.swap(true, std::sync::atomic::Ordering::Relaxed) {
+            return Vec::new();
+        }
+        let part = |index: usize| Memory {
+            // SAFETY: the part lies within the region.
+            start: unsafe { self.start.add(index * size) },
+            layout,
+            region: Some(Arc::clone(self)),
+        };
+        (0..self.len / size).map(part).collect()
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `map`, and nobody has a part of it any more: parts hold the region.
+        unsafe { libc::munmap(self.mapped.0.as_ptr().cast(), self.mapped.1) };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_region_gives_its_parts_first_and_outlives_its_pool() {
+        let region = Region::map(5 << 20).unwrap();
+        assert_eq!(region.extent().1, 4 << 20, "whole huge pages");
+        let pool = BufferPool::new(8 << 20);
+        pool.add_region(&region, 1 << 20);
+        pool.add_region(&region, 1 << 20);
+        let mut all: Vec<AlignedBuf> = (0..6).map(|_| pool.take(1 << 20)).collect();
+        let mine = |buf: &AlignedBuf| region.contains(buf);
+        assert_eq!(all.iter().filter(|buf| mine(buf)).count(), 4, "each part once");
+        all.iter_mut().for_each(|buf| buf.fill(7));
+        all.reverse();
+        drop(all);
+        let again: Vec<AlignedBuf> = (0..4).map(|_| pool.take(1 << 20)).collect();
+        assert!(again.iter().all(mine), "before the others");
+        assert!(!mine(&pool.take(4096)), "parts are for large buffers");
+        drop((pool, region));
+        assert!(again.iter().all(|buf| buf.iter().all(|&byte| byte == 7)));
+        assert!(Region::map(4096).is_none());
+    }
 
     #[test]
     fn buffers_are_aligned_and_come_back() {

@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE};
+use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE, Region};
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,6 +162,10 @@ impl Disk for FaultyDisk {
         self.inner.next_data(file, offset)
     }
 
+    fn register(&self, region: &Arc<Region>) -> io::Result<()> {
+        self.inner.register(region)
+    }
+
     fn submit(&self, mut op: Op) {
         let wanted = op.len_bytes();
         let (kind, file, offset) = (op.kind, op.file, op.offset);
@@ -192,6 +196,10 @@ impl Disk for FaultyDisk {
 
     fn engine(&self) -> IoEngine {
         self.inner.engine()
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.inner.in_flight()
     }
 
     fn unknown_completions(&self) -> u64 {

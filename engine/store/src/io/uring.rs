@@ -7,6 +7,9 @@
 //! - Ops in flight never exceed the submission queue, which is half the completion queue, so neither overflows.
 //! - A short transfer is continued; only end of file, or no progress, ends it short.
 //!
+//! Memory is registered once (`IORING_REGISTER_BUFFERS`), where the limit on locked memory allows: an op whose buffer lies in
+//! it is a fixed one, any other an ordinary one. The ring keeps the memory for as long as it lives.
+//!
 //! SQPOLL and IOPOLL stay off: the first burns a core that verification needs, the second works on few disks.
 
 #![allow(unsafe_code)]
@@ -16,14 +19,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::files::Files;
-use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE};
+use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE, Region};
 
 /// Ops in flight; submitters of more wait.
 const DEPTH: u16 = 128;
@@ -48,6 +51,8 @@ struct Ring {
     slots: Mutex<Slots>,
     slot_freed: Condvar,
     unknown: AtomicU64,
+    /// Buffer 0 of the kernel's table.
+    region: OnceLock<Arc<Region>>,
 }
 
 struct Slots {
@@ -77,6 +82,7 @@ impl UringDisk {
             slots: Mutex::new(slots),
             slot_freed: Condvar::new(),
             unknown: AtomicU64::new(0),
+            region: OnceLock::new(),
         });
         let reaper = std::thread::Builder::new().name("esker-io-uring".into()).spawn({
             let ring = Arc::clone(&ring);
@@ -115,6 +121,10 @@ impl Disk for UringDisk {
         self.files.next_data(file, offset)
     }
 
+    fn register(&self, region: &Arc<Region>) -> io::Result<()> {
+        self.ring.register(region)
+    }
+
     fn submit(&self, op: Op) {
         match self.files.get(op.file) {
             Ok(file) => self.ring.submit(op, file),
@@ -124,6 +134,10 @@ impl Disk for UringDisk {
 
     fn engine(&self) -> IoEngine {
         IoEngine::UringDirect
+    }
+
+    fn in_flight(&self) -> u64 {
+        (usize::from(DEPTH) - self.ring.lock().free.len()) as u64
     }
 
     fn unknown_completions(&self) -> u64 {
@@ -153,6 +167,20 @@ impl Ring {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn register(&self, region: &Arc<Region>) -> io::Result<()> {
+        // Held, so that no two callers register at once.
+        let _slots = self.lock();
+        if self.region.get().is_some() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let (start, len) = region.extent();
+        let extent = libc::iovec { iov_base: start.cast(), iov_len: len };
+        // SAFETY: the memory is mapped for as long as `region` is held, which the ring does from here on.
+        unsafe { self.uring.submitter().register_buffers(&[extent]) }?;
+        let _ = self.region.set(Arc::clone(region));
+        Ok(())
+    }
+
     fn submit(&self, op: Op, file: Arc<File>) {
         let mut slots = self.lock();
         let slot = loop {
@@ -171,7 +199,8 @@ impl Ring {
     /// Pushes the entry for what is left of a slot's op.
     fn start(&self, slots: &mut MutexGuard<'_, Slots>, slot: u16) {
         let Some(in_flight) = slots.ops[usize::from(slot)].as_mut() else { return };
-        let entry = in_flight.entry().user_data(in_flight.generation << 16 | u64::from(slot));
+        let entry =
+            in_flight.entry(self.region.get()).user_data(in_flight.generation << 16 | u64::from(slot));
         if let Err(error) = self.push(slots, &entry) {
             // The kernel may or may not have taken the entry: the buffer can never be used again.
             if let Some(mut in_flight) = self.vacate(slots, slot) {
@@ -267,7 +296,8 @@ enum Step {
 }
 
 impl InFlight {
-    fn entry(&mut self) -> squeue::Entry {
+    /// What is left of the op, with a fixed buffer if it lies in `region`.
+    fn entry(&mut self, region: Option<&Arc<Region>>) -> squeue::Entry {
         let fd = types::Fd(self.file.as_raw_fd());
         let done = self.done;
         let offset = self.op.offset + done as u64;
@@ -276,8 +306,11 @@ impl InFlight {
         };
         // One entry moves at most 1 GiB; the loop moves the rest.
         let len = u32::try_from(buf.len() - done).unwrap_or(u32::MAX).min(1 << 30);
+        let fixed = region.is_some_and(|region| region.contains(buf));
         let start = buf[done..].as_mut_ptr();
         match self.op.kind {
+            OpKind::Read if fixed => opcode::ReadFixed::new(fd, start, len, 0).offset(offset).build(),
+            _ if fixed => opcode::WriteFixed::new(fd, start, len, 0).offset(offset).build(),
             OpKind::Read => opcode::Read::new(fd, start, len).offset(offset).build(),
             _ => opcode::Write::new(fd, start, len).offset(offset).build(),
         }
@@ -322,6 +355,35 @@ mod tests {
         assert_eq!(disk.unknown_completions(), 2);
         let file = disk.create("a", PAGE as u64).unwrap();
         assert!(crate::io::read_exact(&disk, &BufferPool::new(0), file, 0, PAGE).is_ok());
+    }
+
+    #[test]
+    fn registered_and_other_buffers_move_the_same_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let Ok(disk) = UringDisk::open(dir.path()) else { return };
+        let region = Region::map(2 << 20).unwrap();
+        if let Err(error) = disk.register(&region) {
+            println!("SKIPPED: no memory can be registered here: {error}");
+            return;
+        }
+        assert_eq!(disk.register(&region).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        let (fixed, other) = (BufferPool::new(0), BufferPool::new(0));
+        fixed.add_region(&region, 256 << 10);
+        let file = disk.create("a", 1 << 20).unwrap();
+        for (round, (writer, reader)) in
+            [(&fixed, &fixed), (&other, &fixed), (&fixed, &other)].into_iter().enumerate()
+        {
+            let mut buf = writer.take(256 << 10);
+            assert_eq!(region.contains(&buf), std::ptr::eq(writer, &fixed));
+            buf.iter_mut().zip(0_u32..).for_each(|(byte, at)| *byte = (at * 7 + round as u32) as u8);
+            let expected = buf.to_vec();
+            crate::io::wait(&disk, |reply| Op::write(file, 256 << 10, buf, 0, reply)).unwrap();
+            let read = crate::io::read_exact(&disk, reader, file, 256 << 10, 256 << 10).unwrap();
+            assert!(read[..] == expected[..], "round {round}");
+        }
+        // Beyond the end of the file, a fixed read ends short as any other does.
+        let past = crate::io::read_exact(&disk, &fixed, file, (1 << 20) - 4096, 256 << 10);
+        assert_eq!(past.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]
