@@ -21,12 +21,14 @@ pub mod clairvoyant;
 mod esker;
 mod format;
 mod policy;
+mod real;
 mod report;
 mod run;
 pub mod synthetic;
 mod trace;
 
 pub use policy::Policy;
+pub use real::{RealOptions, RealRun, replay_real};
 pub use report::{Table, human_bytes};
 pub use run::{Run, replay, replay_all};
 pub use trace::{Request, Trace, TraceError};

@@ -4,9 +4,10 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use esker_benches::replay::synthetic::Traffic;
-use esker_benches::replay::{Policy, Run, Trace, TraceError, replay_all};
+use esker_benches::replay::{Policy, RealOptions, Run, Trace, TraceError, replay, replay_all, replay_real};
 
 /// Shares of the distinct blocks that the promises are made for, percent.
 const SHARES_PERCENT: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
@@ -181,4 +182,33 @@ fn read(text: &str) -> Result<Trace, TraceError> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
     Trace::read(file.path(), |_| ())
+}
+
+/// Against a store on a drive: the same prefixes are found as without one, what is found has the bytes that were put, and
+/// what is full evicts and what is old expires without writing more than was accepted.
+#[test]
+fn a_real_store_finds_what_the_index_only_replay_finds_and_writes_little_more_than_it_accepts() {
+    let trace = Traffic::Chats.trace(7).first(1500);
+    let bytes_per_token = 1024;
+    let run = |capacity_bytes: u64, ttl_s: u64| {
+        let ttl = Duration::from_secs(ttl_s);
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let options = RealOptions { dir, capacity_bytes, bytes_per_token, ttl };
+        let run = replay_real(&trace, &options, || ()).unwrap();
+        let written = run.write_amplification();
+        assert!((1.0..1.15).contains(&written), "{written} bytes written for each that was accepted");
+        assert!(run.read_blocks > 0);
+        run
+    };
+    let full = run(96 << 20, 1 << 30);
+    assert!(full.stats.evicted > 0 && full.stats.expired == 0, "{:?}", full.stats);
+    // Room is counted in segments there and in blocks here, so the two are near each other and not equal.
+    let blocks = u32::try_from((96 << 20) / (64 * u64::from(bytes_per_token))).unwrap();
+    let alike = replay(&trace, Policy::Esker, blocks, || ());
+    let apart = full.hit_ratio() - alike.hit_ratio();
+    assert!(apart.abs() < 0.06, "{} against {}", full.hit_ratio(), alike.hit_ratio());
+
+    let short = run(1 << 30, 300);
+    assert!(short.stats.evicted == 0 && short.stats.expired > 0, "{:?}", short.stats);
+    assert!(short.stats.segment_bytes < short.accepted_bytes, "space comes back");
 }

@@ -131,6 +131,21 @@ impl Trace {
         builder.finish().ok_or_else(|| TraceError::Empty(path.to_owned()))
     }
 
+    /// Its first `requests` requests, and the blocks that these name.
+    #[must_use]
+    pub fn first(mut self, requests: usize) -> Self {
+        self.requests.truncate(requests);
+        // Blocks are numbered by first appearance.
+        let used = self
+            .requests
+            .iter()
+            .filter(|request| request.blocks > 0)
+            .map(|request| request.leaf as usize + 1);
+        let used = used.max().unwrap_or(0);
+        self.parents.truncate(used);
+        self
+    }
+
     /// Distinct blocks.
     pub fn blocks(&self) -> usize {
         self.parents.len()

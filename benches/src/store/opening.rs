@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use esker_prefix::ObjectId;
-use esker_store::io::{Disk, FileId, IoEngine, Op, OpKind};
+use esker_store::io::{Disk, FileId, IoEngine, Op, OpKind, Region};
 use esker_store::{REBUILD_SCANS, Store, StoreSettings};
 use serde_json::{Map, Value, json};
 
@@ -156,6 +156,14 @@ impl Disk for Recording {
 
     fn next_data(&self, file: FileId, offset: u64) -> u64 {
         self.inner.next_data(file, offset)
+    }
+
+    fn register(&self, region: &Arc<Region>) -> io::Result<()> {
+        self.inner.register(region)
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.inner.in_flight()
     }
 
     fn submit(&self, op: Op) {

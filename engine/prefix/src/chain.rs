@@ -78,6 +78,11 @@ impl Chain {
         Self { key: key.clone(), tip: BlockHash(*hasher.finalize().as_bytes()) }
     }
 
+    /// The prefix whose hash is `tip`, which somebody has made in the same scope.
+    pub fn resume(key: &ScopeKey, tip: BlockHash) -> Self {
+        Self { key: key.clone(), tip }
+    }
+
     /// The hash of the prefix so far.
     pub fn tip(&self) -> BlockHash {
         self.tip

@@ -1,9 +1,12 @@
 //! `esker bench replay`.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
-use esker_benches::replay::{Policy, Run, Table, Trace, replay_all};
+use esker_benches::replay::{
+    Policy, RealOptions, RealRun, Run, Table, Trace, human_bytes, replay_all, replay_real,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -20,13 +23,18 @@ Ids name the blocks of the prompt in order; equal ids behind equal prefixes are 
 block. Blocks have 512 tokens with hash_ids and 64 with runs, or what the line says as
 \"block_tokens\": TOKENS. Other fields are ignored. Times may not go back.
 
-No block is read or written: what is replayed is which blocks would be. A request finds
-the leading run of its blocks that are stored, and puts the rest.
+A request finds the leading run of its blocks that are stored, and puts the rest. Without
+--real no block is read or written: what is replayed is which blocks would be. With it the
+policy esker is the store itself, in a new folder below DIR that is removed at the end:
+durable puts, verified reads, eviction and expiry by the clock of the trace, and how many
+bytes reached the device for each accepted one. A smaller --bytes-per-token or fewer
+--requests keep what is written within what the drive has.
 
 Examples:
   esker bench replay conversation_trace.jsonl
   esker bench replay trace.jsonl.zst --policy esker,lru-leaf --share 5
-  esker bench replay trace.jsonl.zst --bytes 200GiB --bytes-per-token 35136 --json")]
+  esker bench replay trace.jsonl.zst --bytes 200GiB --bytes-per-token 35136 --json
+  esker bench replay trace.jsonl.zst --real /mnt/ssd --share 5 --bytes-per-token 256 --ttl-s 3600")]
 pub(super) struct Args {
     /// The trace
     trace: PathBuf,
@@ -42,6 +50,15 @@ pub(super) struct Args {
     /// Bytes that a token takes on the drive; the default is that of DeepSeek V4-Flash
     #[arg(long, value_name = "N", default_value_t = 3514, value_parser = clap::value_parser!(u32).range(1..))]
     bytes_per_token: u32,
+    /// Only the first requests of the trace
+    #[arg(long, value_name = "N")]
+    requests: Option<usize>,
+    /// Replay against a real store on the drive of this folder, beside the policies asked for
+    #[arg(long, value_name = "DIR")]
+    real: Option<PathBuf>,
+    /// With --real: how long blocks are kept after their last use, in seconds of the trace
+    #[arg(long, value_name = "S", default_value_t = 24 * 3600, requires = "real")]
+    ttl_s: u64,
     /// Print one JSON object per run instead of a table
     #[arg(long)]
     json: bool,
@@ -52,7 +69,10 @@ struct Policies(Vec<Policy>);
 
 /// Reads the trace, runs the policies, prints what came of it.
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
-    let trace = read(&args.trace)?;
+    let mut trace = read(&args.trace)?;
+    if let Some(requests) = args.requests {
+        trace = trace.first(requests);
+    }
     let capacities = capacities(&args, &trace)?;
     let policies: Vec<Policy> = Policy::ALL
         .into_iter()
@@ -63,9 +83,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let bar = progress_bar(runs * trace.requests.len(), "{bar:40} {pos}/{len} requests, {eta} left");
     let runs = replay_all(&trace, &policies, &capacities, || bar.inc(1));
     bar.finish_and_clear();
+    let real = real_runs(&trace, &capacities, &args)?;
     if args.json {
         for run in &runs {
             println!("{}", line(run, &trace, &args));
+        }
+        for (capacity_bytes, run) in &real {
+            println!("{}", real_line(*capacity_bytes, run, &trace, &args));
         }
         return Ok(());
     }
@@ -78,7 +102,71 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         trace.block_tokens
     );
     print!("{}", Table { trace: &trace, runs: &runs, bytes_per_token: u64::from(args.bytes_per_token) });
+    for (capacity_bytes, run) in &real {
+        let stats = &run.stats;
+        println!(
+            "{:>22}  real store  {:>9.2} {:>9} {:>12} {:>12} {:>10.2}",
+            human_bytes(*capacity_bytes),
+            run.hit_ratio() * 100.0,
+            "",
+            human_bytes(run.device_bytes),
+            stats.evicted,
+            run.wall_s
+        );
+        println!(
+            "{:>22}  accepted {}, written/accepted {:.4}; {} expired, {} declined, {} given back; {} blocks read and compared",
+            "",
+            human_bytes(run.accepted_bytes),
+            run.write_amplification(),
+            stats.expired,
+            stats.declined,
+            human_bytes(stats.punched_bytes),
+            run.read_blocks
+        );
+    }
     Ok(())
+}
+
+/// Runs against the store itself, one for each size.
+fn real_runs(trace: &Trace, capacities: &[u32], args: &Args) -> anyhow::Result<Vec<(u64, RealRun)>> {
+    let Some(dir) = &args.real else { return Ok(Vec::new()) };
+    let block_bytes = u64::from(args.bytes_per_token) * u64::from(trace.block_tokens);
+    let run = |blocks: &u32| {
+        let capacity_bytes = u64::from(*blocks) * block_bytes;
+        let (bytes_per_token, ttl) = (args.bytes_per_token, Duration::from_secs(args.ttl_s));
+        let options = RealOptions { dir, capacity_bytes, bytes_per_token, ttl };
+        let bar =
+            progress_bar(trace.requests.len(), "the real store {bar:40} {pos}/{len} requests, {eta} left");
+        let run = replay_real(trace, &options, || bar.inc(1))?;
+        bar.finish_and_clear();
+        Ok((capacity_bytes, run))
+    };
+    capacities.iter().map(run).collect()
+}
+
+fn real_line(capacity_bytes: u64, run: &RealRun, trace: &Trace, args: &Args) -> serde_json::Value {
+    json!({
+        "trace": args.trace.display().to_string(),
+        "policy": "esker",
+        "real": true,
+        "capacity_bytes": capacity_bytes,
+        "distinct_blocks": trace.blocks(),
+        "block_tokens": trace.block_tokens,
+        "input_tokens": run.input_tokens,
+        "hit_tokens": run.hit_tokens,
+        "token_hit_ratio": run.hit_ratio(),
+        "accepted_bytes": run.accepted_bytes,
+        "device_written_bytes": run.device_bytes,
+        "segment_written_bytes": run.segment_bytes,
+        "index_change_bytes": run.stats.index_change_bytes,
+        "write_amplification": run.write_amplification(),
+        "evicted_blocks": run.stats.evicted,
+        "expired_blocks": run.stats.expired,
+        "declined_blocks": run.stats.declined,
+        "punched_bytes": run.stats.punched_bytes,
+        "read_blocks": run.read_blocks,
+        "seconds": run.wall_s,
+    })
 }
 
 fn read(path: &Path) -> anyhow::Result<Trace> {
