@@ -56,13 +56,15 @@ pub(crate) fn rule(path: &str) -> Option<Rule> {
 /// What a caller who was denied needs.
 pub(crate) fn missing(path: &str) -> String {
     match rule(path) {
-        Some(Rule::Roles(roles)) => {
-            let names =
-                roles.iter().filter_map(|role| Some(serde_json::to_value(role).ok()?.as_str()?.to_owned()));
-            format!("{path} needs the role {}", names.collect::<Vec<_>>().join(" or "))
-        }
+        Some(Rule::Roles(roles)) => needs(path, roles),
         _ => format!("{path} is open to nobody on this node"),
     }
+}
+
+/// The same for a path with these roles.
+pub(crate) fn needs(path: &str, roles: &[Role]) -> String {
+    let names = roles.iter().filter_map(|role| Some(serde_json::to_value(role).ok()?.as_str()?.to_owned()));
+    format!("{path} needs the role {}", names.collect::<Vec<_>>().join(" or "))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ pub mod command;
 mod control;
 mod generate;
 mod grant;
+mod http;
 mod lookup;
 mod model_folder;
 mod namespaces;

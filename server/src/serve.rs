@@ -1,4 +1,4 @@
-//! The gRPC server: listening, limits, health, reflection, and an orderly end.
+//! The gRPC server, and the HTTP listener beside it: listening, limits, health, reflection, and an orderly end.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -15,11 +15,13 @@ use esker_proto::v1::prefix_cache_server::PrefixCacheServer;
 use esker_proto::v1::sessions_server::SessionsServer;
 use esker_proto::v1::usage_server::UsageServer;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::auth::{AuthLayer, Authenticator};
+use crate::http::{self, Site};
 use crate::node::Node;
 use crate::service::{AdminService, CacheService, DecoderService, SessionsService, UsageService};
 
@@ -37,6 +39,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 pub struct Running {
     /// Where it listens.
     pub address: SocketAddr,
+    /// Where it listens for HTTP, if it does.
+    pub http: Option<SocketAddr>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
 }
 
@@ -52,6 +56,8 @@ impl Running {
 pub struct ListenSettings {
     /// Address; port 0 takes a free one.
     pub address: SocketAddr,
+    /// Address of the HTTP listener; none without one.
+    pub http: Option<SocketAddr>,
     /// Listen beyond loopback although the network is trusted with the secrecy of what passes, or with who calls.
     pub insecure: bool,
     /// TLS, if any.
@@ -72,12 +78,18 @@ pub struct TlsFiles {
 impl ListenSettings {
     /// Plain, on this address.
     pub fn plain(address: SocketAddr) -> Self {
-        Self { address, insecure: false, tls: None }
+        Self { address, http: None, insecure: false, tls: None }
     }
 
     /// Beyond loopback only with TLS and a policy, or with `insecure`.
     pub(crate) fn check(&self, asks: bool) -> anyhow::Result<()> {
-        let address = self.address;
+        [Some(self.address), self.http]
+            .into_iter()
+            .flatten()
+            .try_for_each(|address| self.check_one(address, asks))
+    }
+
+    fn check_one(&self, address: SocketAddr, asks: bool) -> anyhow::Result<()> {
         if address.ip().is_loopback() || (self.tls.is_some() && asks) {
             return Ok(());
         }
@@ -116,11 +128,20 @@ pub async fn start(
 ) -> anyhow::Result<Running> {
     let authenticator = Authenticator::new(Arc::clone(&node.policy), node.policy.is_file())?;
     listen.check(authenticator.asks())?;
-    let auth = AuthLayer::new(Arc::new(authenticator), Arc::clone(&node.audit));
+    let authenticator = Arc::new(authenticator);
+    let auth = AuthLayer::new(Arc::clone(&authenticator), Arc::clone(&node.audit));
     let listener = TcpListener::bind(listen.address)
         .await
         .with_context(|| format!("cannot listen on {}", listen.address))?;
     let address = listener.local_addr().context("cannot tell the listening address")?;
+    let http = match listen.http {
+        Some(address) => {
+            let site = Site { node: node.clone() };
+            Some(http::bind(site, authenticator, address, listen.tls.as_ref()).await?)
+        }
+        None => None,
+    };
+    let http_address = http.as_ref().map(|http| http.address);
 
     let cache =
         PrefixCacheServer::new(CacheService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
@@ -163,22 +184,32 @@ pub async fn start(
         .add_service(admin);
     let serving = tokio::spawn(async move {
         let _housekeeping = AbortOnDrop(housekeeping);
-        let (draining, drained) = tokio::sync::oneshot::channel();
+        let (draining, drained) = watch::channel(false);
         let signal = async move {
             stop.await;
             // Nobody waits for the drain only if the server has already ended.
-            let _ = draining.send(());
+            let _ = draining.send(true);
+        };
+        // An error says that the sender is gone, with the server.
+        let stopped = |mut drained: watch::Receiver<bool>| async move {
+            let _ = drained.wait_for(|&drained| drained).await;
+        };
+        let web = async {
+            if let Some(http) = http {
+                http.serve(stopped(drained.clone())).await;
+            }
         };
         let incoming = TcpListenerStream::new(listener);
+        let both = async { tokio::join!(router.serve_with_incoming_shutdown(incoming, signal), web).0 };
         tokio::select! {
-            ended = router.serve_with_incoming_shutdown(incoming, signal) => ended,
-            () = async { let _ = drained.await; tokio::time::sleep(DRAIN).await } => {
+            ended = both => ended,
+            () = async { stopped(drained.clone()).await; tokio::time::sleep(DRAIN).await } => {
                 tracing::warn!("streams were cut: they did not end within {DRAIN:?} of the stop signal");
                 Ok(())
             }
         }
     });
-    Ok(Running { address, serving })
+    Ok(Running { address, http: http_address, serving })
 }
 
 /// Ends what nobody ends: grants whose time is over.

@@ -1,6 +1,6 @@
 //! Promises of Esker, seen from outside: what the tests in `tests/` have in common.
 //!
-//! Nothing here knows the code of server or store. A node is a child process, requests go over gRPC, files are read as
+//! Nothing here knows the code of server or store. A node is a child process, requests go over gRPC or HTTP, files are read as
 //! their format is documented, and what was acknowledged stands in a journal of the test's own.
 
 mod binary;
@@ -9,6 +9,7 @@ mod journal;
 mod node;
 mod prompt;
 mod random;
+mod web;
 
 pub use binary::{esker, output, scratch, text_of};
 pub use files::{Record, change, copy_folder, records};
@@ -16,3 +17,4 @@ pub use journal::{Audit, Journal};
 pub use node::{Answer, Fetched, Node, put_steps, question};
 pub use prompt::{Prompt, flat_layout, staged_layout, tokens};
 pub use random::Random;
+pub use web::{WebReply, web};

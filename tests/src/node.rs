@@ -22,6 +22,8 @@ use crate::{Prompt, esker};
 pub struct Node {
     /// Where it listens.
     pub address: String,
+    /// Where it listens for HTTP, if it was asked to.
+    pub http: Option<String>,
     /// The ordinary client.
     pub client: Client,
     /// The bare one, for requests that the ordinary one would not make.
@@ -46,15 +48,22 @@ impl Node {
             .spawn()?;
         let mut line = String::new();
         let output = process.stdout.take().context("standard output was asked for")?;
-        BufReader::new(output).read_line(&mut line)?;
+        let mut output = BufReader::new(output);
+        output.read_line(&mut line)?;
         let Some(address) = line.trim().strip_prefix("listening on ").map(str::to_owned) else {
             let status = process.wait()?;
             let log = std::fs::read_to_string(&log)?;
             bail!("the node ended before it listened, {status}: {}", log.lines().last().unwrap_or_default());
         };
+        let mut http = None;
+        if options.contains(&"--http") {
+            line.clear();
+            output.read_line(&mut line)?;
+            http = line.trim().strip_prefix("http on ").map(str::to_owned);
+        }
         let channel = Channel::from_shared(format!("http://{address}"))?.connect().await?;
         let cache = PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { client: Client::connect(&address).await?, cache, channel, address, process, log })
+        Ok(Self { client: Client::connect(&address).await?, cache, channel, address, http, process, log })
     }
 
     /// A node without a model, with small segments.

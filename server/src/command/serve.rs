@@ -27,6 +27,10 @@ pub struct Args {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, short, value_name = "IP:PORT", default_value = "127.0.0.1:7410")]
     listen: SocketAddr,
+    /// Also listen here for HTTP: endpoints that applications of OpenAI's and Anthropic's libraries call, and a page to look at
+    /// [default: no HTTP]
+    #[arg(long, value_name = "IP:PORT")]
+    http: Option<SocketAddr>,
     /// Listen beyond loopback without TLS or without a policy: on a network that itself keeps others out
     #[arg(long)]
     insecure: bool,
@@ -116,7 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         key,
         client_ca: args.tls_client_ca.clone(),
     });
-    let listen = ListenSettings { address: args.listen, insecure: args.insecure, tls };
+    let listen = ListenSettings { address: args.listen, http: args.http, insecure: args.insecure, tls };
     // Before anything is made or loaded.
     listen.check(args.policy.is_some())?;
     let format = match args.kv {
@@ -155,8 +159,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     tell(&args.data, node.store.open_report());
     runtime.block_on(async {
         let running = serve::start(node.clone(), &listen, stop_signal()?).await?;
-        // The one line on standard output: scripts wait for it and read the port from it.
+        // All there is on standard output: scripts wait for it and read the ports from it.
         println!("listening on {}", running.address);
+        if let Some(http) = running.http {
+            println!("http on {http}");
+        }
         running.wait().await
     })?;
     runtime.shutdown_timeout(Duration::from_secs(5));

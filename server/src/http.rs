@@ -1,0 +1,82 @@
+//! The HTTP listener behind `esker serve --http`: what existing applications, scrapers and browsers speak.
+//!
+//! A translation, not a second server: whoever asks is established as over gRPC, and what is asked of the decoder goes through
+//! the same service, so that limits, scopes and accounts are the same. Routes stand in three groups by who may use them
+//! ([`router`]); a new one belongs into one of them.
+
+mod failure;
+mod guard;
+mod listen;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::{DefaultBodyLimit, FromRef};
+use axum::http::Uri;
+use axum::middleware;
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::json;
+
+use crate::access::Rule;
+use crate::auth::Authenticator;
+use crate::node::Node;
+use crate::principal::Role;
+use crate::serve::TlsFiles;
+use failure::Failure;
+use guard::Guard;
+pub(crate) use listen::Listening;
+
+/// Longest body of a request: a context of tokens as text, several times over.
+const MAX_BODY_BYTES: usize = 8 << 20;
+
+/// What the handlers share.
+#[derive(Clone)]
+pub(crate) struct Site {
+    pub(crate) node: Arc<Node>,
+}
+
+impl FromRef<Site> for Arc<Node> {
+    fn from_ref(site: &Site) -> Self {
+        Arc::clone(&site.node)
+    }
+}
+
+/// Binds `address` and gives what then serves on it. TLS as for gRPC, where it is configured.
+pub(crate) async fn bind(
+    site: Site,
+    authenticator: Arc<Authenticator>,
+    address: SocketAddr,
+    tls: Option<&TlsFiles>,
+) -> anyhow::Result<Listening> {
+    listen::bind(router(site, authenticator), address, tls).await
+}
+
+fn router(site: Site, authenticator: Arc<Authenticator>) -> Router {
+    let audit = Arc::clone(&site.node.audit);
+    let guarded = |routes: Router<Site>, rule: Rule| {
+        let guard = Guard::new(Arc::clone(&authenticator), Arc::clone(&audit), rule);
+        routes.layer(middleware::from_fn_with_state(guard, guard::check))
+    };
+    // What load balancers probe.
+    let anyone = Router::new().route("/healthz", get(healthz));
+    // What applications call.
+    let applications = Router::new();
+    // What operators and their scrapers read.
+    let operators = Router::new();
+    guarded(anyone, Rule::Anyone)
+        .merge(guarded(applications, Rule::Roles(&[Role::Reader])))
+        .merge(guarded(operators, Rule::Roles(&[Role::Admin])))
+        .fallback(unknown)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(site)
+}
+
+/// Answers as long as the process serves.
+async fn healthz() -> Json<serde_json::Value> {
+    Json(json!({"status": "serving"}))
+}
+
+async fn unknown(uri: Uri) -> Failure {
+    Failure::not_found(format!("there is nothing at {}", uri.path())).at(&uri)
+}
