@@ -57,7 +57,7 @@ pub struct Args {
         long,
         value_name = "S,S,S,S",
         value_delimiter = ',',
-        num_args = 4,
+        num_args = 1..=4,
         default_value = "300,3600,86400,259200"
     )]
     ttl_s: Vec<u64>,
@@ -121,6 +121,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         client_ca: args.tls_client_ca.clone(),
     });
     let listen = ListenSettings { address: args.listen, http: args.http, insecure: args.insecure, tls };
+    anyhow::ensure!(args.ttl_s.len() == 4, "--ttl-s takes four numbers of seconds, got {}", args.ttl_s.len());
     // Before anything is made or loaded.
     listen.check(args.policy.is_some())?;
     let format = match args.kv {

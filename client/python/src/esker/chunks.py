@@ -1,0 +1,358 @@
+"""Chunks of one size under an engine's own keys: what connectors store and load.
+
+:class:`ChunkStore` keeps the rules that an engine's data path needs and the client does not: it never raises, every failure is a
+miss, and a node that does not answer is left alone for a moment instead of being waited for by every call. A chunk counts as
+loaded only after the node has proven it and all of it has arrived; until then the caller's memory may hold parts of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from .answers import Durability, Found, Namespace, Outcome, Ttl
+from .buffers import Buffers, pieces
+from .calls import Object
+from .client import Client
+from .errors import EskerError, NotFound, Unreachable
+from .layout import Kind, Layout
+from .wire import MAX_CHAIN_BLOCKS
+
+log = logging.getLogger("esker")
+
+#: A larger chunk is stored in parts: a node holds two objects of a put in memory.
+MAX_PART_BYTES = 16 << 20
+#: After a failure to reach the node nothing is asked for this long, in seconds.
+DOWN_S = 1.0
+#: A warning of one kind is logged once in this time, in seconds.
+WARN_EVERY_S = 30.0
+#: What one put or get may carry, in bytes: it bounds how long a call takes and how much is lost with it.
+MAX_CALL_BYTES = 128 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Everything beside the keys that decides the bytes. Two writers with one identity write the same bytes under one key."""
+
+    weights: bytes  # 32 bytes
+    tokenizer: bytes  # 32 bytes
+    facts: str  # engine, layout version, dtype, parallel coordinates...: canonical text, see connectors/identity.py
+
+
+@dataclasses.dataclass
+class Counters:
+    """What became of chunks, since the start. ``queries`` is the denominator of ``hits``."""
+
+    queries: int = 0
+    hits: int = 0
+    loaded: int = 0
+    loaded_bytes: int = 0
+    stored: int = 0
+    stored_bytes: int = 0
+    present: int = 0
+    refused: int = 0
+    corrupt: int = 0
+    errors: int = 0
+
+
+class ChunkStore:
+    """Chunks of ``chunk_bytes`` for one identity. Safe to use from several threads.
+
+    ``chained`` keys each continue the one before, from the start of a prompt: what is evicted goes leaf first, and a chunk whose
+    predecessor is gone is not found. Keys that are not chained stand for themselves.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        identity: Identity,
+        name: str,
+        chunk_bytes: int,
+        *,
+        chunk_tokens: int = 1,
+        chained: bool = False,
+        ttl: Ttl = Ttl.DEFAULT,
+        durability: Durability = Durability.DURABLE,
+        lookup_timeout_s: float = 1.0,
+        transfer_timeout_s: float = 60.0,
+    ) -> None:
+        self.counters = Counters()
+        self.chunk_bytes = chunk_bytes
+        self._client = client
+        self._identity = identity
+        self._chained = chained
+        self._ttl = ttl
+        self._durability = durability
+        self._lookup_timeout_s = lookup_timeout_s
+        self._transfer_timeout_s = transfer_timeout_s
+        self._parts = max(1, -(-chunk_bytes // MAX_PART_BYTES))
+        self._part_bytes = -(-chunk_bytes // self._parts)
+        # The node counts in blocks of a power of two of tokens.
+        block_tokens = min(1 << max(0, (max(1, chunk_tokens // self._parts)).bit_length() - 1), 65_536)
+        # Planes of at most 1 MiB are read and proven side by side.
+        planes = max(1, -(-self._part_bytes // (1 << 20)))
+        step = -(-self._part_bytes // planes)
+        sizes = [step] * (self._part_bytes // step) + [self._part_bytes % step] * bool(self._part_bytes % step)
+        self._layout = Layout.opaque(name, block_tokens, sizes)
+        self._namespace: Namespace | None = None
+        self._lock = threading.Lock()
+        self._down_until = 0.0
+        self._warned: dict[str, float] = {}
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the node answered when it was last asked."""
+        return time.monotonic() >= self._down_until
+
+    def exists(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which keys are stored. Of chained keys: a leading run."""
+        present: list[bool] = []
+        step = MAX_CHAIN_BLOCKS // self._parts
+        if self._chained:
+            keys = keys[:step]
+        for start in range(0, len(keys), step):
+            found = self._lookup(keys[start : start + step], grant=False)
+            present += self._present(found, len(keys[start : start + step]))
+        self.counters.queries += len(keys)
+        self.counters.hits += sum(present)
+        return present
+
+    def hold(self, keys: Sequence[bytes]) -> tuple[list[bool], bytes]:
+        """As :meth:`exists`, and keeps what it found from being evicted for a while: give the grant to :meth:`let_go`."""
+        keys = keys[: MAX_CHAIN_BLOCKS // self._parts]
+        found = self._lookup(keys, grant=True)
+        present = self._present(found, len(keys))
+        self.counters.queries += len(keys)
+        self.counters.hits += sum(present)
+        return present, found.grant if found is not None else b""
+
+    def let_go(self, grant: bytes) -> None:
+        """Ends a hold. One that has expired is gone already."""
+        if grant:
+            self._try("release", lambda _: self._client.release(grant, timeout_s=self._lookup_timeout_s))
+
+    def get(self, keys: Sequence[bytes], into: Mapping[int, Buffers]) -> dict[int, bool]:
+        """Loads the keys at the positions that ``into`` names into the memory given for them.
+
+        Chained keys are given from the start of the prompt, even where only the last of them are wanted.
+        """
+        loaded = dict.fromkeys(into, False)
+        for some in self._batches(into):
+            if self._chained:
+                named, at = list(keys), {position: position for position in some}
+            else:
+                named, at = [keys[position] for position in some], dict(zip(some, range(len(some))))
+            for position in self._get(named, {at[position]: into[position] for position in some}):
+                loaded[some[position] if not self._chained else position] = True
+        return loaded
+
+    def put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> dict[int, bool]:
+        """Stores the chunks of the keys at these positions; whether each is there now.
+
+        What is there already is not sent: the first writer wins, and two runs of an engine seldom give the same bits.
+        """
+        stored = self._there(keys, chunks)
+        self.counters.present += sum(stored.values())
+        missing = {position: chunk for position, chunk in chunks.items() if not stored[position]}
+        for some in self._batches(missing):
+            if self._chained:
+                last = max(some)
+                for position in self._put(keys[: last + 1], {at: chunks[at] for at in some}):
+                    stored[position] = True
+            else:
+                named = [keys[position] for position in some]
+                for at in self._put(named, {at: chunks[position] for at, position in enumerate(some)}):
+                    stored[some[at]] = True
+        # Another writer may have been first with other bytes meanwhile.
+        refused = [position for position in missing if not stored[position]]
+        if refused and self.healthy:
+            stored.update(self._there(keys, refused))
+        return stored
+
+    def _there(self, keys: Sequence[bytes], positions: Iterable[int]) -> dict[int, bool]:
+        asked = list(positions)
+        if self._chained:
+            found = self._lookup(keys[: max(asked, default=-1) + 1], grant=False)
+            present = self._present(found, max(asked, default=-1) + 1)
+            return {position: present[position] for position in asked}
+        present = []
+        step = MAX_CHAIN_BLOCKS // self._parts
+        for start in range(0, len(asked), step):
+            named = [keys[position] for position in asked[start : start + step]]
+            present += self._present(self._lookup(named, grant=False), len(named))
+        return dict(zip(asked, present))
+
+    def _batches(self, positions: Mapping[int, Buffers]) -> list[list[int]]:
+        step = max(1, min(MAX_CALL_BYTES // max(1, self.chunk_bytes), MAX_CHAIN_BLOCKS // self._parts))
+        ordered = sorted(positions)
+        return [ordered[at : at + step] for at in range(0, len(ordered), step)]
+
+    def _names(self, keys: Sequence[bytes]) -> list[bytes]:
+        """One name of 32 bytes for each part."""
+        if self._parts == 1:
+            return [key if len(key) == 32 else _digest(key) for key in keys]
+        return [_digest(key + part.to_bytes(4, "little")) for key in keys for part in range(self._parts)]
+
+    def _lookup(self, keys: Sequence[bytes], grant: bool) -> Found | None:
+        names = self._names(keys)
+
+        def ask(namespace: Namespace) -> Found:
+            return self._client.lookup(
+                namespace,
+                engine_hashes=names,
+                unchained=not self._chained,
+                grant=grant,
+                timeout_s=self._lookup_timeout_s,
+            )
+
+        return self._try("lookup", ask) if names else None
+
+    def _present(self, found: Found | None, keys: int) -> list[bool]:
+        if found is None:
+            return [False] * keys
+        parts = range(self._parts)
+        return [all(found.resumable(key * self._parts + part) for part in parts) for key in range(keys)]
+
+    def _get(self, keys: Sequence[bytes], into: Mapping[int, Buffers]) -> list[int]:
+        found = self._lookup(keys, grant=True)
+        if found is None or not found.grant:
+            return []
+        present = self._present(found, len(keys))
+        wanted = [position for position in into if present[position]]
+        block_tokens = self._layout.block_tokens
+        memory = {
+            position * self._parts + part: self._cut(into[position], part, writable=True)
+            for position in wanted
+            for part in range(self._parts)
+        }
+
+        def place(kind: Kind, tokens: int, plane: int) -> Buffers:
+            return memory[tokens // block_tokens - 1][plane]
+
+        def fetch(namespace: Namespace) -> list[int]:
+            if not wanted:
+                return []
+            fetched = self._client.fetch(
+                namespace, found.grant, into=place, blocks=sorted(memory), timeout_s=self._transfer_timeout_s
+            )
+            self.counters.corrupt += len(fetched.missing)
+            whole = {tokens // block_tokens - 1 for _, tokens in fetched.whole}
+            parts = range(self._parts)
+            return [at for at in wanted if all(at * self._parts + part in whole for part in parts)]
+
+        try:
+            loaded = self._try("load", fetch) or []
+        finally:
+            self.let_go(found.grant)
+        self.counters.loaded += len(loaded)
+        self.counters.loaded_bytes += len(loaded) * self.chunk_bytes
+        return loaded
+
+    def _put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> list[int]:
+        block_tokens = self._layout.block_tokens
+        names = self._names(keys)
+        objects = [
+            Object((position * self._parts + part + 1) * block_tokens, self._cut(chunk, part, writable=False))
+            for position, chunk in sorted(chunks.items())
+            for part in range(self._parts)
+        ]
+
+        def send(namespace: Namespace) -> list[int]:
+            results = self._client.put(
+                namespace,
+                objects,
+                engine_hashes=names,
+                unchained=not self._chained,
+                ttl=self._ttl,
+                durability=self._durability,
+                timeout_s=self._transfer_timeout_s,
+            )
+            there = {result.tokens // block_tokens - 1 for result in results if result.stored}
+            for result in results:
+                self.counters.present += result.outcome is Outcome.PRESENT
+                self.counters.refused += not result.stored
+            parts = range(self._parts)
+            return [at for at in chunks if all(at * self._parts + part in there for part in parts)]
+
+        stored = self._try("store", send) or []
+        self.counters.stored += len(stored)
+        self.counters.stored_bytes += len(stored) * self.chunk_bytes
+        return stored
+
+    def _cut(self, buffers: Buffers, part: int, writable: bool) -> list[list[memoryview]]:
+        """The memory of a part, by plane. The last part is filled up with bytes that belong to nobody."""
+        start, end = part * self._part_bytes, (part + 1) * self._part_bytes
+        rest = pieces(buffers, writable)
+        if sum(len(piece) for piece in rest) != self.chunk_bytes:
+            raise ValueError(f"a chunk has {self.chunk_bytes} bytes, got {sum(len(piece) for piece in rest)}")
+        padding = self._parts * self._part_bytes - self.chunk_bytes
+        run = _slice(rest + [memoryview(bytearray(padding))] * bool(padding), start, end)
+        planes, at = [], 0
+        for spec in self._layout.planes(Kind.BLOCK):
+            planes.append(_slice(run, at, at + spec.len_bytes))
+            at += spec.len_bytes
+        return planes
+
+    def _try(self, what: str, call):  # type: ignore[no-untyped-def]
+        """What the call gives, or None. A node that does not know the namespace is told it once."""
+        if not self.healthy:
+            self.counters.errors += 1
+            return None
+        try:
+            namespace = self._registered()
+            try:
+                return call(namespace)
+            except NotFound:
+                # The node started with an empty folder, or the grant expired: one more try with a new registration.
+                if what == "release":
+                    return None
+                with self._lock:
+                    self._namespace = None
+                return call(self._registered())
+        except EskerError as error:
+            self.counters.errors += 1
+            if isinstance(error, Unreachable):
+                self._down_until = time.monotonic() + DOWN_S
+            self._warn(what, error)
+        except Exception as error:  # noqa: BLE001: an engine's data path must never see one
+            self.counters.errors += 1
+            self._warn(what, error)
+        return None
+
+    def _registered(self) -> Namespace:
+        with self._lock:
+            if self._namespace is None:
+                facts = hashlib.blake2b(self._identity.facts.encode(), digest_size=32).hexdigest()
+                self._namespace = self._client.register_namespace(
+                    weights=self._identity.weights,
+                    tokenizer=self._identity.tokenizer,
+                    layout=self._layout,
+                    adapter=f"connector:{facts}",
+                )
+            return self._namespace
+
+    def _warn(self, what: str, error: Exception) -> None:
+        now = time.monotonic()
+        kind = f"{what}:{type(error).__name__}"
+        if now - self._warned.get(kind, -WARN_EVERY_S) >= WARN_EVERY_S:
+            self._warned[kind] = now
+            log.warning("esker: a %s failed and counts as a miss: %s: %s", what, type(error).__name__, error)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
+def _slice(run: Sequence[memoryview], start: int, end: int) -> list[memoryview]:
+    """Bytes ``start..end`` of the pieces taken together."""
+    cut, at = [], 0
+    for piece in run:
+        first, last = max(start - at, 0), min(end - at, len(piece))
+        if first < last:
+            cut.append(piece[first:last])
+        at += len(piece)
+    return cut
