@@ -66,6 +66,12 @@ impl Event {
         Self { who, operation: operation.into(), object: object.into(), result: result.into(), count: None }
     }
 
+    /// What the node itself found.
+    pub(crate) fn system(operation: &str, object: impl Into<String>) -> Self {
+        let (who, result) = ("esker".into(), "alert".into());
+        Self { who, operation: operation.into(), object: object.into(), result, count: None }
+    }
+
     pub(crate) fn denied(who: &Principal, path: &str) -> Self {
         Self::new(who, path, "", "denied")
     }

@@ -8,6 +8,7 @@ pub mod golden;
 pub mod lookup;
 pub mod serve;
 pub mod stat;
+pub mod usage;
 
 use std::io::Read;
 use std::path::PathBuf;

@@ -16,6 +16,8 @@ pub(crate) enum Table {
     Sessions = b's',
     #[cfg_attr(not(test), expect(dead_code, reason = "for warm-up jobs"))]
     Warmups = b'w',
+    UsageCursors = b'u',
+    UsageSinks = b'x',
 }
 
 /// See the module.

@@ -2,10 +2,10 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use esker_prefix::{NamespaceId, ObjectKind};
-use esker_store::Pins;
+use esker_store::{MissKind, Pins};
 
 use crate::lookup::Answer;
 use crate::principal::TenantId;
@@ -23,12 +23,16 @@ pub(crate) type GrantId = [u8; 16];
 /// What a lookup found, for whom, and what of it was delivered.
 pub(crate) struct Granted {
     pub(crate) tenant: TenantId,
-    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) namespace: NamespaceId,
     pub(crate) answer: Answer,
     /// Keeps everything listed from being evicted and from expiring.
     pub(crate) _pins: Option<Pins>,
+    /// Which of the caller's scopes answered: private, org or public.
+    pub(crate) scope: &'static str,
+    /// When it was given, by the wall clock: a label of its usage record.
+    pub(crate) started_unix_ms: u64,
     delivered: Mutex<Delivered>,
+    settling: Mutex<Option<String>>,
 }
 
 /// Planes that reached the caller.
@@ -38,11 +42,56 @@ pub(crate) struct Delivered {
     pub(crate) bytes: u64,
     /// Planes by block, in the order of [`Answer::blocks`].
     planes: Vec<u16>,
+    /// Why something that was promised did not come.
+    missed: Option<MissKind>,
 }
 
 impl Granted {
-    pub(crate) fn new(tenant: TenantId, namespace: NamespaceId, answer: Answer, pins: Option<Pins>) -> Self {
-        Self { tenant, namespace, answer, _pins: pins, delivered: Mutex::default() }
+    pub(crate) fn new(
+        tenant: TenantId,
+        namespace: NamespaceId,
+        answer: Answer,
+        pins: Option<Pins>,
+        scope: &'static str,
+    ) -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            tenant,
+            namespace,
+            answer,
+            _pins: pins,
+            scope,
+            started_unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+            delivered: Mutex::default(),
+            settling: Mutex::default(),
+        }
+    }
+
+    /// Claims the grant for the account of one request: a grant is settled once. `Err` names the request that has it.
+    pub(crate) fn claim(&self, request_id: &str) -> Result<(), String> {
+        let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let holder = settling.get_or_insert_with(|| request_id.to_owned());
+        if holder == request_id { Ok(()) } else { Err(holder.clone()) }
+    }
+
+    /// Gives the claim up: the account could not be written.
+    pub(crate) fn unclaim(&self) {
+        *self.settling.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Whether a request has claimed it.
+    pub(crate) fn is_claimed(&self) -> bool {
+        self.settling.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Notes that something promised could not be given.
+    pub(crate) fn miss(&self, why: MissKind) {
+        self.delivered.lock().unwrap_or_else(PoisonError::into_inner).missed.get_or_insert(why);
+    }
+
+    /// Why something that was promised did not come, if so.
+    pub(crate) fn missed(&self) -> Option<MissKind> {
+        self.delivered.lock().unwrap_or_else(PoisonError::into_inner).missed
     }
 
     /// Notes what one fetch delivered: raw bytes, and planes by block in the order of [`Answer::blocks`].
@@ -56,13 +105,11 @@ impl Granted {
         }
     }
 
-    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) fn delivered_bytes(&self) -> u64 {
         self.delivered.lock().unwrap_or_else(PoisonError::into_inner).bytes
     }
 
     /// Tokens of the leading blocks of which every plane was delivered.
-    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) fn delivered_tokens(&self) -> u64 {
         let whole = self.answer.layout.planes(ObjectKind::Block).len();
         let delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);

@@ -33,8 +33,9 @@ pub(crate) struct Question {
 /// What is stored of it.
 pub(crate) struct Answer {
     pub(crate) layout: Arc<KvLayout>,
-    #[expect(dead_code, reason = "for the settlement of grants")]
     pub(crate) prompt_tokens: u64,
+    /// Whether the caller said how long the prompt is, rather than only what hashes cover.
+    pub(crate) prompt_given: bool,
     /// Blocks that are there: the position of each in the prefix, and the block. A run from 0 on if the prefix is a chain.
     pub(crate) blocks: Vec<(usize, Found)>,
     /// States that are there, by boundary, ascending.
@@ -77,6 +78,21 @@ impl Question {
             PrefixNames::Tokens(tokens) => tokens.len() as u64,
             _ if self.prompt_tokens > 0 => self.prompt_tokens,
             _ => self.blocks() as u64 * u64::from(self.layout.block_tokens()) + 1,
+        }
+    }
+
+    fn prompt_given(&self) -> bool {
+        self.prompt_tokens > 0 || matches!(self.names, PrefixNames::Tokens(_))
+    }
+
+    /// Which of the scopes an answer is from: private, org or public.
+    pub(crate) fn scope_of(&self, answer: &Answer) -> &'static str {
+        let found = answer.blocks.first().map(|(_, block)| block.scope);
+        // In the order in which they are asked: the caller's own first, the one of all last.
+        match self.scopes.iter().position(|scope| Some(scope.tag()) == found) {
+            None | Some(0) => "private",
+            Some(at) if at + 1 == self.scopes.len() => "public",
+            Some(_) => "org",
         }
     }
 
@@ -158,13 +174,15 @@ impl Question {
             Vec::new()
         };
         let (layout, prompt_tokens) = (Arc::clone(&self.layout), self.prompt_tokens());
-        Answer { layout, prompt_tokens, blocks, states, chained, asked_blocks, hashes }
+        let prompt_given = self.prompt_given();
+        Answer { layout, prompt_tokens, prompt_given, blocks, states, chained, asked_blocks, hashes }
     }
 
     fn nothing(&self) -> Answer {
         Answer {
             layout: Arc::clone(&self.layout),
             prompt_tokens: self.prompt_tokens(),
+            prompt_given: self.prompt_given(),
             blocks: Vec::new(),
             states: Vec::new(),
             chained: self.chained(),

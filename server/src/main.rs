@@ -27,6 +27,8 @@ enum Command {
     Fsck(command::fsck::Args),
     /// Tell what a data folder holds, without disturbing it
     Stat(command::stat::Args),
+    /// Tell what was used, what it costs and what caching saved; export or verify the billing ledger
+    Usage(command::usage::Args),
     /// Measure: the store on this machine, policies on a trace
     Bench(command::bench::Args),
     /// Check the decoder against a folder of golden vectors
@@ -39,6 +41,10 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
         Command::Fsck(args) => match command::fsck::run(&args) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        Command::Usage(args) => match command::usage::run(args) {
             Ok(code) => return code,
             Err(error) => Err(error),
         },

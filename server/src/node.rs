@@ -7,15 +7,18 @@ use anyhow::Context;
 use esker_prefix::{Namespace, NamespaceId};
 use esker_store::{Store, StoreSettings};
 
-use crate::audit::Audit;
+use crate::audit::{Audit, Event};
 use crate::control::Control;
 use crate::grant::Grants;
+use crate::ledger::storage::Sampler;
+use crate::ledger::{Ledger, LedgerSettings};
 use crate::model_folder::LoadedModel;
 use crate::namespaces::Namespaces;
 use crate::policy::PolicyFile;
 use crate::secret::root_secret;
 use crate::sessions::Sessions;
 use crate::tenants::Tenants;
+use crate::usage::sink::{Exporting, SinkSettings};
 use crate::write_behind::WriteBehind;
 
 /// Where a node lives and how its store is set up.
@@ -25,6 +28,12 @@ pub struct NodeSettings {
     pub data: PathBuf,
     /// Settings of the store.
     pub store: StoreSettings,
+    /// Settings of the billing ledger.
+    pub ledger: LedgerSettings,
+    /// Name of the deployment in usage ids, the same on all its nodes; `None`: one made from the root secret.
+    pub cluster: Option<String>,
+    /// Where usage events go by themselves.
+    pub usage_sink: Option<SinkSettings>,
     /// The operator's policy; without one everybody is one tenant without limits.
     pub policy: Option<PathBuf>,
 }
@@ -38,6 +47,11 @@ pub struct Node {
     pub(crate) tenants: Tenants,
     pub(crate) sessions: Sessions,
     pub(crate) audit: Arc<Audit>,
+    pub(crate) ledger: Arc<Ledger>,
+    /// Ends before the ledger does.
+    _exporting: Option<Exporting>,
+    pub(crate) sampler: Sampler,
+    pub(crate) control: Arc<Control>,
     pub(crate) engine: Option<Engine>,
 }
 
@@ -63,10 +77,34 @@ impl Node {
         let control = Arc::new(Control::open(&data.join("control"))?);
         let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
         let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), &store)?;
-        let sessions = Sessions::new(control);
+        let cluster = settings.cluster.clone().unwrap_or_else(|| tenants.deployment());
+        let ledger = Ledger::open(&data.join("ledger"), settings.ledger, &cluster)?;
+        if let Some(gap) = ledger.gap() {
+            audit.record(&Event::system("ledger-gap", gap.to_string()));
+        }
+        let ledger = Arc::new(ledger);
+        let exporting = settings.usage_sink.as_ref().map(|sink| {
+            Exporting::start(sink, Arc::clone(&ledger), Arc::clone(&control), Arc::clone(&audit))
+        });
+        let exporting = exporting.transpose()?;
+        let sessions = Sessions::new(Arc::clone(&control));
         let engine = model.map(|model| Engine::start(model, &store, &namespaces)).transpose()?;
         let grants = Grants::new(&grant_seed(data));
-        Ok(Self { store, namespaces, grants, policy, tenants, sessions, audit, engine })
+        let sampler = Sampler::default();
+        Ok(Self {
+            store,
+            namespaces,
+            grants,
+            policy,
+            tenants,
+            sessions,
+            audit,
+            ledger,
+            _exporting: exporting,
+            sampler,
+            control,
+            engine,
+        })
     }
 }
 

@@ -23,7 +23,9 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use crate::auth::{AuthLayer, Authenticator};
 use crate::http::{self, Site};
 use crate::node::Node;
-use crate::service::{AdminService, CacheService, DecoderService, SessionsService, UsageService};
+use crate::service::{
+    AdminService, CacheService, DecoderService, SessionsService, UsageService, close_unsettled,
+};
 
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_PENDING_RESETS: usize = 32;
@@ -161,7 +163,8 @@ pub async fn start(
     let sessions =
         SessionsServer::new(SessionsService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let admin = AdminServer::new(AdminService::new(node.clone()));
-    let usage = UsageServer::new(UsageService).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let usage =
+        UsageServer::new(UsageService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let housekeeping = tokio::spawn(keep_house(Arc::clone(&node)));
     let mut server = Server::builder();
     if let Some(tls) = &listen.tls {
@@ -217,7 +220,14 @@ async fn keep_house(node: Arc<Node>) {
     let mut tick = tokio::time::interval(HOUSEKEEPING);
     loop {
         tick.tick().await;
-        node.grants.expire(Instant::now());
+        let node = Arc::clone(&node);
+        let round = tokio::task::spawn_blocking(move || {
+            close_unsettled(&node, &node.grants.expire(Instant::now()));
+            node.sampler.tick(&node);
+            node.ledger.tick();
+        });
+        // A panic in it has been reported by the panic hook; the next round comes.
+        let _ = round.await;
     }
 }
 

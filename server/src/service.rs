@@ -7,6 +7,7 @@ mod decoder;
 mod fetch;
 mod put;
 mod sessions;
+mod settle;
 mod status;
 mod usage;
 
@@ -14,4 +15,5 @@ pub(crate) use admin::AdminService;
 pub(crate) use cache::CacheService;
 pub(crate) use decoder::DecoderService;
 pub(crate) use sessions::SessionsService;
+pub(crate) use settle::close_unsettled;
 pub(crate) use usage::UsageService;

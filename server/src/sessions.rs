@@ -211,6 +211,18 @@ impl Sessions {
         Ok((count, bytes))
     }
 
+    /// Bytes that the sessions of a tenant hold, by namespace.
+    pub(crate) fn leased(&self, node: &Node, tenant: &TenantId) -> Result<HashMap<NamespaceId, u64>, Status> {
+        let leases = leases(node);
+        let mut leased = HashMap::new();
+        for (name, record) in self.records(tenant, "", usize::MAX)? {
+            if let Some(lease) = leases.get(&lease_id(tenant, &name)) {
+                *leased.entry(namespace(&record)?).or_default() += lease.bytes;
+            }
+        }
+        Ok(leased)
+    }
+
     /// Takes the lease if the tenant's budget allows it: bytes times the hours that they are to be kept, over all its sessions.
     fn lease(
         &self,

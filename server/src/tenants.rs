@@ -174,6 +174,22 @@ impl Tenants {
         ScopeKey::derive(&self.root, ScopeKind::Public, "public", 0)
     }
 
+    /// The public name of the scope that a tenant shares with its org, if it has one.
+    pub(crate) fn org_tag(&self, tenant: &TenantId) -> Option<ScopeTag> {
+        self.org(tenant).map(|scope| scope.tag())
+    }
+
+    /// The public name of the scope of all.
+    pub(crate) fn public_tag(&self) -> ScopeTag {
+        self.public().tag()
+    }
+
+    /// A name for the deployment that has this root secret: the same on all of its nodes, and no secret.
+    pub(crate) fn deployment(&self) -> String {
+        let tag = ScopeKey::derive(&self.root, ScopeKind::Public, "deployment", 0).tag();
+        tag.0[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// Writes a user down before anything is stored for it.
     fn note(&self, tenant: &TenantId, user: &str) -> Result<(), Status> {
         let tenant = self.get(tenant);
@@ -280,7 +296,7 @@ impl Tenants {
 }
 
 impl Tenant {
-    #[expect(dead_code, reason = "for the settlement of grants")]
+    #[expect(dead_code, reason = "for metrics")]
     pub(crate) fn id(&self) -> &TenantId {
         &self.id
     }

@@ -10,9 +10,11 @@ use esker_decoder::KvFormat;
 use esker_store::io::IoEngine;
 use esker_store::{OpenReport, StoreSettings};
 
+use crate::ledger::LedgerSettings;
 use crate::model_folder::load_model;
 use crate::node::{Node, NodeSettings};
 use crate::serve::{ListenSettings, TlsFiles};
+use crate::usage::sink::SinkSettings;
 use crate::{bundled, serve};
 
 /// A process that was killed may hold its lock for a moment longer.
@@ -67,6 +69,21 @@ pub struct Args {
     /// Decode with the model of this folder (config.json, *.safetensors, tokenizer.json), not the bundled one
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Name of the deployment in usage ids, the same on all of its nodes [default: made from the root secret]
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<String>,
+    /// Space for the billing ledger, in MiB; when it is full, billable work stops [default: what the disk has]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(32..))]
+    ledger_mib: Option<u64>,
+    /// Send usage records to this file, as JSON lines, or to this http:// address, as CloudEvents in batches
+    #[arg(long, value_name = "FILE|URL")]
+    usage_sink: Option<String>,
+    /// File with the bearer token for --usage-sink; read each time it is used
+    #[arg(long, value_name = "FILE", requires = "usage_sink")]
+    usage_sink_token: Option<PathBuf>,
+    /// Send again what may have reached the sink more than 23 hours ago; it may have forgotten it and count it twice
+    #[arg(long, requires = "usage_sink")]
+    usage_sink_resend: bool,
     /// Serve the prefix cache only
     #[arg(long, conflicts_with = "model")]
     no_model: bool,
@@ -154,7 +171,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     let node = Arc::new(Node::open(
-        &NodeSettings { data: args.data.clone(), store, policy: args.policy.clone() },
+        &NodeSettings {
+            data: args.data.clone(),
+            store,
+            ledger: LedgerSettings {
+                max_bytes: args.ledger_mib.map_or(u64::MAX, |mib| mib << 20),
+                ..LedgerSettings::default()
+            },
+            cluster: args.cluster.clone(),
+            usage_sink: args.usage_sink.clone().map(|target| SinkSettings {
+                target,
+                token: args.usage_sink_token.clone(),
+                resend: args.usage_sink_resend,
+            }),
+            policy: args.policy.clone(),
+        },
         model,
     )?);
     tell(&args.data, node.store.open_report());

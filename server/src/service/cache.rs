@@ -14,7 +14,8 @@ use tonic::{Request, Response, Status, Streaming};
 use super::deadline::deadline_of;
 use super::fetch::{Fetching, unknown_grant};
 use super::put::{PUT_MEMORY_BYTES, Put, next_step};
-use super::status::{from_join, from_register, from_wire};
+use super::settle::settle;
+use super::status::{from_join, from_ledger, from_register, from_wire};
 use crate::grant::{GRANT_TTL, Granted};
 use crate::lookup::Question;
 use crate::node::Node;
@@ -138,6 +139,7 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
             .try_acquire_owned()
             .map_err(|_| over("fetches of this node", MAX_FETCHES as u64, MAX_FETCHES as u64, 50))?;
         let deadline = deadline_of(&request);
+        self.node.ledger.admit().map_err(|error| from_ledger(&error))?;
         let fetching = Fetching::plan(&self.node, &principal.tenant, request.get_ref(), deadline)?;
         let tenant = self.node.tenants.of(&principal);
         let in_flight = self.node.tenants.fly(&tenant, fetching.bytes().min(FETCH_HOLDS_BYTES))?;
@@ -174,8 +176,9 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
-    async fn settle(&self, _: Request<v1::SettleRequest>) -> Result<Response<v1::SettleReply>, Status> {
-        Err(Status::unimplemented("this node keeps no billing ledger yet"))
+    async fn settle(&self, request: Request<v1::SettleRequest>) -> Result<Response<v1::SettleReply>, Status> {
+        let principal = principal_of(&request)?;
+        settle(&self.node, &principal, request.into_inner()).await.map(Response::new)
     }
 
     async fn release(
@@ -196,7 +199,8 @@ fn lookup(node: &Node, principal: &Principal, asked: &Asked) -> Result<v1::Looku
     if pins.is_none() {
         return Ok(reply);
     }
-    let granted = Granted::new(principal.tenant.clone(), asked.question.namespace, answer, pins);
+    let scope = asked.question.scope_of(&answer);
+    let granted = Granted::new(principal.tenant.clone(), asked.question.namespace, answer, pins, scope);
     let grant = node.grants.issue(granted, Instant::now()).ok_or_else(|| {
         Status::resource_exhausted("the table of grants is full: try again when older grants have expired")
     })?;

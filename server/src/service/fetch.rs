@@ -128,6 +128,7 @@ impl Fetching {
                     sent
                 }
                 FetchEvent::Miss { object, kind: reason } => {
+                    granted.miss(reason);
                     let Label { kind, tokens, .. } = labels[object];
                     let ends = if kind == ObjectKind::State { 0 } else { tokens - block_tokens };
                     usable_tokens = usable_tokens.min(ends);

@@ -6,6 +6,7 @@ use esker_store::StoreError;
 use tonic::Status;
 
 use crate::generate::GenerateError;
+use crate::ledger::LedgerError;
 use crate::namespaces::RegisterError;
 
 pub(super) fn from_wire(error: WireError) -> Status {
@@ -45,6 +46,23 @@ fn from_decoder(error: &DecoderError) -> Status {
         esker_decoder::ErrorKind::Request => Status::invalid_argument(error.to_string()),
         esker_decoder::ErrorKind::Cancelled => Status::cancelled(error.to_string()),
         _ => Status::internal(error.to_string()),
+    }
+}
+
+/// Which code a caller sees when its account cannot be closed.
+pub(crate) fn from_ledger(error: &LedgerError) -> Status {
+    let text = error.to_string();
+    match error {
+        LedgerError::Conflict { .. } => Status::already_exists(text),
+        LedgerError::Full { .. } => Status::resource_exhausted(text),
+        LedgerError::Busy => {
+            let mut status = Status::resource_exhausted(text);
+            status.metadata_mut().insert("grpc-retry-pushback-ms", 100.into());
+            status
+        }
+        LedgerError::TooLarge { .. } => Status::invalid_argument(text),
+        LedgerError::Damaged { .. } => Status::data_loss(text),
+        LedgerError::Failed | LedgerError::Index(_) | LedgerError::Stopping => Status::unavailable(text),
     }
 }
 
