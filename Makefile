@@ -3,7 +3,7 @@
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: demo test torture fuzz build setup fmt golden clean
+.PHONY: demo test test-clients torture fuzz build setup fmt golden clean
 
 demo: build
 	$(TARGET)/release/esker demo
@@ -17,6 +17,10 @@ test: setup
 	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
 	@./.ci/setup-power
 	$(CARGO) test --release --locked --workspace
+
+# The Python package and its connectors under the engines' own code, each in a virtual environment of its own.
+test-clients: build
+	@CARGO_TARGET_DIR="$(abspath $(TARGET))" ./.ci/test-clients
 
 # The long form of the reliability tests: an hour or two. Figures go to torture.json, see RELIABILITY.md.
 torture: setup

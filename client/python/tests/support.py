@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -98,6 +101,13 @@ class Node:
                     places += 1
             file.write_bytes(content)
         return places
+
+
+def documented(page: str, number: int = 0) -> dict[str, Any]:
+    """The configuration that a page of docs/ tells users to paste: what the tests run is what the page says."""
+    text = (ROOT / "docs" / page).read_text()
+    block: dict[str, Any] = json.loads(re.findall(r"```json\n(.*?)```", text, re.DOTALL)[number])
+    return block
 
 
 def within(seconds: float, condition, every: float = 0.05):  # type: ignore[no-untyped-def]

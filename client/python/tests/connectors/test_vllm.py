@@ -1,0 +1,163 @@
+"""The vLLM connector in a real vLLM engine on the CPU: second processes find what first ones computed, and compute the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from support import Node, documented, within
+
+pytest.importorskip("vllm")
+ENGINE = pathlib.Path(__file__).with_name("vllm_engine.py")
+PROMPT_TOKENS = 2100
+
+
+class Engine:
+    """One vLLM process."""
+
+    def __init__(self, **arguments: object) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ENGINE.parent)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ENGINE), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self._answer() == "ready"
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+    def do(self, op: str, **rest: object):  # type: ignore[no-untyped-def]
+        """Has the engine do something and gives its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"op": op, **rest}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def generate(self, prompt: list[int], count: int = 6) -> dict:
+        return self.do("generate", prompt=prompt, count=count)
+
+    def _answer(self):  # type: ignore[no-untyped-def]
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        raise RuntimeError(f"the engine ended with {self._process.wait()}")
+
+
+def configuration(node: Node) -> dict:
+    """What docs/vllm.md says, with the node of the test."""
+    config = documented("vllm.md")
+    config["kv_connector_extra_config"]["endpoint"] = node.address
+    return config
+
+
+def prompt(seed: int, length: int = PROMPT_TOKENS) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(3, 1024) for _ in range(length)]
+
+
+def distance(one: dict, other: dict) -> float:
+    """Greatest difference of log-probabilities over tokens that both list, as far as both chose the same tokens."""
+    worst = 0.0
+    for at, (a, b) in enumerate(zip(one["logprobs"], other["logprobs"])):
+        worst = max([worst, *(abs(a[token] - b[token]) for token in a.keys() & b.keys())])
+        if one["tokens"][at] != other["tokens"][at]:
+            break
+    return worst
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    subprocess.run([sys.executable, str(ENGINE), json.dumps({"make": str(folder), "seed": 1})], check=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    node = Node(tmp_path_factory.mktemp("node") / "data", "--codec", "raw", "--segment-mib", "64", "--capacity-gib", "2")
+    yield node
+    node.kill()
+
+
+def test_a_second_process_finds_what_the_first_computed(model: str, node: Node) -> None:
+    with Engine(model=model, kv_transfer_config=None, enable_prefix_caching=False) as engine:
+        uncached = {seed: engine.generate(prompt(seed)) for seed in (1, 2)}
+
+    # The first process computes in pieces, so that how much it differs from the above is the engine's own noise.
+    connected = {"model": model, "kv_transfer_config": configuration(node), "enable_prefix_caching": False}
+    with Engine(**connected, max_num_batched_tokens=512, max_num_seqs=1) as first:
+        computed = first.generate(prompt(1))
+        assert computed["cached"] == 0
+        assert first.do("flush")
+        pages = set(first.do("pages"))
+    noise = max(distance(uncached[1], computed), 1e-5)
+
+    with Engine(**connected) as second:
+        restored = second.generate(prompt(1))
+        found = set(second.do("pages"))
+        sources = {
+            metric["labels"].get("source"): metric["value"]
+            for metric in second.do("metrics")
+            if metric["name"] == "vllm:prompt_tokens_cached_by_source"
+        }
+        cached = restored["cached"]
+        print(f"cached {cached} tokens; distance {distance(uncached[1], restored):.2e}; noise {noise:.2e}")
+        assert cached >= PROMPT_TOKENS - 129
+        assert restored["tokens"] == uncached[1]["tokens"]
+        assert distance(uncached[1], restored) <= 2 * noise
+        assert sources.get("disk") == cached, sources
+        # Bytes: every page that holds restored tokens is one that the first process computed.
+        of_prefix = len(pages) * cached // (PROMPT_TOKENS + 6)
+        assert len(pages & found) >= of_prefix - 4, (len(pages & found), of_prefix)
+
+        # The control: bytes that are not what was computed are seen in the log-probabilities.
+        second.do("tamper", on=True)
+        changed = second.generate(prompt(1))
+        second.do("tamper", on=False)
+        assert changed["cached"] == cached and distance(uncached[1], changed) > 100 * noise
+
+        # The node goes away: misses and the same answers. It comes back: hits again.
+        node.kill()
+        alone = second.generate(prompt(2))
+        assert alone["cached"] == 0 and alone["tokens"] == uncached[2]["tokens"]
+        assert second.generate(prompt(1))["cached"] == 0
+        node.start()
+        back = within(60, lambda: _hit(second))
+        assert back["cached"] == cached and back["tokens"] == uncached[1]["tokens"]
+
+        # The store is damaged: what cannot be proven is computed, and the answer is the same.
+        node.kill()
+        assert node.damage_all() > 100
+        node.start()
+        time.sleep(2.5)
+        damaged = second.generate(prompt(1))
+        assert damaged["cached"] < cached and damaged["tokens"] == uncached[1]["tokens"]
+        assert distance(uncached[1], damaged) <= 2 * noise
+
+        # Weights may have changed in place: what is stored is not asked for any more.
+        second.do("flush")
+        second.do("reset")
+        assert second.generate(prompt(1))["cached"] == 0
+
+
+def _hit(engine: Engine) -> dict | None:
+    answer = engine.generate(prompt(1))
+    return answer if answer["cached"] else None
