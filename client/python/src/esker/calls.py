@@ -21,6 +21,10 @@ Into = Union[Buffer, Place, None]
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + 1024),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES + 1024),
+    # Credit for several chunks, so that a fetch does not wait for a round trip after every 64 KiB.
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+    ("grpc.http2.max_frame_size", 1 << 20),
+    ("grpc.http2.write_buffer_size", 1 << 20),
     # A node that was restarted is found again soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),

@@ -12,7 +12,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from .answers import Durability, Found, Namespace, Outcome, Ttl
 from .buffers import Buffers, pieces
@@ -30,6 +31,10 @@ MAX_PART_BYTES = 16 << 20
 DOWN_S = 1.0
 #: A warning of one kind is logged once in this time, in seconds.
 WARN_EVERY_S = 30.0
+#: Chunks that stand for themselves are moved by several calls at a time, each of at least this many bytes: while one waits for the
+#: drive, the next is on its way.
+SIDE_BY_SIDE_BYTES = 8 << 20
+SIDE_BY_SIDE = 4
 #: What one put or get may carry, in bytes: it bounds how long a call takes and how much is lost with it.
 MAX_CALL_BYTES = 128 << 20
 
@@ -100,6 +105,7 @@ class ChunkStore:
         self._layout = Layout.opaque(name, block_tokens, sizes)
         self._namespace: Namespace | None = None
         self._lock = threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
         self._down_until = 0.0
         self._warned: dict[str, float] = {}
 
@@ -117,8 +123,7 @@ class ChunkStore:
         for start in range(0, len(keys), step):
             found = self._lookup(keys[start : start + step], grant=False)
             present += self._present(found, len(keys[start : start + step]))
-        self.counters.queries += len(keys)
-        self.counters.hits += sum(present)
+        self._count(queries=len(keys), hits=sum(present))
         return present
 
     def hold(self, keys: Sequence[bytes]) -> tuple[list[bool], bytes]:
@@ -126,8 +131,7 @@ class ChunkStore:
         keys = keys[: MAX_CHAIN_BLOCKS // self._parts]
         found = self._lookup(keys, grant=True)
         present = self._present(found, len(keys))
-        self.counters.queries += len(keys)
-        self.counters.hits += sum(present)
+        self._count(queries=len(keys), hits=sum(present))
         return present, found.grant if found is not None else b""
 
     def let_go(self, grant: bytes) -> None:
@@ -141,13 +145,18 @@ class ChunkStore:
         Chained keys are given from the start of the prompt, even where only the last of them are wanted.
         """
         loaded = dict.fromkeys(into, False)
-        for some in self._batches(into):
-            if self._chained:
-                named, at = list(keys), {position: position for position in some}
-            else:
-                named, at = [keys[position] for position in some], dict(zip(some, range(len(some))))
-            for position in self._get(named, {at[position]: into[position] for position in some}):
-                loaded[some[position] if not self._chained else position] = True
+        if self._chained:
+            for some in self._batches(into):
+                for position in self._get(keys, {at: into[at] for at in some}):
+                    loaded[position] = True
+            return loaded
+
+        def get(some: list[int]) -> list[int]:
+            named = [keys[position] for position in some]
+            return [some[at] for at in self._get(named, {at: into[position] for at, position in enumerate(some)})]
+
+        for positions in self._side_by_side(get, into):
+            loaded.update(dict.fromkeys(positions, True))
         return loaded
 
     def put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> dict[int, bool]:
@@ -156,17 +165,20 @@ class ChunkStore:
         What is there already is not sent: the first writer wins, and two runs of an engine seldom give the same bits.
         """
         stored = self._there(keys, chunks)
-        self.counters.present += sum(stored.values())
+        self._count(present=sum(stored.values()))
         missing = {position: chunk for position, chunk in chunks.items() if not stored[position]}
-        for some in self._batches(missing):
-            if self._chained:
-                last = max(some)
-                for position in self._put(keys[: last + 1], {at: chunks[at] for at in some}):
+        if self._chained:
+            for some in self._batches(missing):
+                for position in self._put(keys[: max(some) + 1], {at: chunks[at] for at in some}):
                     stored[position] = True
-            else:
+        else:
+
+            def put(some: list[int]) -> list[int]:
                 named = [keys[position] for position in some]
-                for at in self._put(named, {at: chunks[position] for at, position in enumerate(some)}):
-                    stored[some[at]] = True
+                return [some[at] for at in self._put(named, {at: chunks[position] for at, position in enumerate(some)})]
+
+            for positions in self._side_by_side(put, missing):
+                stored.update(dict.fromkeys(positions, True))
         # Another writer may have been first with other bytes meanwhile.
         refused = [position for position in missing if not stored[position]]
         if refused and self.healthy:
@@ -186,10 +198,28 @@ class ChunkStore:
             present += self._present(self._lookup(named, grant=False), len(named))
         return dict(zip(asked, present))
 
-    def _batches(self, positions: Mapping[int, Buffers]) -> list[list[int]]:
-        step = max(1, min(MAX_CALL_BYTES // max(1, self.chunk_bytes), MAX_CHAIN_BLOCKS // self._parts))
+    def _side_by_side(
+        self, move: Callable[[list[int]], list[int]], positions: Mapping[int, Buffers]
+    ) -> Iterable[list[int]]:
+        share = -(-len(positions) * self.chunk_bytes // SIDE_BY_SIDE)
+        batches = self._batches(positions, max(share, SIDE_BY_SIDE_BYTES))
+        if len(batches) <= 1:
+            return [move(some) for some in batches]
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="esker-chunks")
+        return self._threads.map(move, batches)
+
+    def _batches(self, positions: Mapping[int, Buffers], call_bytes: int = MAX_CALL_BYTES) -> list[list[int]]:
+        call_bytes = min(call_bytes, MAX_CALL_BYTES)
+        step = max(1, min(call_bytes // max(1, self.chunk_bytes), MAX_CHAIN_BLOCKS // self._parts))
         ordered = sorted(positions)
         return [ordered[at : at + step] for at in range(0, len(ordered), step)]
+
+    def _count(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self.counters, name, getattr(self.counters, name) + amount)
 
     def _names(self, keys: Sequence[bytes]) -> list[bytes]:
         """One name of 32 bytes for each part."""
@@ -239,7 +269,7 @@ class ChunkStore:
             fetched = self._client.fetch(
                 namespace, found.grant, into=place, blocks=sorted(memory), timeout_s=self._transfer_timeout_s
             )
-            self.counters.corrupt += len(fetched.missing)
+            self._count(corrupt=len(fetched.missing))
             whole = {tokens // block_tokens - 1 for _, tokens in fetched.whole}
             parts = range(self._parts)
             return [at for at in wanted if all(at * self._parts + part in whole for part in parts)]
@@ -248,8 +278,7 @@ class ChunkStore:
             loaded = self._try("load", fetch) or []
         finally:
             self.let_go(found.grant)
-        self.counters.loaded += len(loaded)
-        self.counters.loaded_bytes += len(loaded) * self.chunk_bytes
+        self._count(loaded=len(loaded), loaded_bytes=len(loaded) * self.chunk_bytes)
         return loaded
 
     def _put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> list[int]:
@@ -272,15 +301,13 @@ class ChunkStore:
                 timeout_s=self._transfer_timeout_s,
             )
             there = {result.tokens // block_tokens - 1 for result in results if result.stored}
-            for result in results:
-                self.counters.present += result.outcome is Outcome.PRESENT
-                self.counters.refused += not result.stored
+            present = sum(result.outcome is Outcome.PRESENT for result in results)
+            self._count(present=present, refused=sum(not result.stored for result in results))
             parts = range(self._parts)
             return [at for at in chunks if all(at * self._parts + part in there for part in parts)]
 
         stored = self._try("store", send) or []
-        self.counters.stored += len(stored)
-        self.counters.stored_bytes += len(stored) * self.chunk_bytes
+        self._count(stored=len(stored), stored_bytes=len(stored) * self.chunk_bytes)
         return stored
 
     def _cut(self, buffers: Buffers, part: int, writable: bool) -> list[list[memoryview]]:
@@ -300,7 +327,7 @@ class ChunkStore:
     def _try(self, what: str, call):  # type: ignore[no-untyped-def]
         """What the call gives, or None. A node that does not know the namespace is told it once."""
         if not self.healthy:
-            self.counters.errors += 1
+            self._count(errors=1)
             return None
         try:
             namespace = self._registered()
@@ -314,12 +341,12 @@ class ChunkStore:
                     self._namespace = None
                 return call(self._registered())
         except EskerError as error:
-            self.counters.errors += 1
+            self._count(errors=1)
             if isinstance(error, Unreachable):
                 self._down_until = time.monotonic() + DOWN_S
             self._warn(what, error)
         except Exception as error:  # noqa: BLE001: an engine's data path must never see one
-            self.counters.errors += 1
+            self._count(errors=1)
             self._warn(what, error)
         return None
 
