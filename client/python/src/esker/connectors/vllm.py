@@ -5,6 +5,7 @@ attention (MLA included) is history; a sliding window needs only the pages of it
 every group, on every rank, has what it needs there, and the answer for a request never changes while the request waits.
 
 Invariants:
+- What failed to load is not asked for again by the same request: the promise would be broken for ever.
 - The scheduler never waits: a lookup is asked by a thread of its own, the scheduler is told to come back (``None``), and after
   twice the lookup's time-out it counts as a miss.
 - Pages reach the engine's memory only when the node has proven them and all of a page has arrived. What fails is reported by
@@ -112,6 +113,10 @@ class Verdict:
     deadline: float
     answer: "Future[tuple[list[int], list[list[bool]]]]"
     local_tokens: int = 0
+    #: Preemptions of the request when its pages were last loaded; None before that.
+    loaded_at: int | None = None
+    #: What was promised could not be loaded: it is not asked for again, and stored anew.
+    failed: bool = False
 
     def points(self) -> list[int] | None:
         """Lengths that can be resumed, ascending; None while it is not known and there is time left."""
@@ -121,7 +126,7 @@ class Verdict:
 
     def present(self, group: int) -> list[bool]:
         """Pages of a group that are stored."""
-        return self.answer.result()[1][group] if self.answer.done() else []
+        return self.answer.result()[1][group] if self.answer.done() and not self.failed else []
 
 
 @dataclasses.dataclass
@@ -173,6 +178,12 @@ class EskerConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         assert self._scheduler is not None
         return self._scheduler.metadata(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        assert self._scheduler is not None
+        self._scheduler.told(
+            set(connector_output.invalid_block_ids or ()), set(connector_output.finished_recving or ())
+        )
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -323,6 +334,7 @@ class SchedulerSide:
         self._verdicts: dict[str, Verdict] = {}
         self._tracked: dict[str, Tracked] = {}
         self._loads: list[Load] = []
+        self._waiting: dict[str, set[int]] = {}
         self._silent = False
         self._tell_reset = False
 
@@ -362,6 +374,9 @@ class SchedulerSide:
         if points is None:
             return None, False
         verdict.local_tokens = local_tokens
+        # A load that failed would fail again: each request loads once, and once more after each preemption.
+        if verdict.failed or verdict.loaded_at == request.num_preemptions:
+            return 0, False
         best = max((tokens for tokens in points if tokens < request.num_tokens), default=0)
         return (best - local_tokens, True) if best > local_tokens else (0, False)
 
@@ -372,6 +387,7 @@ class SchedulerSide:
         if external_tokens <= 0 or self._silent:
             return
         verdict = self._verdicts[request.request_id]
+        verdict.loaded_at = request.num_preemptions
         local = verdict.local_tokens
         end = local + external_tokens
         load = Load(request.request_id, [])
@@ -386,6 +402,15 @@ class SchedulerSide:
                 hashes = self._shape.hashes(request, group)[: max(blocks) + 1]
                 load.pages.append(Pages(group.index, hashes, blocks))
         self._loads.append(load)
+        self._waiting[request.request_id] = {block for pages in load.pages for block in pages.blocks.values()}
+
+    def told(self, failed: set[int], finished: set[str]) -> None:
+        """What the workers could not load, and which requests wait no more."""
+        for request_id, blocks in self._waiting.items():
+            if blocks & failed and (verdict := self._verdicts.get(request_id)) is not None:
+                verdict.failed = True
+        for request_id in finished:
+            self._waiting.pop(request_id, None)
 
     def metadata(self, output: "SchedulerOutput") -> EskerMetadata:
         """What the workers do in this step."""
@@ -445,6 +470,7 @@ class SchedulerSide:
         if verdict is not None:
             verdict.answer.cancel()
         self._tracked.pop(request_id, None)
+        self._waiting.pop(request_id, None)
         self._loads = [load for load in self._loads if load.request != request_id]
 
     def reset(self) -> None:
