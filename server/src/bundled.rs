@@ -3,6 +3,7 @@
 use anyhow::Context;
 use esker_decoder::{KvFormat, ModelBuilder, Tokenizer};
 
+use crate::chat_template::ChatTemplate;
 use crate::model_folder::LoadedModel;
 
 macro_rules! model_file {
@@ -26,5 +27,8 @@ pub fn load(format: KvFormat, block_tokens: u32) -> anyhow::Result<LoadedModel> 
     builder.shard("model.safetensors", weights).context("bundled model.safetensors")?;
     let tokenizer = Tokenizer::from_bytes(include_bytes!(model_file!("tokenizer.json")))
         .context("bundled tokenizer.json")?;
-    Ok(LoadedModel { name: NAME.to_owned(), model: builder.finish().context("bundled weights")?, tokenizer })
+    let template = ChatTemplate::new(include_str!(model_file!("tokenizer_config.json")), None)
+        .context("bundled tokenizer_config.json")?;
+    let model = builder.finish().context("bundled weights")?;
+    Ok(LoadedModel { name: NAME.to_owned(), model, tokenizer, template })
 }

@@ -1,6 +1,7 @@
 //! One generation: lookup, restore, prefill the rest, decode, and hand new blocks and states to the write-behind queue.
 
 mod resume;
+mod stop;
 mod trail;
 
 use std::ops::ControlFlow;
@@ -11,6 +12,7 @@ use esker_prefix::{ScopeKey, TokenId};
 use esker_store::{StoreError, TtlClass};
 
 use crate::node::{Engine, Node};
+use stop::StopText;
 use trail::Trail;
 
 /// Besides where a prompt and an output end, states are kept every so many blocks: a prompt that leaves this one in between
@@ -23,6 +25,8 @@ pub(crate) struct Job {
     pub(crate) max_new_tokens: usize,
     pub(crate) sampler: Sampler,
     pub(crate) logits_digest: bool,
+    /// Texts at which it ends; none is empty.
+    pub(crate) stop: Vec<String>,
     /// Where what is computed is looked for and stored, and for how long.
     pub(crate) scope: ScopeKey,
     pub(crate) class: TtlClass,
@@ -36,6 +40,8 @@ pub(crate) enum Event {
     Restoring { done: usize, total: usize },
     /// Tokens computed, of those to compute.
     Prefilling { done: usize, total: usize },
+    /// The prompt is computed, so many tokens of it put back.
+    Prompt { tokens: usize, hit_tokens: usize, stores: bool },
     /// One new token.
     Token { id: TokenId, text: String, logits_digest: Option<[u8; 32]> },
     /// The end.
@@ -47,11 +53,15 @@ pub(crate) enum Event {
 pub(crate) struct Account {
     pub(crate) prompt_tokens: usize,
     pub(crate) hit_tokens: usize,
+    /// Of the computed tokens of the prompt, those in blocks that were handed to the store.
+    pub(crate) write_tokens: usize,
     pub(crate) completion_tokens: usize,
     pub(crate) bytes_read: u64,
     pub(crate) restore: Duration,
     pub(crate) prefill: Duration,
     pub(crate) stopped: bool,
+    /// The stop sequence that ended it.
+    pub(crate) stop_sequence: Option<String>,
     /// Text of a character that the last token left incomplete.
     pub(crate) rest_of_text: String,
 }
@@ -88,8 +98,11 @@ pub(crate) fn generate(
 
     let mut logits = prefill(engine, &mut trail, &job.prompt, &mut sequence, emit)?;
     let prefilled = Instant::now();
+    listen(emit(Event::Prompt { tokens: job.prompt.len(), hit_tokens, stores: job.stores }))?;
 
     let mut text = engine.loaded.tokenizer.stream();
+    let mut shown = StopText::new(job.stop);
+    let mut stop_sequence = None;
     let mut completion_tokens = 0;
     let mut stopped = false;
     while completion_tokens < job.max_new_tokens {
@@ -101,24 +114,32 @@ pub(crate) fn generate(
         }
         let logits_digest = job.logits_digest.then(|| digest(row));
         completion_tokens += 1;
-        listen(emit(Event::Token { id, text: text.push(id)?, logits_digest }))?;
+        let (text, stopping) = shown.push(&text.push(id)?);
+        listen(emit(Event::Token { id, text, logits_digest }))?;
         // One block at a time, after a token is out: copying a long prompt at once would delay the next one.
         trail.store_one(&sequence)?;
+        if stopping.is_some() {
+            (stopped, stop_sequence) = (true, stopping);
+            break;
+        }
         if completion_tokens < job.max_new_tokens {
             trail.extend(&[id]);
             logits = sequence.prefill(model, &[id], Logits::Last)?;
         }
     }
     trail.keep_state(&sequence)?;
-    let rest_of_text = text.finish()?;
+    let rest_of_text =
+        if stop_sequence.is_some() { String::new() } else { shown.finish() + &text.finish()? };
     let account = Account {
         prompt_tokens: job.prompt.len(),
         hit_tokens,
+        write_tokens: trail.whole_tokens(job.prompt.len()).saturating_sub(hit_tokens),
         completion_tokens,
         bytes_read,
         restore: restored - started,
         prefill: prefilled - restored,
         stopped,
+        stop_sequence,
         rest_of_text,
     };
     // The listener may leave after the last token; the new blocks are worth keeping all the same.

@@ -4,9 +4,16 @@
 //! the same service, so that limits, scopes and accounts are the same. Routes stand in three groups by who may use them
 //! ([`router`]); a new one belongs into one of them.
 
+mod anthropic;
+mod body;
+mod completion;
 mod failure;
 mod guard;
 mod listen;
+mod openai;
+mod prompt;
+mod replay;
+mod sse;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,7 +21,7 @@ use std::sync::Arc;
 use axum::extract::{DefaultBodyLimit, FromRef};
 use axum::http::Uri;
 use axum::middleware;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
 
@@ -23,9 +30,11 @@ use crate::auth::Authenticator;
 use crate::node::Node;
 use crate::principal::Role;
 use crate::serve::TlsFiles;
+use crate::service::DecoderService;
 use failure::Failure;
 use guard::Guard;
 pub(crate) use listen::Listening;
+use replay::Replay;
 
 /// Longest body of a request: a context of tokens as text, several times over.
 const MAX_BODY_BYTES: usize = 8 << 20;
@@ -33,7 +42,16 @@ const MAX_BODY_BYTES: usize = 8 << 20;
 /// What the handlers share.
 #[derive(Clone)]
 pub(crate) struct Site {
-    pub(crate) node: Arc<Node>,
+    node: Arc<Node>,
+    decoder: Arc<DecoderService>,
+    replay: Arc<Replay>,
+}
+
+impl Site {
+    /// `decoder` is the one that answers over gRPC, so that both share its queue.
+    pub(crate) fn new(node: Arc<Node>, decoder: Arc<DecoderService>) -> Self {
+        Self { node, decoder, replay: Arc::default() }
+    }
 }
 
 impl FromRef<Site> for Arc<Node> {
@@ -61,7 +79,13 @@ fn router(site: Site, authenticator: Arc<Authenticator>) -> Router {
     // What load balancers probe.
     let anyone = Router::new().route("/healthz", get(healthz));
     // What applications call.
-    let applications = Router::new();
+    let applications = Router::new()
+        .route("/v1/models", get(openai::models))
+        .route("/v1/models/{model}", get(openai::one_model))
+        .route("/v1/completions", post(openai::completions))
+        .route("/v1/chat/completions", post(openai::chat))
+        .route("/v1/messages", post(anthropic::messages))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens));
     // What operators and their scrapers read.
     let operators = Router::new();
     guarded(anyone, Rule::Anyone)

@@ -8,6 +8,7 @@ mod access;
 mod audit;
 mod auth;
 pub mod bundled;
+mod chat_template;
 pub mod command;
 mod control;
 mod generate;

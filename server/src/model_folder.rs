@@ -6,6 +6,8 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use esker_decoder::{KvFormat, Model, ModelBuilder, Tokenizer};
 
+use crate::chat_template::ChatTemplate;
+
 /// A model, its tokenizer and what to call it.
 pub struct LoadedModel {
     /// Name: the folder's.
@@ -14,9 +16,12 @@ pub struct LoadedModel {
     pub model: Model,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
+    /// Conversations to text.
+    pub(crate) template: ChatTemplate,
 }
 
-/// Loads `config.json`, every `*.safetensors`, `tokenizer.json` and, where present, `generation_config.json`.
+/// Loads `config.json`, every `*.safetensors`, `tokenizer.json` and, where present, `generation_config.json`,
+/// `tokenizer_config.json` and `chat_template.jinja`.
 pub fn load_model(dir: &Path, format: KvFormat, block_tokens: u32) -> anyhow::Result<LoadedModel> {
     let name = dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
     let unusable = || format!("cannot use the model folder {}", dir.display());
@@ -31,7 +36,14 @@ pub fn load_model(dir: &Path, format: KvFormat, block_tokens: u32) -> anyhow::Re
     }
     let model = builder.finish().with_context(unusable)?;
     let tokenizer = Tokenizer::from_bytes(&read(&dir.join("tokenizer.json"))?).with_context(unusable)?;
-    Ok(LoadedModel { name, model, tokenizer })
+    let template = chat_template(dir).with_context(unusable)?;
+    Ok(LoadedModel { name, model, tokenizer, template })
+}
+
+fn chat_template(dir: &Path) -> anyhow::Result<ChatTemplate> {
+    let text =
+        |name| Some(dir.join(name)).filter(|path| path.exists()).map(|path| read_text(&path)).transpose();
+    ChatTemplate::new(text("tokenizer_config.json")?.as_deref().unwrap_or("{}"), text("chat_template.jinja")?)
 }
 
 /// The weight files of a folder, in one order whatever the file system says.

@@ -136,9 +136,10 @@ pub async fn start(
         .await
         .with_context(|| format!("cannot listen on {}", listen.address))?;
     let address = listener.local_addr().context("cannot tell the listening address")?;
+    let decoding = Arc::new(DecoderService::new(node.clone()));
     let http = match listen.http {
         Some(address) => {
-            let site = Site { node: node.clone() };
+            let site = Site::new(node.clone(), Arc::clone(&decoding));
             Some(http::bind(site, authenticator, address, listen.tls.as_ref()).await?)
         }
         None => None,
@@ -147,8 +148,7 @@ pub async fn start(
 
     let cache =
         PrefixCacheServer::new(CacheService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
-    let decoder =
-        DecoderServer::new(DecoderService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let decoder = DecoderServer::from_arc(Arc::clone(&decoding)).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<PrefixCacheServer<CacheService>>().await;
     if node.engine.is_some() {

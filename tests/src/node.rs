@@ -193,7 +193,7 @@ impl Node {
         while let Some(event) = events.next().await? {
             ensure!(usage.is_none(), "something came after the usage");
             match event {
-                Event::Progress(_) => {}
+                Event::Progress(_) | Event::Prompt(_) => {}
                 Event::Token(token) => answer.tokens.push((token.id, token.logits_digest)),
                 Event::Usage(last) => usage = Some(last),
             }

@@ -191,6 +191,7 @@ impl Node {
                     bar.set_length(progress.total_tokens);
                     bar.set_position(progress.done_tokens);
                 }
+                Event::Prompt(_) => {}
                 Event::Token(token) => {
                     if answer.tokens.is_empty() {
                         answer.ttft = started.elapsed();

@@ -54,7 +54,7 @@ async fn stream(args: Args) -> anyhow::Result<()> {
     let mut written = String::new();
     while let Some(event) = events.next().await? {
         match event {
-            Event::Progress(_) => {}
+            Event::Progress(_) | Event::Prompt(_) => {}
             Event::Token(token) => {
                 first.get_or_insert_with(|| started.elapsed());
                 written.push_str(&token.text);

@@ -61,6 +61,11 @@ impl<'a> Trail<'a> {
         tokens / self.block_tokens
     }
 
+    /// Tokens of the whole blocks in a prefix that are or will be handed to the store; none once it has given up.
+    pub(super) fn whole_tokens(&self, tokens: usize) -> usize {
+        if self.stored == usize::MAX { 0 } else { self.hashes_to(tokens) * self.block_tokens }
+    }
+
     /// Hashes of the whole blocks in a prefix.
     pub(super) fn hashes_within(&self, tokens: usize) -> &[BlockHash] {
         &self.hashes[..self.hashes_to(tokens)]

@@ -43,6 +43,43 @@ impl Failure {
         Self::new(StatusCode::NOT_FOUND, message)
     }
 
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    pub(super) fn late(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, message)
+    }
+
+    /// Something here is broken, not the request.
+    pub(super) fn broken(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+
+    /// A body that was too long, or broken off.
+    pub(super) fn unread(status: StatusCode, message: impl Into<String>) -> Self {
+        Self::new(status, message)
+    }
+
+    /// A feature that this node does not have, asked for by this field.
+    pub(super) fn unsupported(param: &str, why: &str) -> Self {
+        Self { code: Some("unsupported_parameter"), ..Self::invalid(format!("`{param}`: {why}")) }
+            .about(param)
+    }
+
+    pub(super) fn unknown_model(asked: &str, served: Option<&str>) -> Self {
+        let message = match served {
+            Some(served) => format!("the model {asked:?} is not served here; this node serves {served:?}"),
+            None => "this node was started without a model".to_owned(),
+        };
+        Self { code: Some("model_not_found"), ..Self::not_found(message) }.about("model")
+    }
+
+    /// Names the field at fault.
+    pub(super) fn about(self, param: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), ..self }
+    }
+
     pub(crate) fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, message)
     }
@@ -52,7 +89,7 @@ impl Failure {
         self.shaped(Shape::of(uri))
     }
 
-    fn shaped(self, shape: Shape) -> Self {
+    pub(crate) fn shaped(self, shape: Shape) -> Self {
         Self { shape, ..self }
     }
 

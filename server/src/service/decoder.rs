@@ -24,6 +24,9 @@ const RUNNING: usize = 2;
 /// Generations that wait for one of them; more are refused.
 const MAX_WAITING: usize = 32;
 const DEFAULT_NEW_TOKENS: u32 = 64;
+/// Stop sequences of a request, and the longest of them.
+const MAX_STOPS: usize = 32;
+const MAX_STOP_BYTES: usize = 256;
 /// Events buffered for a client.
 const EVENT_BUFFER: usize = 64;
 /// A client that takes nothing for this long is let go.
@@ -67,6 +70,12 @@ impl DecoderService {
                 prompt.len()
             )));
         }
+        let unusable = |stop: &String| stop.is_empty() || stop.len() > MAX_STOP_BYTES;
+        if request.stop.len() > MAX_STOPS || request.stop.iter().any(unusable) {
+            return Err(Status::invalid_argument(format!(
+                "`stop` may have {MAX_STOPS} sequences of 1 to {MAX_STOP_BYTES} bytes"
+            )));
+        }
         let wanted = if request.max_new_tokens == 0 { DEFAULT_NEW_TOKENS } else { request.max_new_tokens };
         let max_new_tokens = (wanted as usize).min(context - prompt.len());
         let top_p = if request.top_p == 0.0 { 1.0 } else { request.top_p };
@@ -77,6 +86,7 @@ impl DecoderService {
             max_new_tokens,
             sampler,
             logits_digest: request.logits_digest,
+            stop: request.stop,
             scope,
             class,
             stores,
@@ -199,6 +209,11 @@ fn wire(event: Event) -> generate_reply::Event {
     match event {
         Event::Restoring { done, total } => progress(v1::Phase::Restore, done, total),
         Event::Prefilling { done, total } => progress(v1::Phase::Prefill, done, total),
+        Event::Prompt { tokens, hit_tokens, stores } => generate_reply::Event::Prompt(v1::PromptDone {
+            prompt_tokens: tokens as u64,
+            prompt_cache_hit_tokens: hit_tokens as u64,
+            stores,
+        }),
         Event::Token { id, text, logits_digest } => generate_reply::Event::Token(v1::Token {
             id: id.0,
             text,
@@ -214,11 +229,13 @@ fn usage(account: &Account) -> v1::GenerateUsage {
         prompt_tokens: account.prompt_tokens as u64,
         prompt_cache_hit_tokens: account.hit_tokens as u64,
         prompt_cache_miss_tokens: (account.prompt_tokens - account.hit_tokens) as u64,
+        cache_write_tokens: account.write_tokens as u64,
         completion_tokens: account.completion_tokens as u64,
         bytes_read: account.bytes_read,
         restore_us: micros(account.restore),
         prefill_us: micros(account.prefill),
         rest_of_text: account.rest_of_text.clone(),
+        stop_sequence: account.stop_sequence.clone().unwrap_or_default(),
         finish_reason: if account.stopped { v1::FinishReason::Stop } else { v1::FinishReason::Length }.into(),
         ..Default::default()
     }

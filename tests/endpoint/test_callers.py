@@ -1,0 +1,71 @@
+"""Who may call: tokens of a policy, given as each library gives its key."""
+
+import base64
+import json
+import pathlib
+import tempfile
+import time
+
+import anthropic
+import httpx2 as httpx
+import jwt
+import openai
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from node import DOCUMENT, MODEL, NodeTest, stored
+
+KEY = Ed25519PrivateKey.generate()
+PUBLIC = base64.urlsafe_b64encode(KEY.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).rstrip(b"=").decode()
+POLICY = """
+[jwt]
+jwks = "jwks.json"
+audience = "esker"
+[tenants.acme]
+[tenants.apex]
+"""
+
+
+def token(tenant, *roles, life_s=600):
+    now = int(time.time())
+    claims = {"tenant": tenant, "roles": roles, "sub": "test", "aud": "esker", "iat": now, "exp": now + life_s}
+    return jwt.encode(claims, KEY, algorithm="EdDSA", headers={"kid": "k1"})
+
+
+class Callers(NodeTest):
+    @classmethod
+    def setUpClass(cls):
+        folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        keys = {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": PUBLIC, "kid": "k1", "alg": "EdDSA"}]}
+        (folder / "jwks.json").write_text(json.dumps(keys))
+        (folder / "policy.toml").write_text(POLICY)
+        cls.options = ("--policy", str(folder / "policy.toml"))
+        super().setUpClass()
+
+    def chat(self, key):
+        with openai.OpenAI(base_url=f"{self.node.http}/v1", api_key=key, max_retries=0) as client:
+            messages = [{"role": "user", "content": DOCUMENT[:3000]}]
+            reply = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=4, temperature=0)
+            return reply.usage.prompt_tokens_details.cached_tokens
+
+    def test_a_token_names_the_tenant_and_tenants_share_nothing(self):
+        acme, apex = token("acme", "reader", "writer"), token("apex", "reader", "writer")
+        self.assertEqual(self.chat(acme), 0)
+        stored()
+        self.assertGreater(self.chat(acme), 0)
+        self.assertEqual(self.chat(apex), 0)
+        with anthropic.Anthropic(base_url=self.node.http, api_key=acme, max_retries=0) as client:
+            messages = [{"role": "user", "content": DOCUMENT[:3000]}]
+            reply = client.messages.create(model=MODEL, max_tokens=4, messages=messages)
+            self.assertGreater(reply.usage.cache_read_input_tokens, 0)
+
+    def test_others_are_refused(self):
+        for key in ["nonsense", token("nobody", "reader"), token("acme", "reader", life_s=-300)]:
+            with self.assertRaises(openai.AuthenticationError):
+                self.chat(key)
+        with self.assertRaises(openai.PermissionDeniedError):
+            self.chat(token("acme", "writer"))
+        with anthropic.Anthropic(base_url=self.node.http, api_key="nonsense", max_retries=0) as client:
+            with self.assertRaises(anthropic.AuthenticationError):
+                client.messages.create(model=MODEL, max_tokens=4, messages=[{"role": "user", "content": "x"}])
+        self.assertEqual(httpx.get(f"{self.node.http}/healthz").status_code, 200)
