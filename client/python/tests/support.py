@@ -25,6 +25,12 @@ def binary() -> pathlib.Path:
     return found
 
 
+def offers(flag: str) -> bool:
+    """Whether `esker serve` has this flag."""
+    help = subprocess.run([str(binary()), "serve", "--help"], capture_output=True, text=True, check=True).stdout
+    return flag in help
+
+
 class Node:
     """`esker serve` on a data folder of its own and on a port that stays the same over restarts."""
 

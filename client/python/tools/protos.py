@@ -1,7 +1,7 @@
 """Compiles the .proto files into the descriptor set that the package carries.
 
     python tools/protos.py          writes src/esker/esker_v1.binpb
-    python tools/protos.py --check  fails if that file is not what the .proto files say
+    python tools/protos.py --check  fails if that file says anything that the .proto files do not
 
 Needs grpcio-tools. The package itself needs no compiler and no generated code: see src/esker/wire.py.
 """
@@ -28,9 +28,33 @@ def compiled() -> bytes:
     return files_set.SerializeToString(deterministic=True)
 
 
+def unlike(carried: bytes, now: bytes) -> list[str]:
+    """What the package carries and the .proto files say otherwise, or not at all. What they say beyond it does no harm."""
+
+    def facts(text: bytes) -> dict[str, str]:
+        known: dict[str, str] = {}
+        for file in descriptor_pb2.FileDescriptorSet.FromString(text).file:
+            for message in file.message_type:
+                known.update(
+                    (f"{message.name}.{field.name}", f"{field.number} {field.type} {field.label} {field.type_name}")
+                    for field in message.field
+                )
+            for enum in file.enum_type:
+                known.update((f"{enum.name}.{value.name}", str(value.number)) for value in enum.value)
+            for service in file.service:
+                known.update(
+                    (f"{service.name}.{method.name}", f"{method.input_type} {method.output_type}")
+                    for method in service.method
+                )
+        return known
+
+    mine, theirs = facts(carried), facts(now)
+    return sorted(name for name, fact in mine.items() if theirs.get(name) != fact)
+
+
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        if OUT.read_bytes() != compiled():
-            raise SystemExit(f"{OUT} is not what {PROTOS} says: run tools/protos.py and commit the result")
+        if wrong := unlike(OUT.read_bytes(), compiled()):
+            raise SystemExit(f"{OUT} is not what {PROTOS} says of {wrong}: run tools/protos.py and commit the result")
     else:
         OUT.write_bytes(compiled())

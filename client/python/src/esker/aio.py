@@ -35,7 +35,7 @@ from .answers import (
     WriteTokens,
 )
 from .calls import Into, Method, Object, Question
-from .client import DEFAULT_TIMEOUT_S
+from .client import DEFAULT_TIMEOUT_S, Client, local_path
 from .credentials import Credentials
 from .errors import from_rpc
 from .layout import Layout
@@ -45,7 +45,7 @@ from .wire import message
 class AsyncClient:
     """A connection to one node.
 
-    ``address`` is ``HOST:PORT``. With ``credentials`` the connection uses TLS and says who calls. ``timeout_s`` bounds each call
+    ``address`` is ``HOST:PORT``, or ``unix:PATH`` of a node on the same host (``esker serve --local PATH``). With ``credentials`` the connection uses TLS and says who calls. ``timeout_s`` bounds each call
     that does not give its own.
     """
 
@@ -61,10 +61,12 @@ class AsyncClient:
         self._credentials = credentials or Credentials()
         channel = self._credentials.channel()
         if channel is None:
-            self._channel = grpc.aio.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(address, options=calls.channel_options(address))
         else:
-            self._channel = grpc.aio.secure_channel(address, channel, options=calls.CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(address, channel, options=calls.channel_options(address))
         self._stubs: dict[tuple[str, str], Any] = {}
+        #: Payload through shared memory is copied on threads: the loop never waits for it.
+        self._local = Client(address, credentials=credentials, timeout_s=timeout_s) if local_path(address) else None
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -76,6 +78,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection; calls in flight end with an error."""
+        if self._local is not None:
+            self._local.close()
         await self._channel.close()
 
     # The prefix cache
@@ -135,6 +139,19 @@ class AsyncClient:
         the planes are in ``Fetched.objects``. Only what ``Fetched.whole`` names has arrived and is proven: the rest of the memory
         may hold parts. Damage shortens the answer and is listed in ``Fetched.missing``; it never raises.
         """
+        if self._local is not None:
+            return await asyncio.to_thread(
+                self._local.fetch,
+                namespace,
+                grant,
+                tokens,
+                into=into,
+                groups=groups,
+                order=order,
+                layers=layers,
+                blocks=blocks,
+                timeout_s=timeout_s,
+            )
         receiver = calls.Receiver(namespace.layout, into, groups, layers)
         request = calls.fetch(grant, tokens, groups, order, layers, blocks)
         async for reply in self._stream(calls.FETCH, request, timeout_s):
@@ -156,6 +173,20 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> list[Put]:
         """Stores objects of one prefix, parents first. One result per object: a refusal is a result too."""
+        if self._local is not None:
+            return await asyncio.to_thread(
+                self._local.put,
+                namespace,
+                objects,
+                tokens=tokens,
+                engine_hashes=engine_hashes,
+                unchained=unchained,
+                user=user,
+                scope=scope,
+                ttl=ttl,
+                durability=durability,
+                timeout_s=timeout_s,
+            )
         requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability)
         call = self._stub(calls.PUT, "stream_stream")(**self._how(timeout_s))
         results: list[Put] = []

@@ -11,14 +11,14 @@ from .answers import Durability, Fetched, Found, Missing, Namespace, Order, Scop
 from .buffers import Buffer, Buffers, Scatter, flat, pieces
 from .errors import ProtocolError
 from .layout import Kind, Layout
-from .wire import MAX_MESSAGE_BYTES, PlaneChunk, message, message_class, put_chunks, read_fetch_reply
+from .wire import MAX_MESSAGE_BYTES, PlaneChunk, has_message, message, message_class, put_chunks, read_fetch_reply
 
 #: Where fetched planes go: called with kind, tokens and plane, gives the memory of that plane in one or several pieces.
 Place = Callable[[Kind, int, int], Buffers]
 #: Memory for a fetch: one buffer for all blocks, one after another, or a :data:`Place`.
 Into = Union[Buffer, Place, None]
 
-CHANNEL_OPTIONS = [
+_CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + 1024),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES + 1024),
     # Credit for several chunks, so that a fetch does not wait for a round trip after every 64 KiB.
@@ -30,6 +30,12 @@ CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 ]
+
+
+def channel_options(address: str) -> list[tuple[str, Any]]:
+    """Options of a connection to this address."""
+    # The path of a socket is no valid authority, and gRPC would send it as one.
+    return _CHANNEL_OPTIONS + [("grpc.default_authority", "localhost")] * address.startswith("unix:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,10 @@ LOOKUP = _method("PrefixCache", "Lookup", "LookupReply")
 LOOKUP_MANY = _method("PrefixCache", "LookupMany", "LookupManyReply")
 FETCH = Method("/esker.v1.PrefixCache/Fetch", lambda request: request.SerializeToString(), read_fetch_reply)
 PUT = Method("/esker.v1.PrefixCache/Put", lambda request: request, message_class("PutReply").FromString)
+#: Whether the protocol that this package was built for has the local fast path.
+LOCAL = has_message("FetchLocalReply")
+FETCH_LOCAL = _method("Local", "FetchLocal", "FetchLocalReply") if LOCAL else FETCH
+PUT_LOCAL = _method("Local", "PutLocal", "PutLocalReply") if LOCAL else PUT
 RELEASE = _method("PrefixCache", "Release", "ReleaseReply")
 SETTLE = _method("PrefixCache", "Settle", "SettleReply")
 QUERY_USAGE = _method("Usage", "QueryUsage", "QueryUsageReply")
@@ -256,6 +266,30 @@ class Object:
     kind: Kind = Kind.BLOCK
 
 
+def put_prefix(
+    namespace: Namespace,
+    tokens: Sequence[int],
+    engine_hashes: Sequence[bytes],
+    unchained: bool,
+    user: str,
+    scope: Scope,
+    ttl: Ttl,
+    durability: Durability,
+) -> Any:
+    """First message of Put."""
+    return message(
+        "PutPrefix",
+        namespace=namespace.id,
+        tokens=tokens,
+        engine_hashes=engine_hashes,
+        unchained=unchained,
+        user=user,
+        scope=int(scope),
+        ttl=int(ttl),
+        durability=int(durability),
+    )
+
+
 def put(
     namespace: Namespace,
     objects: Iterable[Object],
@@ -268,17 +302,7 @@ def put(
     durability: Durability,
 ) -> Iterator[bytes]:
     """Messages of Put, made as they are sent."""
-    prefix = message(
-        "PutPrefix",
-        namespace=namespace.id,
-        tokens=tokens,
-        engine_hashes=engine_hashes,
-        unchained=unchained,
-        user=user,
-        scope=int(scope),
-        ttl=int(ttl),
-        durability=int(durability),
-    )
+    prefix = put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
     yield message("PutRequest", prefix=prefix).SerializeToString()
     for object in objects:
         yield from object_chunks(namespace.layout, object)
@@ -286,6 +310,12 @@ def put(
 
 def object_chunks(layout: Layout, object: Object) -> Iterator[bytes]:
     """The messages of one object."""
+    for plane, data in enumerate(object_planes(layout, object)):
+        yield from put_chunks(int(object.kind), object.tokens, plane, data)
+
+
+def object_planes(layout: Layout, object: Object) -> list[list[memoryview]]:
+    """The pieces of each plane of an object, checked against the layout."""
     specs = layout.planes(object.kind)
     if isinstance(object.planes, (list, tuple)):
         given = [pieces(plane) for plane in object.planes]
@@ -306,7 +336,7 @@ def object_chunks(layout: Layout, object: Object) -> Iterator[bytes]:
         length = sum(len(piece) for piece in data)
         if length != spec.len_bytes:
             raise ValueError(f"plane {plane} ({spec.group}) has {spec.len_bytes} bytes, got {length}")
-        yield from put_chunks(int(object.kind), object.tokens, plane, data)
+    return given
 
 
 def put_result(reply: Any) -> answers.Put:

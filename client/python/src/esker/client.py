@@ -6,6 +6,8 @@ comes back. gRPC waits outside Python's lock.
 
 from __future__ import annotations
 
+import threading
+import time
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Union
@@ -34,18 +36,27 @@ from .answers import (
 )
 from .calls import Into, Method, Object, Question
 from .credentials import Credentials
-from .errors import from_rpc
-from .layout import Layout
+from .errors import LimitReached, from_rpc
+from .layout import Kind, Layout
+from .local import Arena, Requests
 from .wire import message
 
 #: How long a call may take unless it says otherwise, in seconds.
 DEFAULT_TIMEOUT_S = 30.0
+#: A node that gave no arena is asked again after this time, in seconds.
+ATTACH_AGAIN_S = 30.0
+
+
+def local_path(address: str) -> str | None:
+    """The path of a Unix socket, where the address names one."""
+    return address.removeprefix("unix:").replace("//", "", 1) if address.startswith("unix:") else None
 
 
 class Client:
     """A connection to one node.
 
-    ``address`` is ``HOST:PORT``. With ``credentials`` the connection uses TLS and says who calls. ``timeout_s`` bounds each call
+    ``address`` is ``HOST:PORT``, or ``unix:PATH`` of a node on the same host (``esker serve --local PATH``): payload then passes
+    through shared memory. With ``credentials`` the connection uses TLS and says who calls. ``timeout_s`` bounds each call
     that does not give its own.
     """
 
@@ -61,10 +72,14 @@ class Client:
         self._credentials = credentials or Credentials()
         channel = self._credentials.channel()
         if channel is None:
-            self._channel = grpc.insecure_channel(address, options=calls.CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options=calls.channel_options(address))
         else:
-            self._channel = grpc.secure_channel(address, channel, options=calls.CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, channel, options=calls.channel_options(address))
         self._stubs: dict[tuple[str, str], Any] = {}
+        self._socket = local_path(address) if calls.LOCAL else None
+        self._arena: Arena | None = None
+        self._attaching = threading.Lock()
+        self._attach_after = 0.0
 
     def __enter__(self) -> "Client":
         return self
@@ -76,6 +91,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; calls in flight end with an error."""
+        self._detach()
         self._channel.close()
 
     # The prefix cache
@@ -137,6 +153,8 @@ class Client:
         """
         receiver = calls.Receiver(namespace.layout, into, groups, layers)
         request = calls.fetch(grant, tokens, groups, order, layers, blocks)
+        if (arena := self._attached()) is not None:
+            return self._fetch_local(arena, receiver, request, timeout_s)
         for reply in self._stream(calls.FETCH, request, timeout_s):
             receiver.take(reply)
         return receiver.finish()
@@ -156,6 +174,10 @@ class Client:
         timeout_s: float | None = None,
     ) -> list[Put]:
         """Stores objects of one prefix, parents first. One result per object: a refusal is a result too."""
+        arena = self._attached()
+        if arena is not None and namespace.layout.object_bytes(Kind.BLOCK) <= arena.room.largest // 2:
+            prefix = calls.put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
+            return self._put_local(arena, namespace.layout, prefix, objects, timeout_s)
         requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability)
         failed: list[Exception] = []
 
@@ -340,6 +362,92 @@ class Client:
         for reply in self._stream(calls.GENERATE, request, timeout_s):
             completing.take(reply)
         return completing.finish()
+
+    # The local fast path
+
+    def _attached(self) -> Arena | None:
+        """The arena, where the node is on this host and gives one; without one payload goes over gRPC."""
+        if self._socket is None or self._arena is not None:
+            return self._arena
+        with self._attaching:
+            if self._arena is None and time.monotonic() >= self._attach_after:
+                try:
+                    self._arena = Arena(self._socket)
+                except LimitReached:
+                    self._attach_after = time.monotonic() + ATTACH_AGAIN_S
+            return self._arena
+
+    def _detach(self) -> None:
+        with self._attaching:
+            arena, self._arena = self._arena, None
+        if arena is not None:
+            arena.close()
+
+    def _fetch_local(self, arena: Arena, receiver: calls.Receiver, request: Any, timeout_s: float | None) -> Fetched:
+        requests = Requests(message("FetchLocalStart", arena=arena.id, fetch=request))
+        replies = self._stub(calls.FETCH_LOCAL, "stream_stream")(iter(requests), **self._how(timeout_s))
+        try:
+            for reply in replies:
+                if reply.HasField("filled"):
+                    arena.read(reply.filled, receiver.take)
+                    requests.release(reply.filled.slot)
+                else:
+                    receiver.take(reply)
+                    if receiver.done:
+                        break
+        except grpc.RpcError as error:
+            # A node that started anew does not know the arena: the next call asks for another.
+            self._detach()
+            raise from_rpc(error, self.address) from error
+        finally:
+            requests.end()
+            replies.cancel()
+        return receiver.finish()
+
+    def _put_local(
+        self, arena: Arena, layout: Layout, prefix: Any, objects: Iterable[Object], timeout_s: float | None
+    ) -> list[Put]:
+        failed: list[Exception] = []
+
+        def sent() -> Iterator[Any]:
+            yield message("PutLocalRequest", start=message("PutLocalStart", arena=arena.id, prefix=prefix))
+            try:
+                for object in objects:
+                    planes = calls.object_planes(layout, object)
+                    length = layout.object_bytes(object.kind)
+                    at = arena.room.place(length)
+                    arena.write(at, planes)
+                    yield message(
+                        "PutLocalRequest",
+                        object=message(
+                            "LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length
+                        ),
+                    )
+            except Exception as error:
+                failed.append(error)
+                raise
+
+        results: list[Put] = []
+        with arena.putting:
+            arena.room.begin()
+            taken = 0
+            try:
+                for reply in self._stub(calls.PUT_LOCAL, "stream_stream")(sent(), **self._how(timeout_s)):
+                    if reply.HasField("result"):
+                        results.append(calls.put_result(reply.result))
+                        free = max(0, len(results) - taken)
+                    else:
+                        free = max(0, reply.taken - taken)
+                    taken += free
+                    arena.room.free(free)
+            except grpc.RpcError as error:
+                if failed:
+                    raise failed[0] from None
+                self._detach()
+                raise from_rpc(error, self.address) from error
+            finally:
+                arena.room.close()
+        return results
 
     # How calls are made
 

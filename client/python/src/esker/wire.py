@@ -50,6 +50,11 @@ def message_class(name: str) -> Any:
     return _MESSAGES[name]
 
 
+def has_message(name: str) -> bool:
+    """Whether the protocol has a message of this name."""
+    return name in _MESSAGES
+
+
 @dataclasses.dataclass
 class PlaneChunk:
     """Part of a plane; ``data`` is a view into the message as it arrived."""

@@ -1,0 +1,189 @@
+"""The local fast path: payload through shared memory, for a node on the same host (``esker serve --local PATH``).
+
+The node hands each client an arena over a Unix socket: slots that the node fills and a put area that the client fills. A fetched
+part counts only if the slot's stamp is the promised one *after* the part was copied out, so a slot that was taken back meanwhile
+is never mistaken for what was asked for. Described in ``proto/esker/v1/local.proto``.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .buffers import Buffers, pieces
+from .errors import LimitReached, ProtocolError, Unreachable
+from .wire import MAX_MESSAGE_BYTES, PlaneChunk, message, message_class
+
+#: How long the node may take to hand out an arena, in seconds.
+ATTACH_TIMEOUT_S = 5.0
+#: How long an object waits for room in the put area, in seconds.
+ROOM_TIMEOUT_S = 30.0
+_ALIGN = 4096
+
+
+class Arena:
+    """Shared memory of one client, for as long as its socket is open."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(ATTACH_TIMEOUT_S)
+        try:
+            self._socket.connect(path + ".arena")
+            attached, descriptor = self._attached()
+        except OSError as error:
+            self._socket.close()
+            raise Unreachable(f"{path}.arena: {error} (is `esker serve --local {path}` running?)") from error
+        except Exception:
+            self._socket.close()
+            raise
+        try:
+            self._memory = mmap.mmap(descriptor, attached.arena_bytes)
+        finally:
+            socket.close(descriptor)
+        self._view = memoryview(self._memory)
+        self.id: bytes = attached.arena
+        self._slots = attached.slots
+        self._slot_bytes = attached.slot_bytes
+        self._slots_at = attached.slots_at
+        self.room = PutRoom(attached.put_at, attached.arena_bytes)
+        #: One put at a time fills the put area.
+        self.putting = threading.Lock()
+
+    def _attached(self) -> tuple[Any, int]:
+        head, descriptors, _, _ = socket.recv_fds(self._socket, 4, 1)
+        frame = bytearray(head)
+        self._fill(frame, 4)
+        (length,) = struct.unpack("<I", frame)
+        if length > MAX_MESSAGE_BYTES:
+            raise ProtocolError("the node's first frame on the arena socket is too long")
+        body = bytearray()
+        self._fill(body, length)
+        attached = message_class("Attached").FromString(bytes(body))
+        if attached.refused or not descriptors:
+            for descriptor in descriptors:
+                socket.close(descriptor)
+            raise LimitReached(f"the node gives no arena: {attached.refused or 'it sent no descriptor'}")
+        return attached, descriptors[0]
+
+    def _fill(self, into: bytearray, length: int) -> None:
+        while len(into) < length:
+            more = self._socket.recv(length - len(into))
+            if not more:
+                raise ProtocolError("the node closed the arena socket before it handed one out")
+            into += more
+
+    def read(self, filled: Any, take: Any) -> None:
+        """Gives each part of a filled slot to ``take``, and makes sure afterwards that it still was what was promised."""
+        if filled.slot >= self._slots:
+            raise ProtocolError(f"the node names slot {filled.slot} of {self._slots}")
+        start = self._slots_at + filled.slot * self._slot_bytes
+        for part in filled.parts:
+            if part.at + part.bytes > self._slot_bytes:
+                raise ProtocolError("a part reaches beyond its slot")
+            data = self._view[start + part.at : start + part.at + part.bytes]
+            take(PlaneChunk(part.kind, part.tokens, part.plane, part.plane_bytes, part.offset, data))
+        (stamp,) = struct.unpack_from("<Q", self._view, filled.slot * 8)
+        if stamp != filled.stamp:
+            raise ProtocolError("a slot was taken back while it was read: its lease was over")
+
+    def write(self, at: int, buffers: Sequence[Buffers]) -> None:
+        """Copies planes into the put area."""
+        for plane in buffers:
+            for piece in pieces(plane):
+                self._view[at : at + len(piece)] = piece
+                at += len(piece)
+
+    def close(self) -> None:
+        """Gives the arena back."""
+        self._socket.close()
+        try:
+            self._view.release()
+            self._memory.close()
+        except BufferError:
+            # A call that is ending still looks at it; it goes with the last of them.
+            pass
+
+
+class PutRoom:
+    """The put area as a ring: objects are placed in order and their places are free again in the same order."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self._start = start
+        self._end = end
+        self._placed: collections.deque[tuple[int, int]] = collections.deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest object."""
+        return self._end - self._start
+
+    def begin(self) -> None:
+        """A new put: nothing is placed."""
+        with self._changed:
+            self._placed.clear()
+            self._closed = False
+
+    def place(self, length: int) -> int:
+        """Where an object of this length may be written; waits for room."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._closed or self._fits(length) is not None, ROOM_TIMEOUT_S):
+                raise LimitReached("the node does not take objects out of the put area")
+            if self._closed:
+                raise Unreachable("the put has ended")
+            at = self._fits(length)
+            assert at is not None
+            self._placed.append((at, length))
+            return at
+
+    def _fits(self, length: int) -> int | None:
+        if not self._placed:
+            return self._start
+        first = self._placed[0][0]
+        at, last = self._placed[-1]
+        after = -(-(at + last) // _ALIGN) * _ALIGN
+        if at >= first:
+            if after + length <= self._end:
+                return after
+            return self._start if self._start + length <= first else None
+        return after if after + length <= first else None
+
+    def free(self, objects: int) -> None:
+        """The oldest objects were taken."""
+        with self._changed:
+            for _ in range(min(objects, len(self._placed))):
+                self._placed.popleft()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """The put has ended: nobody waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Requests:
+    """What a fetch sends: its start, then releases of slots as they are read."""
+
+    def __init__(self, start: Any) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._queue.put(message("FetchLocalRequest", start=start))
+
+    def release(self, slot: int) -> None:
+        """A slot was read."""
+        self._queue.put(message("FetchLocalRequest", release=message("ReleaseSlots", slots=[slot])))
+
+    def end(self) -> None:
+        """Nothing more is sent."""
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[Any]:
+        while (request := self._queue.get()) is not None:
+            yield request

@@ -1,0 +1,162 @@
+"""The local fast path: the same calls with payload through shared memory, and nothing that a dead or greedy side does breaks it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pathlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+import esker
+from esker import Kind, Object, Outcome, calls
+from esker.chunks import ChunkStore
+from esker.connectors.identity import identity
+from esker.local import Arena, PutRoom
+from layouts import DSA, WINDOWED, blocks, fill, state
+from support import Node, offers, within
+
+
+needs_node = pytest.mark.skipif(
+    not calls.LOCAL or not offers("--local"), reason="this node has no local fast path (`esker serve --local`)"
+)
+
+
+@pytest.fixture
+def local(tmp_path: pathlib.Path) -> Iterator[tuple[Node, str]]:
+    path = str(tmp_path / "s")
+    node = Node(tmp_path / "data", "--codec", "raw", "--segment-mib", "64", "--capacity-gib", "2", "--local", path)
+    yield node, f"unix:{path}"
+    node.kill()
+
+
+def register(client: esker.Client, layout: esker.Layout = DSA) -> esker.Namespace:
+    return client.register_namespace(weights=b"w" * 32, tokenizer=b"t" * 32, layout=layout)
+
+
+@needs_node
+def test_what_is_put_comes_back_through_shared_memory(local: tuple[Node, str]) -> None:
+    _, address = local
+    with esker.Client(address) as client:
+        namespace = register(client)
+        tokens = list(range(1000))
+        assert [one.outcome for one in client.put(namespace, blocks(DSA, 7), tokens=tokens)] == [Outcome.STORED] * 7
+        assert client._arena is not None, "payload went through the arena"
+        found = client.lookup(namespace, tokens)
+        size = DSA.object_bytes(Kind.BLOCK)
+        memory = bytearray(7 * size)
+        fetched = client.fetch(namespace, found.grant, into=memory)
+        assert fetched.usable_tokens == 896 and len(fetched.whole) == 7
+        assert memory == b"".join(b"".join(fill(DSA, Kind.BLOCK, (at + 1) * 128)) for at in range(7))
+        assert set(client.fetch(namespace, found.grant, blocks=[2]).objects) == {(Kind.BLOCK, 384)}
+        # What the one path stored the other finds.
+        with esker.Client(local[0].address) as remote:
+            assert remote.lookup(register(remote), tokens, grant=False).tokens == 896
+        states = register(client, WINDOWED)
+        client.put(states, [*blocks(WINDOWED, 4), state(WINDOWED, 512)], tokens=tokens[:600])
+        found = client.lookup(states, tokens[:600])
+        fetched = client.fetch(states, found.grant)
+        assert [bytes(fetched.objects[Kind.STATE, 512][at]) for at in range(2)] == fill(WINDOWED, Kind.STATE, 512)
+
+
+@needs_node
+def test_more_than_the_arena_holds_and_many_at_a_time(local: tuple[Node, str]) -> None:
+    client = esker.Client(local[1])
+    chunks = ChunkStore(client, identity("test", "one", "", {}), "test", 1 << 20)
+    keys = [os.urandom(32) for _ in range(96)]
+    data = {at: os.urandom(1 << 20) for at in range(96)}
+    assert all(chunks.put(keys, data).values())
+    memory = {at: bytearray(1 << 20) for at in range(96)}
+    wrong: list[int] = []
+
+    def load(first: int) -> None:
+        some = {at: memory[at] for at in range(first, 96, 3)}
+        loaded = chunks.get(keys, some)
+        wrong.extend(at for at in some if not loaded[at] or memory[at] != data[at])
+
+    threads = [threading.Thread(target=load, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and chunks.counters.errors == 0
+
+
+@needs_node
+def test_a_restarted_node_hands_out_a_new_arena(local: tuple[Node, str]) -> None:
+    node, address = local
+    chunks = ChunkStore(esker.Client(address), identity("test", "one", "", {}), "test", 50_000)
+    keys, data = [os.urandom(32)], {0: os.urandom(50_000)}
+    assert chunks.put(keys, data)[0]
+    node.restart()
+    memory = bytearray(50_000)
+    assert within(20, lambda: chunks.get(keys, {0: memory})[0]) and memory == data[0]
+    node.kill()
+    assert not chunks.get(keys, {0: memory})[0] and not chunks.put([os.urandom(32)], data)[0]
+
+
+@needs_node
+def test_damage_is_missing_here_too(local: tuple[Node, str]) -> None:
+    node, address = local
+    with esker.Client(address) as client:
+        namespace = register(client)
+        tokens = list(range(600))
+        client.put(namespace, blocks(DSA, 4), tokens=tokens)
+        node.kill()
+        assert node.damage(fill(DSA, Kind.BLOCK, 384)[1][:64]) == 1
+        node.start()
+        found = within(20, lambda: _quiet(lambda: client.lookup(namespace, tokens)))
+        if found.tokens == 512:
+            fetched = within(20, lambda: _quiet(lambda: client.fetch(namespace, found.grant)))
+            assert (Kind.BLOCK, 384) not in fetched.whole and fetched.usable_tokens == 256
+
+
+@needs_node
+def test_asyncio_takes_the_same_path(local: tuple[Node, str]) -> None:
+    async def work() -> None:
+        async with esker.AsyncClient(local[1]) as client:
+            namespace = await client.register_namespace(weights=b"w" * 32, tokenizer=b"t" * 32, layout=DSA)
+            tokens = list(range(600))
+            assert all(one.stored for one in await client.put(namespace, blocks(DSA, 4), tokens=tokens))
+            found = await client.lookup(namespace, tokens)
+            memory = bytearray(4 * DSA.object_bytes(Kind.BLOCK))
+            assert (await client.fetch(namespace, found.grant, into=memory)).usable_tokens == 512
+            assert memory[-64:] == fill(DSA, Kind.BLOCK, 512)[1][-64:]
+
+    asyncio.run(work())
+
+
+@needs_node
+def test_errors_say_what_to_do(local: tuple[Node, str]) -> None:
+    with pytest.raises(esker.Unreachable, match="--local"):
+        Arena("/nowhere/esker")
+    with esker.Client(local[1]) as client:
+        namespace = register(client)
+        with pytest.raises(ValueError, match="has 2 planes"):
+            client.put(namespace, [Object(128, [b""])], tokens=list(range(200)))
+        with pytest.raises(esker.InvalidRequest, match="does not fit"):
+            client.put(namespace, blocks(DSA, 3), tokens=list(range(200)))
+        assert client.put(namespace, blocks(DSA, 1), tokens=list(range(200)))[0].stored
+
+
+def test_the_put_area_is_a_ring() -> None:
+    room = PutRoom(1000, 1000 + 10 * 4096)
+    room.begin()
+    places = [room.place(3 * 4096 - 100) for _ in range(3)]
+    assert all(b - a >= 3 * 4096 - 100 for a, b in zip(places, places[1:])) and places[-1] + 3 * 4096 - 100 <= 1000 + 10 * 4096
+    assert room._fits(3 * 4096) is None
+    room.free(1)
+    assert room.place(2 * 4096) == 1000
+    room.close()
+    with pytest.raises(esker.Unreachable):
+        room.place(1)
+
+
+def _quiet(work):  # type: ignore[no-untyped-def]
+    try:
+        return work()
+    except esker.EskerError as error:
+        assert error.retry or isinstance(error, esker.NotFound), error
+        return None
