@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "client" / "python" / "tests"))
-from support import Node  # noqa: E402
+from support import Node, offers  # noqa: E402
 
 MIB = 1 << 20
 
@@ -71,7 +71,7 @@ def data(count: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(os.urandom(count * MIB)), dtype=torch.uint8).view(count, MIB)
 
 
-def lmcache(folder: pathlib.Path, rounds: int, batch: int, endpoint: str) -> list[dict]:
+def lmcache(folder: pathlib.Path, rounds: int, batch: int, endpoint: str, local: str) -> list[dict]:
     """LMCache's adapters and ours, made by its own factory."""
     from lmcache.cli.commands.bench.l2_adapter_bench.data import create_l1_memory_desc, make_memory_objects, wait_eventfd
     from lmcache.v1.distributed.api import ObjectKey
@@ -94,11 +94,13 @@ def lmcache(folder: pathlib.Path, rounds: int, batch: int, endpoint: str) -> lis
         "class_name": "EskerL2Adapter",
         "adapter_params": {"endpoint": endpoint, "weights_revision": "bench"},
     }
+    by_memory = {**ours, "adapter_params": {"endpoint": local, "weights_revision": "bench, local"}}
     adapters = {
         "lmcache fs (O_DIRECT)": {"type": "fs", "base_path": str(folder / "fs"), "use_odirect": True},
         "lmcache raw_block (io_uring)": {"type": "raw_block", **raw_block},
         "lmcache raw_block (posix)": {"type": "raw_block", **raw_block, "io_engine": "posix"},
-        "esker under lmcache": ours,
+        "esker under lmcache, by gRPC": ours,
+        **({"esker under lmcache, by shared memory": by_memory} if local else {}),
     }
     results = []
     for name, spec in adapters.items():
@@ -134,7 +136,7 @@ def lmcache(folder: pathlib.Path, rounds: int, batch: int, endpoint: str) -> lis
     return results
 
 
-def sglang(folder: pathlib.Path, rounds: int, batch: int, endpoint: str) -> list[dict]:
+def sglang(folder: pathlib.Path, rounds: int, batch: int, endpoint: str, local: str) -> list[dict]:
     """SGLang's file backend and ours, by the calls that both have."""
     import types
 
@@ -158,11 +160,13 @@ def sglang(folder: pathlib.Path, rounds: int, batch: int, endpoint: str) -> list
     count = rounds * batch
     stored = data(count)
     page = types.SimpleNamespace(get_dummy_flat_data_page=lambda: torch.empty(MIB, dtype=torch.uint8), page_size=64)
-    ours = EskerHiCache(config({"endpoint": endpoint, "weights_revision": "bench"}), {})
-    ours.register_mem_pool_host(page)
+    ours = {}
+    for way, address in {"gRPC": endpoint, **({"shared memory": local} if local else {})}.items():
+        ours[way] = EskerHiCache(config({"endpoint": address, "weights_revision": f"bench {way}"}), {})
+        ours[way].register_mem_pool_host(page)
     backends = {
         "sglang file": HiCacheFile(config({"file_storage_path": str(folder / "hicache")})),
-        "esker under sglang": ours,
+        **{f"esker under sglang, by {way}": backend for way, backend in ours.items()},
     }
     targets = torch.empty(batch, MIB, dtype=torch.uint8)
     results = []
@@ -194,11 +198,14 @@ def main() -> None:
     folder.mkdir(parents=True)
     rounds = max(1, arguments.mib // arguments.batch)
     suites = {"lmcache": lmcache, "sglang": sglang}
-    node = Node(folder / "data", "--codec", "raw", "--scrub-mb-per-s", "0")
+    socket = str(folder / "s")
+    # A node without the local fast path is measured over gRPC alone.
+    memory = ["--local", socket] if offers("--local") else []
+    node = Node(folder / "data", "--codec", "raw", "--scrub-mb-per-s", "0", *memory)
     try:
         for engine, suite in suites.items():
             if importlib.util.find_spec(engine) is not None:
-                for result in suite(folder, rounds, arguments.batch, node.address):
+                for result in suite(folder, rounds, arguments.batch, node.address, f"unix:{socket}" if memory else ""):
                     print(json.dumps({**result, "values": rounds * arguments.batch, "mib": 1, "batch": arguments.batch}))
     finally:
         node.kill()

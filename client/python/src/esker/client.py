@@ -36,9 +36,9 @@ from .answers import (
 )
 from .calls import Into, Method, Object, Question
 from .credentials import Credentials
-from .errors import LimitReached, from_rpc
+from .errors import EskerError, LimitReached, NodeFailed, NotFound, from_rpc
 from .layout import Kind, Layout
-from .local import Arena, Requests
+from .local import Arena, PutRoom, Requests
 from .wire import message
 
 #: How long a call may take unless it says otherwise, in seconds.
@@ -175,7 +175,7 @@ class Client:
     ) -> list[Put]:
         """Stores objects of one prefix, parents first. One result per object: a refusal is a result too."""
         arena = self._attached()
-        if arena is not None and namespace.layout.object_bytes(Kind.BLOCK) <= arena.room.largest // 2:
+        if arena is not None and max(map(namespace.layout.object_bytes, Kind)) <= arena.largest_object:
             prefix = calls.put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
             return self._put_local(arena, namespace.layout, prefix, objects, timeout_s)
         requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability)
@@ -396,9 +396,7 @@ class Client:
                     if receiver.done:
                         break
         except grpc.RpcError as error:
-            # A node that started anew does not know the arena: the next call asks for another.
-            self._detach()
-            raise from_rpc(error, self.address) from error
+            raise self._failed_local(error) from error
         finally:
             requests.end()
             replies.cancel()
@@ -406,6 +404,18 @@ class Client:
 
     def _put_local(
         self, arena: Arena, layout: Layout, prefix: Any, objects: Iterable[Object], timeout_s: float | None
+    ) -> list[Put]:
+        with arena.room() as room:
+            return self._put_in(arena, room, layout, prefix, objects, timeout_s)
+
+    def _put_in(
+        self,
+        arena: Arena,
+        room: PutRoom,
+        layout: Layout,
+        prefix: Any,
+        objects: Iterable[Object],
+        timeout_s: float | None,
     ) -> list[Put]:
         failed: list[Exception] = []
 
@@ -415,39 +425,38 @@ class Client:
                 for object in objects:
                     planes = calls.object_planes(layout, object)
                     length = layout.object_bytes(object.kind)
-                    at = arena.room.place(length)
+                    at = room.place(length)
                     arena.write(at, planes)
-                    yield message(
-                        "PutLocalRequest",
-                        object=message(
-                            "LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length
-                        ),
+                    written = message(
+                        "LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length
                     )
+                    yield message("PutLocalRequest", object=written)
             except Exception as error:
                 failed.append(error)
                 raise
 
         results: list[Put] = []
-        with arena.putting:
-            arena.room.begin()
-            taken = 0
-            try:
-                for reply in self._stub(calls.PUT_LOCAL, "stream_stream")(sent(), **self._how(timeout_s)):
-                    if reply.HasField("result"):
-                        results.append(calls.put_result(reply.result))
-                        free = max(0, len(results) - taken)
-                    else:
-                        free = max(0, reply.taken - taken)
-                    taken += free
-                    arena.room.free(free)
-            except grpc.RpcError as error:
-                if failed:
-                    raise failed[0] from None
-                self._detach()
-                raise from_rpc(error, self.address) from error
-            finally:
-                arena.room.close()
+        free = 0
+        try:
+            for reply in self._stub(calls.PUT_LOCAL, "stream_stream")(sent(), **self._how(timeout_s)):
+                if reply.HasField("result"):
+                    results.append(calls.put_result(reply.result))
+                taken = max(len(results), reply.taken)
+                if taken > free:
+                    room.free(taken - free)
+                    free = taken
+        except grpc.RpcError as error:
+            if failed:
+                raise failed[0] from None
+            raise self._failed_local(error) from error
         return results
+
+    def _failed_local(self, error: grpc.RpcError) -> EskerError:
+        """A node that started anew does not know the arena: the next call asks for another."""
+        failed = from_rpc(error, self.address)
+        if failed.retry or isinstance(failed, (NotFound, NodeFailed)):
+            self._detach()
+        return failed
 
     # How calls are made
 

@@ -8,6 +8,7 @@ is never mistaken for what was asked for. Described in ``proto/esker/v1/local.pr
 from __future__ import annotations
 
 import collections
+import contextlib
 import mmap
 import queue
 import socket
@@ -51,9 +52,13 @@ class Arena:
         self._slots = attached.slots
         self._slot_bytes = attached.slot_bytes
         self._slots_at = attached.slots_at
-        self.room = PutRoom(attached.put_at, attached.arena_bytes)
-        #: One put at a time fills the put area.
-        self.putting = threading.Lock()
+        # Two puts at a time, each with half of the put area: while the node takes the one to the drive, the other is filled.
+        middle = attached.put_at + (attached.arena_bytes - attached.put_at) // (2 * _ALIGN) * _ALIGN
+        halves = [PutRoom(attached.put_at, middle), PutRoom(middle, attached.arena_bytes)]
+        self.largest_object = min(half.largest for half in halves)
+        self._rooms: queue.SimpleQueue[PutRoom] = queue.SimpleQueue()
+        for half in halves:
+            self._rooms.put(half)
 
     def _attached(self) -> tuple[Any, int]:
         head, descriptors, _, _ = socket.recv_fds(self._socket, 4, 1)
@@ -92,6 +97,20 @@ class Arena:
         if stamp != filled.stamp:
             raise ProtocolError("a slot was taken back while it was read: its lease was over")
 
+    @contextlib.contextmanager
+    def room(self) -> Iterator[PutRoom]:
+        """A part of the put area, for one put alone; waits for one."""
+        try:
+            room = self._rooms.get(timeout=ROOM_TIMEOUT_S)
+        except queue.Empty:
+            raise LimitReached("other puts of this client hold the whole put area") from None
+        room.begin()
+        try:
+            yield room
+        finally:
+            room.close()
+            self._rooms.put(room)
+
     def write(self, at: int, buffers: Sequence[Buffers]) -> None:
         """Copies planes into the put area."""
         for plane in buffers:
@@ -100,14 +119,8 @@ class Arena:
                 at += len(piece)
 
     def close(self) -> None:
-        """Gives the arena back."""
+        """Gives the arena back. Its memory is unmapped with the last call that still looks at it."""
         self._socket.close()
-        try:
-            self._view.release()
-            self._memory.close()
-        except BufferError:
-            # A call that is ending still looks at it; it goes with the last of them.
-            pass
 
 
 class PutRoom:

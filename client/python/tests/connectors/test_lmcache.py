@@ -24,7 +24,7 @@ from lmcache.v1.distributed.api import MemoryLayoutDesc  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2AdapterConfig  # noqa: E402
 
-from support import Node, documented, within  # noqa: E402
+from support import Node, documented, offers, within  # noqa: E402
 
 SIZE = 65_536
 NO_LAYOUT = {0: MemoryLayoutDesc(shapes=[], dtypes=[])}
@@ -108,6 +108,22 @@ def test_store_lookup_load_and_unlock(node: Node, drivers: list[Driver]) -> None
     other = Driver(node, weights_revision="r2")
     drivers.append(other)
     assert other.lookup() == [] and other.lookup(layout) == [] and other.load() == []
+
+
+@pytest.mark.skipif(not offers("--local"), reason="this node has no local fast path (`esker serve --local`)")
+def test_the_same_through_shared_memory(tmp_path: pathlib.Path, drivers: list[Driver]) -> None:
+    path = str(tmp_path / "s")
+    node = Node(tmp_path / "local", "--codec", "raw", "--segment-mib", "16", "--local", path)
+    try:
+        driver = Driver(node, endpoint=f"unix:{path}")
+        drivers.append(driver)
+        assert driver.store().is_successful()
+        assert driver.lookup() == driver.load() == list(range(8)) and driver.right(list(range(8)))
+        assert driver.adapter._client._arena is not None
+        node.restart()
+        assert within(20, lambda: driver.load() == list(range(8))) and driver.right(list(range(8)))
+    finally:
+        node.kill()
 
 
 def test_a_node_that_is_gone_gives_misses_and_is_reported(node: Node, drivers: list[Driver]) -> None:
