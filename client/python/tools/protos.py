@@ -49,7 +49,9 @@ def unlike(carried: bytes, now: bytes) -> list[str]:
         return known
 
     mine, theirs = facts(carried), facts(now)
-    return sorted(name for name, fact in mine.items() if theirs.get(name) != fact)
+    known = {name.split(".")[0] for name in theirs}
+    # A message that the .proto files do not have at all belongs to a call that such a node does not offer, and says so.
+    return sorted(name for name, fact in mine.items() if name.split(".")[0] in known and theirs.get(name) != fact)
 
 
 if __name__ == "__main__":
