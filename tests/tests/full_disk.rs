@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::Result;
+use esker_proto::v1;
 use esker_tests::{Journal, Node, Prompt, flat_layout, question, scratch, tokens};
 use tonic::Code;
 
@@ -55,7 +56,8 @@ async fn puts_are_refused_and_reads_go_on() -> Result<()> {
     let Some(disk) = SmallDisk::new(folder.path()) else { return Ok(()) };
     let data = disk.0.join("data");
     std::fs::write(disk.0.join("reserve"), vec![1; 8 << 20])?;
-    let options = ["--segment-mib", "4"];
+    // More than there is: a store that knows no bound of its own meets the disk's.
+    let options = ["--segment-mib", "4", "--capacity-gib", "1"];
     let question = || question(&tokens(3, 300));
 
     let node = Node::start(&data, &options).await?;
@@ -105,6 +107,34 @@ async fn puts_are_refused_and_reads_go_on() -> Result<()> {
     node.store(&fresh, fresh.blocks(1..=1)).await?;
     node.fetch_best(&fresh).await?.expect_blocks(&fresh, 1);
     assert_eq!(journal.audit(&node).await?, before);
+    assert!(node.stop().await?.success());
+    Ok(())
+}
+
+/// A store that was told nothing keeps within the disk, and makes room from what is worth least.
+#[tokio::test]
+async fn a_disk_that_the_store_has_to_itself_is_filled_and_then_kept() -> Result<()> {
+    let folder = scratch();
+    let Some(disk) = SmallDisk::new(folder.path()) else { return Ok(()) };
+    let node = Node::start(&disk.0.join("data"), &["--segment-mib", "4", "--no-model"]).await?;
+    let layout = flat_layout();
+    let namespace = node.register(&layout, 1).await?;
+    let (mut stored, mut found) = (0, 0);
+    for seed in 0..60 {
+        // 2 MiB each, twice what there is. Some may be declined, as nobody has asked for those before them; none is refused.
+        let prompt = Prompt::new(namespace, &layout, seed, 20);
+        let mut replies = node.put_stream(&prompt, prompt.blocks(1..=20)).await?;
+        while let Some(reply) = replies.message().await? {
+            stored += usize::from(reply.durability() == v1::Durability::Durable);
+        }
+    }
+    for seed in 0..60 {
+        let prompt = Prompt::new(namespace, &layout, seed, 20);
+        let fetched = node.fetch_best(&prompt).await?;
+        assert_eq!(fetched.wrong_planes(&prompt), 0);
+        found += fetched.whole_objects(&prompt).len();
+    }
+    assert!(stored > 500 && found > 250, "{stored} blocks stored, {found} found");
     assert!(node.stop().await?.success());
     Ok(())
 }

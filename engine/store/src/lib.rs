@@ -31,6 +31,7 @@ mod reclaim;
 mod record;
 mod recovery;
 mod retention;
+mod room;
 mod scan;
 mod scrub;
 mod segment;
@@ -58,6 +59,7 @@ pub use lease::{Lease, LeaseId};
 pub use object::{PutObject, PutOutcome, PutPlane, TtlClass};
 pub use recovery::SCANS as REBUILD_SCANS;
 pub use retention::{Candidate, Context, Retention, RetentionSettings};
+pub use room::room;
 #[cfg(any(test, feature = "testing"))]
 pub use settings::Sabotage;
 pub use settings::StoreSettings;

@@ -48,7 +48,8 @@ pub struct Args {
     /// Authorities whose client certificates are accepted, PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
-    /// Space for stored blocks, in GiB; beyond it what is worth least goes first [default: what the disk has]
+    /// Space for stored blocks, in GiB; beyond it what is worth least goes first [default: what it
+    /// takes now and nineteen twentieths of what is free]
     #[arg(long, value_name = "GIB")]
     capacity_gib: Option<u64>,
     /// Space that leases may hold together, in GiB [default: no limit of its own]
@@ -162,7 +163,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Io::Uring => vec![IoEngine::UringDirect],
             Io::Positional => vec![IoEngine::PositionalDirect, IoEngine::PositionalBuffered],
         },
-        capacity_bytes: args.capacity_gib.map_or(defaults.capacity_bytes, |gib| gib << 30),
+        capacity_bytes: match args.capacity_gib {
+            Some(gib) => gib << 30,
+            None => esker_store::room(&args.data.join("store"))?,
+        },
         leased_bytes: args.leased_gib.map_or(defaults.leased_bytes, |gib| gib << 30),
         ttl_classes: args.ttl_s.iter().map(|&seconds| Duration::from_secs(seconds)).collect(),
         scrub_bytes_per_s: args.scrub_mb_per_s * 1_000_000,
