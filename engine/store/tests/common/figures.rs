@@ -27,16 +27,41 @@ thread_local! {
     static LAST_SEED: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Prints figures, and writes them to `$ESKER_FIGURES/NAME.json` if that folder is named.
+/// Prints figures, and adds them to those in `$ESKER_FIGURES/NAME.json` if that folder is named: a long test is run in rounds,
+/// each of which leaves the figures of all so far.
 pub fn report(name: &str, figures: &[(&str, u64)]) {
     let seed = LAST_SEED.get().map(|seed| ("seed", seed));
-    let fields: Vec<String> =
-        figures.iter().chain(&seed).map(|(field, value)| format!("\"{field}\": {value}")).collect();
-    let json = format!("{{{}}}", fields.join(", "));
-    println!("{name}: {json}");
+    let figures: Vec<(&str, u64)> = figures.iter().copied().chain(seed).collect();
+    println!("{name}: {}", to_json(&figures));
     if let Some(dir) = std::env::var_os("ESKER_FIGURES") {
+        let path = std::path::Path::new(&dir).join(format!("{name}.json"));
+        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        let all: Vec<_> =
+            figures.into_iter().map(|(field, value)| (field, add(&before, field, value))).collect();
         std::fs::create_dir_all(&dir).unwrap();
-        std::fs::write(std::path::Path::new(&dir).join(format!("{name}.json")), json + "\n").unwrap();
+        std::fs::write(path, to_json(&all) + "\n").unwrap();
+    }
+}
+
+fn to_json(figures: &[(&str, u64)]) -> String {
+    let fields: Vec<String> = figures.iter().map(|(field, value)| format!("\"{field}\": {value}")).collect();
+    format!("{{{}}}", fields.join(", "))
+}
+
+/// A figure together with what `before`, which [`to_json`] has made, says of it: counts add up, of extremes and percentiles
+/// the worst holds, of the others the last.
+fn add(before: &str, field: &str, value: u64) -> u64 {
+    let said = before.split_once(&format!("\"{field}\": ")).and_then(|(_, rest)| {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        rest[..digits].parse::<u64>().ok()
+    });
+    match said {
+        None => value,
+        Some(_) if field == "seed" || field == "states_per_second" => value,
+        Some(said) if field.ends_with("_max") || field.ends_with("_p50") || field.ends_with("_p99") => {
+            said.max(value)
+        }
+        Some(said) => said + value,
     }
 }
 
