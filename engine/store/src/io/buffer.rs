@@ -40,6 +40,9 @@ struct Free {
     /// Position `n` holds buffers of `PAGE << n` bytes.
     classes: Vec<Vec<Memory>>,
     retained_bytes: usize,
+    /// Parts of a region, and their class.
+    parts: Vec<Memory>,
+    parts_class: Option<usize>,
 }
 
 impl BufferPool {
@@ -48,15 +51,13 @@ impl BufferPool {
         Arc::new(Self { retained_limit_bytes, free: Mutex::default() })
     }
 
-    /// Takes the memory of a region for its buffers, as many of `slot_bytes` as fit; a power of two of pages.
+    /// Takes the memory of a region for its buffers of `slot_bytes`, a power of two of pages. One region a pool.
     pub fn add_region(&self, region: &Arc<Region>, slot_bytes: usize) {
         let (Some(class), size) = class(slot_bytes) else { return };
         assert_eq!(size, slot_bytes, "slots are powers of two of pages");
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.classes.len() <= class {
-            free.classes.resize_with(class + 1, Vec::new);
-        }
-        free.classes[class].extend(region.cut(slot_bytes));
+        free.parts = region.cut(slot_bytes);
+        free.parts_class = Some(class);
     }
 
     /// A buffer of `len` bytes rounded up to whole pages. Its content is unspecified.
@@ -65,10 +66,13 @@ impl BufferPool {
         let (class, capacity) = class(len);
         let recycled = class.and_then(|class| {
             let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-            let memory = free.classes.get_mut(class)?.pop()?;
-            if memory.region.is_none() {
-                free.retained_bytes -= memory.layout.size();
+            if free.parts_class == Some(class)
+                && let Some(part) = free.parts.pop()
+            {
+                return Some(part);
             }
+            let memory = free.classes.get_mut(class)?.pop()?;
+            free.retained_bytes -= memory.layout.size();
             Some(memory)
         });
         let memory = recycled.unwrap_or_else(|| Memory::zeroed(capacity));
@@ -79,16 +83,19 @@ impl BufferPool {
         let size = memory.layout.size();
         let (Some(class), _) = class(size) else { return };
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        // There anyway, and taken first.
+        if memory.region.is_some() {
+            free.parts.push(memory);
+            return;
+        }
+        if free.retained_bytes + size > self.retained_limit_bytes {
+            return;
+        }
         if free.classes.len() <= class {
             free.classes.resize_with(class + 1, Vec::new);
         }
-        // Those of a region are taken first, and are there anyway.
-        if memory.region.is_some() {
-            free.classes[class].push(memory);
-        } else if free.retained_bytes + size <= self.retained_limit_bytes {
-            free.retained_bytes += size;
-            free.classes[class].insert(0, memory);
-        }
+        free.retained_bytes += size;
+        free.classes[class].push(memory);
     }
 }
 
@@ -284,7 +291,6 @@ mod tests {
         let region = Region::map(5 << 20).unwrap();
         assert_eq!(region.extent().1, 4 << 20, "whole huge pages");
         let pool = BufferPool::new(8 << 20);
-        pool.add_region(&region, 1 << 20);
         pool.add_region(&region, 1 << 20);
         let mut all: Vec<AlignedBuf> = (0..6).map(|_| pool.take(1 << 20)).collect();
         let mine = |buf: &AlignedBuf| region.contains(buf);
