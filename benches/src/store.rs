@@ -7,6 +7,8 @@ mod fetching;
 mod latency;
 mod opening;
 mod putting;
+mod rivals;
+mod wear;
 
 use std::path::Path;
 
@@ -31,7 +33,9 @@ pub struct Options<'a> {
     pub real: RealBlocks,
     /// Small blocks of the store that is opened.
     pub small_blocks: u64,
-    /// Only what these name: `chain`, `codec`, `put`, `fetch`, `latency`, `open`. Empty for all.
+    /// A trace for `write_amplification`; made-up chats if there is none.
+    pub trace: Option<&'a Path>,
+    /// Only what these name: `chain`, `codec`, `put`, `fetch`, `latency`, `open`, `rivals`, `wear`. Empty for all.
     pub only: Vec<String>,
 }
 
@@ -78,6 +82,14 @@ pub fn run(options: &Options<'_>, told: &dyn Fn(&str)) -> anyhow::Result<Map<Str
             told("rebuild");
             opening::rebuild(bed, &prefixes, &mut figures)?;
         }
+    }
+    if wanted("rivals") {
+        told("side by side with RocksDB's blob files and foyer");
+        rivals::run(dir.path(), &mut figures)?;
+    }
+    if wanted("wear") {
+        told("replay of a trace, with eviction and expiry");
+        wear::run(dir.path(), options.trace, &mut figures)?;
     }
     if wanted("open") {
         told("many small blocks");

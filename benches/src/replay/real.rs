@@ -20,7 +20,7 @@ use esker_prefix::{BlockHash, Chain, NamespaceId, ObjectId, ObjectKind, PlaneSpe
 use esker_store::clock::Clock;
 use esker_store::io::PAGE;
 use esker_store::{
-    FetchEvent, FetchOrder, FetchRequest, PlaneSelection, PutObject, PutOutcome, PutPlane, Store,
+    FetchEvent, FetchOrder, FetchRequest, PlaneSelection, PutObject, PutOutcome, PutPlane, Store, StoreError,
     StoreSettings, StoreStats, TtlClass,
 };
 
@@ -192,20 +192,32 @@ impl<'a> Replay<'a> {
         let count = found.len();
         let tokens = count as u64 * u64::from(self.trace.block_tokens);
         self.hit_tokens += tokens.min(u64::from(request.input_tokens));
+        // Held while what comes behind it is put, as a server holds what it has granted.
+        let mut held = self.store.pin(&ids[count.saturating_sub(1)..count]);
         if let Some(last) = found.pop() {
             self.read(last, path[count - 1])?;
         }
         let missing: Vec<(usize, u32)> = path.iter().copied().enumerate().skip(count).collect();
         for some in missing.chunks((PUT_BYTES / self.block_bytes).max(1)) {
             let objects = some.iter().map(|&(at, block)| self.object(request, at, block, &ids)).collect();
+            let last = some.last().map_or(count, |(at, _)| *at);
             for outcome in self.store.put(objects) {
-                match outcome? {
-                    PutOutcome::Stored => self.accepted_bytes += self.block_bytes as u64,
+                match outcome {
+                    Ok(PutOutcome::Stored) => self.accepted_bytes += self.block_bytes as u64,
                     // What hangs on a declined one is put all the same: the store learns from what it refuses.
-                    PutOutcome::Present | PutOutcome::Declined => {}
+                    Ok(PutOutcome::Present | PutOutcome::Declined) => {}
+                    // Of a prompt that is larger than all there is room for.
+                    Err(StoreError::MissingParent { .. }) => {}
+                    Err(error) => return Err(error.into()),
                 }
             }
+            // First the new end, then the old one is let go.
+            let further = self.store.pin(&ids[last..=last]);
+            if !further.ends().is_empty() {
+                held = further;
+            }
         }
+        drop(held);
         self.path = path;
         Ok(())
     }

@@ -131,6 +131,12 @@ impl Trace {
         builder.finish().ok_or_else(|| TraceError::Empty(path.to_owned()))
     }
 
+    /// How many of its first requests name at least this many distinct blocks; all of them if it has fewer.
+    pub fn requests_of(&self, blocks: u64) -> usize {
+        let enough = |request: &Request| request.blocks > 0 && u64::from(request.leaf) + 1 >= blocks;
+        self.requests.iter().position(enough).map_or(self.requests.len(), |at| at + 1)
+    }
+
     /// Its first `requests` requests, and the blocks that these name.
     #[must_use]
     pub fn first(mut self, requests: usize) -> Self {

@@ -38,6 +38,7 @@ pub(super) fn decoded(dir: &Path, real: &RealBlocks, figures: &mut Map<String, V
     }
     let (fetch, floor) = alternate(&bed, &prefixes)?;
     figures.insert("fetch_decoded_mb_s".into(), fetch.mb_s().into());
+    figures.insert("fetch_decoded_floor_mb_s".into(), floor.mb_s().into());
     figures.insert("fetch_decoded_vs_floor".into(), (fetch.mb_s() / floor.mb_s()).into());
     figures.insert("fetch_decoded_cpu_s_per_gib".into(), fetch.cpu_s_per_gib().into());
     Ok(())

@@ -19,10 +19,10 @@ const FIRST_PLANES: usize = 200;
 const SETTLE: Duration = Duration::from_millis(20);
 /// Blocks of a fetch that is timed beside writers: some 8,000 tokens.
 const MIXED_BLOCKS: usize = 64;
-const MIXED_FETCHES: usize = 200;
+const MIXED_FETCHES: usize = 150;
 /// Blocks of one put of the writer beside them.
 const TURN_BLOCKS: u32 = 16;
-const WRITERS: u32 = 4;
+const WRITERS: u32 = 8;
 
 pub(super) fn run(
     bed: &Bed,
@@ -88,31 +88,43 @@ fn first_plane(
     Ok(())
 }
 
-/// p99 of fetches while puts run at half of what the drive can write, against the p99 without them.
+/// p99 of fetches while puts run at half of what the drive can write, against the p99 without them. Fetches come at the same
+/// times in both: as often as leaves the drive idle for two thirds of the time, since a drive that reads all it can has
+/// nothing left for puts.
 fn mixed(bed: &Bed, prefixes: &[Vec<ObjectId>], figures: &mut Map<String, Value>) -> anyhow::Result<()> {
-    let fetches = || {
-        let mut round = 0;
-        times(MIXED_FETCHES, || {
-            let ids = &prefixes[round * 31 % prefixes.len()];
-            let from = round * 17 % (ids.len() - MIXED_BLOCKS);
-            round += 1;
-            fetch_all(&bed.store, bed.found(&ids[from..from + MIXED_BLOCKS])?).map(drop)
-        })
+    let fetch = |round: usize| {
+        let ids = &prefixes[round * 31 % prefixes.len()];
+        let from = round * 17 % (ids.len() - MIXED_BLOCKS);
+        fetch_all(&bed.store, bed.found(&ids[from..from + MIXED_BLOCKS])?).map(drop)
+    };
+    let mut rounds = 0..;
+    let mut alone = times(MIXED_FETCHES / 4, || fetch(rounds.next().unwrap_or(0)))?;
+    let period = Duration::from_secs_f64(percentile_us(&mut alone, 0.5) * 3.0 / 1e6);
+    let fetches = || -> anyhow::Result<Vec<Duration>> {
+        let started = Instant::now();
+        let mut taken = Vec::new();
+        for round in 0..MIXED_FETCHES {
+            let due = period * u32::try_from(round)?;
+            std::thread::sleep(due.saturating_sub(started.elapsed()));
+            taken.extend(times(1, || fetch(round))?);
+        }
+        Ok(taken)
     };
     let mut idle = fetches()?;
     let floor_mb_s = figures.get("write_floor_mb_s").and_then(Value::as_f64).unwrap_or(f64::INFINITY);
     let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
-    let started = Instant::now();
     let (mut busy, elapsed_s) = std::thread::scope(|scope| {
         let writers: Vec<_> = (0..WRITERS)
             .map(|writer| {
                 let (stop, written) = (&stop, &written);
                 let mb_s = floor_mb_s / 2.0 / f64::from(WRITERS);
-                scope.spawn(move || write_at(bed, 3000 + writer * 250, mb_s, stop, written))
+                scope.spawn(move || write_at(bed, 2000 + writer * 250, mb_s, stop, written))
             })
             .collect();
         // The writers reach their speed.
         std::thread::sleep(Duration::from_millis(300));
+        written.store(0, Ordering::Relaxed);
+        let started = Instant::now();
         let busy = fetches();
         let elapsed_s = started.elapsed().as_secs_f64();
         stop.store(true, Ordering::Relaxed);

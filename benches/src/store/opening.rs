@@ -103,6 +103,7 @@ pub(super) fn rebuild(
         floor.measure(|| floor::read(&*disk, &extents, REBUILD_SCANS))?;
     }
     figures.insert("rebuild_mb_s".into(), rebuild.mb_s().into());
+    figures.insert("rebuild_floor_mb_s".into(), floor.mb_s().into());
     figures.insert("rebuild_vs_floor".into(), (floor.wall_s / rebuild.wall_s).into());
     figures
         .insert("rebuild_read_bytes_per_block".into(), (rebuild.bytes as f64 / 3.0 / blocks as f64).into());

@@ -21,9 +21,12 @@ pub(super) struct Args {
     /// Small blocks of the store whose opening is timed
     #[arg(long, default_value_t = 1_000_000, value_name = "N")]
     blocks: u64,
-    /// Only these parts: chain, codec, put, fetch, latency, open
+    /// Only these parts: chain, codec, put, fetch, latency, open, rivals, wear
     #[arg(long, value_delimiter = ',', value_name = "PART")]
     only: Vec<String>,
+    /// Trace whose replay tells write_amplification, as for `esker bench replay` [default: made-up chats]
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
@@ -31,8 +34,13 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     eprintln!("real latents of the bundled model");
-    let options =
-        Options { dir: &args.dir, real: real_blocks()?, small_blocks: args.blocks, only: args.only.clone() };
+    let options = Options {
+        dir: &args.dir,
+        real: real_blocks()?,
+        small_blocks: args.blocks,
+        trace: args.trace.as_deref(),
+        only: args.only.clone(),
+    };
     let figures = esker_benches::store::run(&options, &|part| eprintln!("{part}"))?;
     if args.json {
         println!("{}", serde_json::Value::Object(figures));
