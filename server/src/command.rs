@@ -9,6 +9,7 @@ pub mod lookup;
 pub mod serve;
 pub mod stat;
 pub mod usage;
+pub mod warmup;
 
 use std::io::Read;
 use std::path::PathBuf;

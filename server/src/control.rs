@@ -14,10 +14,10 @@ use serde::de::DeserializeOwned;
 pub(crate) enum Table {
     Tenants = b't',
     Sessions = b's',
-    #[cfg_attr(not(test), expect(dead_code, reason = "for warm-up jobs"))]
     Warmups = b'w',
     UsageCursors = b'u',
     UsageSinks = b'x',
+    WarmupPrompts = b'p',
 }
 
 /// See the module.

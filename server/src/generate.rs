@@ -3,6 +3,7 @@
 mod resume;
 mod stop;
 mod trail;
+mod warm;
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use esker_store::{StoreError, TtlClass};
 use crate::node::{Engine, Node};
 use stop::StopText;
 use trail::Trail;
+pub(crate) use warm::{Prefix, Step, stored_tokens, warm, whole_tokens};
 
 /// Besides where a prompt and an output end, states are kept every so many blocks: a prompt that leaves this one in between
 /// resumes no further back than that.

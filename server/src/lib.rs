@@ -15,6 +15,7 @@ mod generate;
 mod grant;
 mod http;
 mod ledger;
+mod live;
 mod lookup;
 mod model_folder;
 mod namespaces;
@@ -28,6 +29,7 @@ mod service;
 mod sessions;
 mod tenants;
 mod usage;
+mod warmups;
 mod write_behind;
 
 pub use ledger::LedgerSettings;

@@ -21,6 +21,8 @@ enum Command {
     Generate(command::generate::Args),
     /// Show how much of a text a running node has stored
     Lookup(command::lookup::Args),
+    /// Compute and store prompts before traffic asks for them: submit a job, watch it, list and cancel jobs
+    Warmup(command::warmup::Args),
     /// Show it all: a long document cold, SIGKILL, restart, the same document warm, and that nothing changed
     Demo(command::demo::Args),
     /// Check a data folder offline: every byte of every record, and the index against them; mend it with --repair
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => command::serve::run(args),
         Command::Generate(args) => command::generate::run(args),
         Command::Lookup(args) => command::lookup::run(args),
+        Command::Warmup(args) => command::warmup::run(args),
         Command::Demo(args) => command::demo::run(args),
         Command::Bench(args) => command::bench::run(args),
         Command::Golden(args) => command::golden::run(&args),

@@ -12,6 +12,7 @@ use crate::control::Control;
 use crate::grant::Grants;
 use crate::ledger::storage::Sampler;
 use crate::ledger::{Ledger, LedgerSettings};
+use crate::live::Live;
 use crate::model_folder::LoadedModel;
 use crate::namespaces::Namespaces;
 use crate::policy::PolicyFile;
@@ -19,10 +20,11 @@ use crate::secret::root_secret;
 use crate::sessions::Sessions;
 use crate::tenants::Tenants;
 use crate::usage::sink::{Exporting, SinkSettings};
+use crate::warmups::Warmups;
 use crate::write_behind::WriteBehind;
 
 /// Where a node lives and how its store is set up.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct NodeSettings {
     /// The data folder; made if absent.
     pub data: PathBuf,
@@ -36,6 +38,8 @@ pub struct NodeSettings {
     pub usage_sink: Option<SinkSettings>,
     /// The operator's policy; without one everybody is one tenant without limits.
     pub policy: Option<PathBuf>,
+    /// Part of the time, in percent, that warm-up jobs take while live requests run.
+    pub warmup_share: u32,
 }
 
 /// Everything one process serves. All methods may block on the disk.
@@ -46,6 +50,8 @@ pub struct Node {
     pub(crate) policy: Arc<PolicyFile>,
     pub(crate) tenants: Tenants,
     pub(crate) sessions: Sessions,
+    pub(crate) warmups: Warmups,
+    pub(crate) live: Arc<Live>,
     pub(crate) audit: Arc<Audit>,
     pub(crate) ledger: Arc<Ledger>,
     /// Ends before the ledger does.
@@ -89,6 +95,7 @@ impl Node {
         let exporting = exporting.transpose()?;
         let sessions = Sessions::new(Arc::clone(&control));
         let engine = model.map(|model| Engine::start(model, &store, &namespaces)).transpose()?;
+        let warmups = Warmups::open(Arc::clone(&control), settings.warmup_share)?;
         let grants = Grants::new(&grant_seed(data));
         let sampler = Sampler::default();
         Ok(Self {
@@ -98,6 +105,8 @@ impl Node {
             policy,
             tenants,
             sessions,
+            warmups,
+            live: Arc::default(),
             audit,
             ledger,
             _exporting: exporting,

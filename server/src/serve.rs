@@ -14,6 +14,7 @@ use esker_proto::v1::decoder_server::DecoderServer;
 use esker_proto::v1::prefix_cache_server::PrefixCacheServer;
 use esker_proto::v1::sessions_server::SessionsServer;
 use esker_proto::v1::usage_server::UsageServer;
+use esker_proto::v1::warmup_server::WarmupServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -24,8 +25,9 @@ use crate::auth::{AuthLayer, Authenticator};
 use crate::http::{self, Site};
 use crate::node::Node;
 use crate::service::{
-    AdminService, CacheService, DecoderService, SessionsService, UsageService, close_unsettled,
+    AdminService, CacheService, DecoderService, SessionsService, UsageService, WarmupService, close_unsettled,
 };
+use crate::warmups::Runner;
 
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_PENDING_RESETS: usize = 32;
@@ -165,6 +167,10 @@ pub async fn start(
     let admin = AdminServer::new(AdminService::new(node.clone()));
     let usage =
         UsageServer::new(UsageService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let usage = UsageServer::new(UsageService).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let warmup =
+        WarmupServer::new(WarmupService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let warming = Runner::start(&node).context("cannot start the thread of warm-up jobs")?;
     let housekeeping = tokio::spawn(keep_house(Arc::clone(&node)));
     let mut server = Server::builder();
     if let Some(tls) = &listen.tls {
@@ -184,6 +190,7 @@ pub async fn start(
         .add_service(decoder)
         .add_service(sessions)
         .add_service(usage)
+        .add_service(warmup)
         .add_service(admin);
     let serving = tokio::spawn(async move {
         let _housekeeping = AbortOnDrop(housekeeping);
@@ -204,13 +211,16 @@ pub async fn start(
         };
         let incoming = TcpListenerStream::new(listener);
         let both = async { tokio::join!(router.serve_with_incoming_shutdown(incoming, signal), web).0 };
-        tokio::select! {
+        let ended = tokio::select! {
             ended = both => ended,
             () = async { stopped(drained.clone()).await; tokio::time::sleep(DRAIN).await } => {
                 tracing::warn!("streams were cut: they did not end within {DRAIN:?} of the stop signal");
                 Ok(())
             }
-        }
+        };
+        // Waits for the step that a job is in: what it computed is stored, and the node is free to close.
+        let _ = tokio::task::spawn_blocking(move || drop(warming)).await;
+        ended
     });
     Ok(Running { address, http: http_address, serving })
 }

@@ -10,10 +10,13 @@ mod sessions;
 mod settle;
 mod status;
 mod usage;
+mod warmup;
 
 pub(crate) use admin::AdminService;
 pub(crate) use cache::CacheService;
 pub(crate) use decoder::DecoderService;
+pub(crate) use put::ttl_class;
 pub(crate) use sessions::SessionsService;
 pub(crate) use settle::close_unsettled;
 pub(crate) use usage::UsageService;
+pub(crate) use warmup::WarmupService;

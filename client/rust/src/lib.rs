@@ -7,11 +7,13 @@ mod cache;
 mod decode;
 mod error;
 mod usage;
+mod warmup;
 
 pub use cache::{Fetched, Found, Object, PutResult};
 pub use decode::{Event, Events, Prompt, Request};
 pub use error::{ClientError, Result};
 pub use esker_proto::v1;
+pub use warmup::Watched;
 
 use std::time::Duration;
 
@@ -21,6 +23,7 @@ use esker_proto::MAX_MESSAGE_BYTES;
 use v1::decoder_client::DecoderClient;
 use v1::prefix_cache_client::PrefixCacheClient;
 use v1::usage_client::UsageClient;
+use v1::warmup_client::WarmupClient;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -30,6 +33,7 @@ pub struct Client {
     cache: PrefixCacheClient<Channel>,
     decoder: DecoderClient<Channel>,
     usage: UsageClient<Channel>,
+    warmup: WarmupClient<Channel>,
 }
 
 impl Client {
@@ -43,7 +47,8 @@ impl Client {
         Ok(Self {
             cache: PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
             decoder: DecoderClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
-            usage: UsageClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            warmup: WarmupClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            usage: UsageClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
         })
     }
 }

@@ -64,6 +64,9 @@ pub struct Args {
         default_value = "300,3600,86400,259200"
     )]
     ttl_s: Vec<u64>,
+    /// Part of the time that warm-up jobs take while live requests run; 0: they wait
+    #[arg(long, value_name = "PERCENT", default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100))]
+    warmup_share: u32,
     /// Stored bytes proven again each second in the background, in MB; 0 for none
     #[arg(long, value_name = "MB", default_value_t = 8)]
     scrub_mb_per_s: u64,
@@ -189,6 +192,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 resend: args.usage_sink_resend,
             }),
             policy: args.policy.clone(),
+            warmup_share: args.warmup_share,
         },
         model,
     )?);

@@ -111,23 +111,28 @@ impl<'a> Trail<'a> {
 
     /// Offers the next whole block or state that is not stored yet; whether there was one.
     pub(super) fn store_one(&mut self, sequence: &Sequence) -> Result<bool, GenerateError> {
+        let Some(object) = self.next_object(sequence)? else { return Ok(false) };
+        self.offer(object);
+        Ok(self.stored != usize::MAX)
+    }
+
+    /// The next whole block or state that is not stored yet.
+    pub(super) fn next_object(&mut self, sequence: &Sequence) -> Result<Option<PutObject>, GenerateError> {
         let model = &self.engine.loaded.model;
         if let Some((_, state)) = self.states.pop_front_if(|(index, _)| *index < self.stored) {
-            self.offer(PutObject::state(model.layout(), state));
-            return Ok(self.stored != usize::MAX);
+            return Ok(Some(PutObject::state(model.layout(), state).with_class(self.class)));
         }
         if self.stored >= self.hashes_to(sequence.tokens()) {
-            return Ok(false);
+            return Ok(None);
         }
         let block = sequence.block(model, self.stored, self.identity(self.stored))?;
         self.stored += 1;
-        self.offer(PutObject::block(model.layout(), block));
-        Ok(self.stored != usize::MAX)
+        Ok(Some(PutObject::block(model.layout(), block).with_class(self.class)))
     }
 
     /// A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.
     fn offer(&mut self, object: PutObject) {
-        if !self.engine.write_behind.offer(object.with_class(self.class)) {
+        if !self.engine.write_behind.offer(object) {
             self.stored = usize::MAX;
             self.states.clear();
         }

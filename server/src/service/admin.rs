@@ -36,6 +36,7 @@ impl v1::admin_server::Admin for AdminService {
         blocking(move || {
             let tenant = TenantId(tenant);
             node.sessions.close_all(&node, &tenant)?;
+            node.warmups.erase(&tenant)?;
             let erased = node.tenants.erase(&node.store, &tenant);
             let result = if erased.is_ok() { "ok" } else { "unfinished" };
             let objects = erased.as_ref().map_or(0, |(objects, _)| *objects);

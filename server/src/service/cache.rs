@@ -145,9 +145,10 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
         let in_flight = self.node.tenants.fly(&tenant, fetching.bytes().min(FETCH_HOLDS_BYTES))?;
         let node = self.node.clone();
         let (sender, receiver) = mpsc::channel(FETCH_BUFFER_CHUNKS);
+        let busy = node.live.enter();
         tokio::task::spawn_blocking(move || {
             fetching.run(&node, &sender);
-            drop((permit, in_flight));
+            drop((permit, in_flight, busy));
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -167,7 +168,9 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
         let (node, memory) = (self.node.clone(), self.put_memory.clone());
         let put = blocking(move || Put::open(&node, &memory, &principal, prefix)).await?;
         let (sender, receiver) = mpsc::channel(PUT_REPLIES);
+        let busy = self.node.live.enter();
         tokio::spawn(async move {
+            let _busy = busy;
             if let Err(status) = put.run(steps, &sender).await {
                 // Nobody listens any more if this fails; whole objects were stored or refused all the same.
                 let _ = sender.send(Err(status)).await;

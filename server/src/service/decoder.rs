@@ -94,11 +94,11 @@ impl DecoderService {
     }
 }
 
-fn engine(node: &Node) -> Result<&Engine, Status> {
+pub(super) fn engine(node: &Node) -> Result<&Engine, Status> {
     node.engine.as_ref().ok_or_else(|| Status::unimplemented("this node was started without a model"))
 }
 
-fn tokenize(engine: &Engine, text: &str) -> Result<Vec<esker_prefix::TokenId>, Status> {
+pub(super) fn tokenize(engine: &Engine, text: &str) -> Result<Vec<esker_prefix::TokenId>, Status> {
     if text.len() > MAX_TEXT_BYTES {
         let (limit, got) = (MAX_TEXT_BYTES, text.len());
         return Err(from_wire(WireError::TooLarge { field: "text", unit: "bytes", limit, got }));
@@ -155,6 +155,7 @@ impl v1::decoder_server::Decoder for DecoderService {
             let permit = running.acquire_owned().await;
             waiting.fetch_sub(1, Ordering::AcqRel);
             if permit.is_ok() && !sender.is_closed() {
+                let _busy = node.live.enter();
                 let work = tokio::task::spawn_blocking(move || run(&node, job, &sender));
                 // A panic in the task has been reported by the panic hook; the client sees its stream end.
                 let _ = work.await;

@@ -1,0 +1,55 @@
+//! What a job would find and what it would cost, told from the table of what is stored: nothing is read or computed.
+
+use std::collections::HashSet;
+
+use esker_prefix::{ObjectKind, ScopeKey};
+
+use crate::generate::{Prefix, stored_tokens};
+use crate::node::{Engine, Node};
+use crate::service::ttl_class;
+
+use super::job::Submission;
+
+/// Counts in tokens of whole blocks; `tokens` = `cached` + `new`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) tokens: u64,
+    /// Stored, or computed for another prompt of the same job.
+    pub(crate) cached: u64,
+    /// To be computed.
+    pub(crate) new: u64,
+    /// Estimate of what their records take.
+    pub(crate) new_bytes: u64,
+}
+
+/// Looks every prompt of a job up.
+pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, scope: &ScopeKey) -> Plan {
+    let layout = engine.loaded.model.layout();
+    let block_tokens = u64::from(layout.block_tokens());
+    let mut plan = Plan::default();
+    let mut planned = HashSet::new();
+    let (mut stored_bytes, mut stored_blocks) = (0, 0);
+    let (mut new_blocks, mut new_states) = (0, 0);
+    for prompt in &submission.prompts {
+        let prefix = Prefix { tokens: prompt, scope, class: ttl_class(submission.ttl) };
+        let (stored, ids) = stored_tokens(node, engine, &prefix);
+        let stored = stored as u64 / block_tokens;
+        // The last block that is there tells best what those after it will take.
+        let last = usize::try_from(stored).ok().and_then(|stored| ids.get(stored.checked_sub(1)?));
+        if let Some(found) = last.and_then(|&id| node.store.get(&[id]).pop().flatten()) {
+            stored_bytes += found.stored_bytes;
+            stored_blocks += 1;
+        }
+        let new = ids.iter().skip(usize::try_from(stored).unwrap_or(usize::MAX));
+        let new = new.filter(|id| planned.insert(id.hash)).count() as u64;
+        plan.tokens += ids.len() as u64 * block_tokens;
+        plan.new += new * block_tokens;
+        new_blocks += new;
+        new_states += u64::from(new > 0);
+    }
+    plan.cached = plan.tokens - plan.new;
+    let block_bytes =
+        if stored_blocks > 0 { stored_bytes / stored_blocks } else { layout.object_bytes(ObjectKind::Block) };
+    plan.new_bytes = new_blocks * block_bytes + new_states * layout.object_bytes(ObjectKind::State);
+    plan
+}
