@@ -53,6 +53,11 @@ pub(crate) fn rule(path: &str) -> Option<Rule> {
     RULES.iter().find(|(method, _)| *method == path).map(|(_, rule)| *rule)
 }
 
+/// The name of a method whose path may be anything that a caller sends: itself, if there is a rule for it.
+pub(crate) fn method(path: &str) -> &'static str {
+    RULES.iter().find(|(method, _)| *method == path).map_or("unknown", |(method, _)| method)
+}
+
 /// What a caller who was denied needs.
 pub(crate) fn missing(path: &str) -> String {
     match rule(path) {

@@ -113,7 +113,6 @@ impl Audit {
     }
 
     /// Refusals that were only counted.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for metrics"))]
     pub(crate) fn left_out(&self) -> u64 {
         self.left_out.load(Ordering::Relaxed)
     }

@@ -185,7 +185,6 @@ impl Grants {
     }
 
     /// Grants, and objects that they list.
-    #[expect(dead_code, reason = "for metrics")]
     pub(crate) fn totals(&self) -> (usize, usize) {
         let table = self.table();
         (table.live.len(), table.objects)

@@ -10,6 +10,7 @@ mod completion;
 mod failure;
 mod guard;
 mod listen;
+mod metrics;
 mod openai;
 mod prompt;
 mod replay;
@@ -87,7 +88,7 @@ fn router(site: Site, authenticator: Arc<Authenticator>) -> Router {
         .route("/v1/messages", post(anthropic::messages))
         .route("/v1/messages/count_tokens", post(anthropic::count_tokens));
     // What operators and their scrapers read.
-    let operators = Router::new();
+    let operators = Router::new().route("/metrics", get(metrics::metrics));
     guarded(anyone, Rule::Anyone)
         .merge(guarded(applications, Rule::Roles(&[Role::Reader])))
         .merge(guarded(operators, Rule::Roles(&[Role::Admin])))

@@ -298,7 +298,6 @@ impl Ledger {
         })
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "for metrics"))]
     pub(crate) fn counters(&self) -> &Counters {
         &self.shared.counters
     }
@@ -345,7 +344,6 @@ impl Counters {
         }
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "for metrics"))]
     /// Sums by tenant since this process started, for graphs.
     pub(crate) fn tenants(&self) -> Vec<(String, v1::UsageSums)> {
         let tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);

@@ -17,6 +17,7 @@ mod http;
 mod ledger;
 mod live;
 mod lookup;
+mod metrics;
 mod model_folder;
 mod namespaces;
 mod node;

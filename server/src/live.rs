@@ -27,7 +27,6 @@ impl Live {
         Busy(Arc::clone(self))
     }
 
-    #[cfg_attr(not(test), expect(dead_code, reason = "for metrics"))]
     /// Requests that are being worked on.
     pub(crate) fn count(&self) -> usize {
         *self.running()

@@ -197,6 +197,11 @@ impl Answer {
         u64::from(self.layout.block_tokens())
     }
 
+    /// Tokens of the blocks that could be offered at most.
+    pub(crate) fn asked_tokens(&self) -> u64 {
+        self.asked_blocks as u64 * self.block_tokens()
+    }
+
     /// Tokens of the leading blocks without a hole.
     pub(crate) fn history_tokens(&self) -> u64 {
         let run = self.blocks.iter().enumerate().take_while(|(at, (position, _))| at == position).count();

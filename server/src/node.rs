@@ -13,6 +13,7 @@ use crate::grant::Grants;
 use crate::ledger::storage::Sampler;
 use crate::ledger::{Ledger, LedgerSettings};
 use crate::live::Live;
+use crate::metrics::Metrics;
 use crate::model_folder::LoadedModel;
 use crate::namespaces::Namespaces;
 use crate::policy::PolicyFile;
@@ -52,6 +53,7 @@ pub struct Node {
     pub(crate) sessions: Sessions,
     pub(crate) warmups: Warmups,
     pub(crate) live: Arc<Live>,
+    pub(crate) metrics: Metrics,
     pub(crate) audit: Arc<Audit>,
     pub(crate) ledger: Arc<Ledger>,
     /// Ends before the ledger does.
@@ -107,6 +109,7 @@ impl Node {
             sessions,
             warmups,
             live: Arc::default(),
+            metrics: Metrics::default(),
             audit,
             ledger,
             _exporting: exporting,

@@ -23,6 +23,7 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::auth::{AuthLayer, Authenticator};
 use crate::http::{self, Site};
+use crate::metrics::MetricsLayer;
 use crate::node::Node;
 use crate::service::{
     AdminService, CacheService, DecoderService, SessionsService, UsageService, WarmupService, close_unsettled,
@@ -167,7 +168,6 @@ pub async fn start(
     let admin = AdminServer::new(AdminService::new(node.clone()));
     let usage =
         UsageServer::new(UsageService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
-    let usage = UsageServer::new(UsageService).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let warmup =
         WarmupServer::new(WarmupService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let warming = Runner::start(&node).context("cannot start the thread of warm-up jobs")?;
@@ -183,6 +183,7 @@ pub async fn start(
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_connection_age(MAX_CONNECTION_AGE)
+        .layer(MetricsLayer(node.clone()))
         .layer(auth)
         .add_service(health_service)
         .add_service(reflection)

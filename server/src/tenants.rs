@@ -318,7 +318,7 @@ impl Drop for InFlight {
 
 fn charge(
     limiter: &mut Option<(u32, DefaultDirectRateLimiter)>,
-    quota: &str,
+    quota: &'static str,
     limit: Option<u32>,
     count: usize,
 ) -> Result<(), Status> {
@@ -338,7 +338,8 @@ fn charge(
 }
 
 /// Over a quota: which, and when to come again. The pushback is in the metadata that gRPC clients honour.
-pub(crate) fn over(quota: &str, limit: u64, used: u64, retry_after_ms: u64) -> Status {
+pub(crate) fn over(quota: &'static str, limit: u64, used: u64, retry_after_ms: u64) -> Status {
+    crate::metrics::refused(quota);
     let mut status = Status::resource_exhausted(format!(
         "quota {quota}: limit {limit}, used {used}; try again in {retry_after_ms} ms"
     ));

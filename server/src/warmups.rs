@@ -58,7 +58,6 @@ struct Jobs {
     us_per_token: Option<f64>,
 }
 
-#[expect(dead_code, reason = "for metrics")]
 /// Jobs by what they are doing, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Totals {
@@ -265,7 +264,6 @@ impl Warmups {
         self.changed.notify_all();
     }
 
-    #[expect(dead_code, reason = "for metrics")]
     pub(crate) fn totals(&self) -> Totals {
         let jobs = self.jobs();
         let mut totals = Totals { running: u64::from(jobs.running.is_some()), ..Totals::default() };

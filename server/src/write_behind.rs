@@ -32,6 +32,11 @@ impl WriteBehind {
         Ok(Self { queue: Some(queue), waiting_bytes, worker: Some(worker) })
     }
 
+    /// Raw bytes that wait.
+    pub(crate) fn waiting_bytes(&self) -> usize {
+        self.waiting_bytes.load(Ordering::Acquire)
+    }
+
     /// Takes an object, or drops it when the queue is full. Never blocks. Whether it was taken.
     pub(crate) fn offer(&self, object: PutObject) -> bool {
         let bytes: usize = object.planes.iter().map(|plane| plane.bytes.len()).sum();

@@ -112,7 +112,7 @@ async fn a_hit_after_a_warm_up_equals_a_miss() -> Result<()> {
     let (warm, cold) = (folder.path().join("warm"), folder.path().join("cold"));
     let prompt = tokens(7, 900);
     let node = Node::start(&warm, &[]).await?;
-    submit(&node, &request("a", &[prompt.clone()])).await?;
+    submit(&node, &request("a", std::slice::from_ref(&prompt))).await?;
     ended(&node, "a").await?;
     let hit = node.ask(question(&prompt)).await?;
     assert_eq!(hit.usage.prompt_cache_hit_tokens, 896);

@@ -93,7 +93,7 @@ pub(crate) fn warm(
         sequence.prefill(model, &tokens[start..end], Logits::None)?;
         compute += began.elapsed();
         waiting += end - start;
-        let boundary = end == whole || end % interval == 0;
+        let boundary = end == whole || end.is_multiple_of(interval);
         if boundary {
             trail.keep_state(&sequence)?;
         }

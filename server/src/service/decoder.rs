@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status};
 use super::put::ttl_class;
 use super::status::{from_generate, from_wire};
 use crate::generate::{Account, Event, GenerateError, Job, generate};
+use crate::metrics::Watched;
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, Role, principal_of};
 
@@ -141,6 +142,7 @@ impl v1::decoder_server::Decoder for DecoderService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
+        let arrived = Instant::now();
         let principal = principal_of(&request)?;
         let job = self.job(&principal, request.into_inner())?;
         if self.waiting.fetch_add(1, Ordering::AcqRel) >= MAX_WAITING {
@@ -152,11 +154,13 @@ impl v1::decoder_server::Decoder for DecoderService {
         let (node, running, waiting) = (self.node.clone(), self.running.clone(), self.waiting.clone());
         let (sender, receiver) = mpsc::channel(EVENT_BUFFER);
         tokio::spawn(async move {
+            node.metrics.decoder_waiting.inc();
             let permit = running.acquire_owned().await;
             waiting.fetch_sub(1, Ordering::AcqRel);
+            node.metrics.decoder_waiting.dec();
             if permit.is_ok() && !sender.is_closed() {
                 let _busy = node.live.enter();
-                let work = tokio::task::spawn_blocking(move || run(&node, job, &sender));
+                let work = tokio::task::spawn_blocking(move || run(&node, job, arrived, &sender));
                 // A panic in the task has been reported by the panic hook; the client sees its stream end.
                 let _ = work.await;
             }
@@ -166,10 +170,12 @@ impl v1::decoder_server::Decoder for DecoderService {
 }
 
 /// Runs a job on a blocking thread, sending its events to the client.
-fn run(node: &Node, job: Job, replies: &mpsc::Sender<Result<v1::GenerateReply, Status>>) {
+fn run(node: &Node, job: Job, arrived: Instant, replies: &mpsc::Sender<Result<v1::GenerateReply, Status>>) {
     let runtime = tokio::runtime::Handle::current();
     let mut reported = Instant::now();
+    let mut watched = Watched::new(arrived, node);
     let mut emit = |event| {
+        watched.see(&event);
         let reply = Ok(v1::GenerateReply { event: Some(wire(event)) });
         if let Ok(v1::GenerateReply { event: Some(generate_reply::Event::Progress(_)) }) = &reply {
             if reported.elapsed() < PROGRESS_INTERVAL && !replies.is_closed() {

@@ -28,7 +28,7 @@ pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, scope:
     let block_tokens = u64::from(layout.block_tokens());
     let mut plan = Plan::default();
     let mut planned = HashSet::new();
-    let (mut stored_bytes, mut stored_blocks) = (0, 0);
+    let (mut stored_bytes, mut stored_blocks) = (0_u64, 0);
     let (mut new_blocks, mut new_states) = (0, 0);
     for prompt in &submission.prompts {
         let prefix = Prefix { tokens: prompt, scope, class: ttl_class(submission.ttl) };
@@ -49,7 +49,7 @@ pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, scope:
     }
     plan.cached = plan.tokens - plan.new;
     let block_bytes =
-        if stored_blocks > 0 { stored_bytes / stored_blocks } else { layout.object_bytes(ObjectKind::Block) };
+        stored_bytes.checked_div(stored_blocks).unwrap_or_else(|| layout.object_bytes(ObjectKind::Block));
     plan.new_bytes = new_blocks * block_bytes + new_states * layout.object_bytes(ObjectKind::State);
     plan
 }

@@ -106,9 +106,14 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
 /// Notes a step; gives how the turn ends if it is to end here.
 fn observe(node: &Node, job: &Job, epoch: u32, pace: &mut Pace<'_>, step: Step) -> Option<Turn> {
     let noted = match step {
-        Step::Found { tokens } => node.warmups.update(job, |record| record.found(tokens as u64)),
+        Step::Found { tokens } => {
+            let before = job.now().prompt_tokens;
+            node.metrics.warmed("cached", (tokens as u64).saturating_sub(before), 0);
+            node.warmups.update(job, |record| record.found(tokens as u64))
+        }
         Step::Stored { tokens, bytes, compute } => {
             node.warmups.measured(tokens, compute);
+            node.metrics.warmed("computed", tokens as u64, bytes);
             node.warmups.update(job, |record| record.stored(tokens as u64, bytes, compute))
         }
         Step::Declined => {
