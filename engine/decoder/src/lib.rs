@@ -24,6 +24,7 @@ mod model;
 mod moe;
 mod norm;
 mod panels;
+pub mod products;
 mod rope;
 mod row_codec;
 mod sampler;

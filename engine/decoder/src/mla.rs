@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use crate::checkpoint::Checkpoint;
 use crate::config::MlaConfig;
 use crate::indexer::Indexer;
-use crate::kernel::gemm::{View, gemm};
+use crate::kernel::packed::{Packed, Rows};
 use crate::kernel::sparse::{Scratch, attend};
-use crate::linear::{Linear, transpose};
+use crate::linear::Linear;
 use crate::norm::{LATENT_EPS, RmsNorm};
 use crate::rope::{Angles, Rope};
 use crate::row_codec::RowFormats;
@@ -28,10 +28,10 @@ pub(crate) struct Mla {
     q_b_proj: Linear,
     kv_a_proj: Linear,
     kv_a_layernorm: RmsNorm,
-    /// `W_UK`, `[heads, nope, kv_lora_rank]`.
-    up_key: Vec<f32>,
-    /// `W_UV` transposed, `[heads, kv_lora_rank, v]`.
-    up_value: Vec<f32>,
+    /// `W_UK` of each head, from its nope part into latent space.
+    up_key: Vec<Packed>,
+    /// `W_UV` of each head, out of latent space.
+    up_value: Vec<Packed>,
     o_proj: Linear,
     indexer: Option<Indexer>,
     heads: usize,
@@ -58,8 +58,8 @@ impl Mla {
         let (mut up_key, mut up_value) = (Vec::new(), Vec::new());
         for head in up.chunks_exact((nope + value) * latent) {
             let (key_rows, value_rows) = head.split_at(nope * latent);
-            up_key.extend_from_slice(key_rows);
-            up_value.extend(transpose(value_rows, value, latent));
+            up_key.push(Packed::from_inputs(key_rows, nope, latent));
+            up_value.push(Packed::from_outputs(value_rows, value, latent));
         }
         let mut linear = |part: &str, outputs, inputs, bias| {
             Linear::take(checkpoint, &format!("{name}.{part}"), outputs, inputs, bias)
@@ -94,8 +94,7 @@ impl Mla {
     pub(crate) fn parameters(&self) -> usize {
         let linear = [&self.q_a_proj, &self.q_b_proj, &self.kv_a_proj, &self.o_proj];
         linear.map(Linear::parameters).iter().sum::<usize>()
-            + self.up_key.len()
-            + self.up_value.len()
+            + self.up_key.iter().chain(&self.up_value).map(Packed::parameters).sum::<usize>()
             + self.q_a_layernorm.parameters()
             + self.kv_a_layernorm.parameters()
             + self.indexer.as_ref().map_or(0, Indexer::parameters)
@@ -167,9 +166,9 @@ impl Mla {
 
         // Queries into latent space: [tokens, heads, latent | rope].
         absorbed.resize(tokens * heads * width, 0.0);
-        for (head, up_key) in self.up_key.chunks_exact(nope * latent).enumerate() {
-            let from = View::new(&queries[head * query..], tokens, nope, heads * query);
-            gemm(from, View::new(up_key, nope, latent, latent), &mut absorbed[head * width..], heads * width);
+        for (head, up_key) in self.up_key.iter().enumerate() {
+            let from = Rows::new(&queries[head * query..], tokens, heads * query);
+            up_key.multiply(from, &mut absorbed[head * width..], heads * width);
         }
         for (to, from) in absorbed.chunks_exact_mut(width).zip(queries.chunks_exact(query)) {
             to[latent..].copy_from_slice(&from[nope..]);
@@ -182,9 +181,9 @@ impl Mla {
         }
 
         // Weighted latents to values: [tokens, heads, v].
-        for (head, up_value) in self.up_value.chunks_exact(latent * value).enumerate() {
-            let from = View::new(&summed[head * latent..], tokens, latent, heads * latent);
-            gemm(from, View::new(up_value, latent, value, value), &mut out[head * value..], heads * value);
+        for (head, up_value) in self.up_value.iter().enumerate() {
+            let from = Rows::new(&summed[head * latent..], tokens, heads * latent);
+            up_value.multiply(from, &mut out[head * value..], heads * value);
         }
     }
 }

@@ -1,11 +1,11 @@
-//! Arithmetic on slices: dense products through crate `matrixmultiply`, and the few element-wise loops that are hot.
+//! Arithmetic on slices: dense products, sparse attention, and the few element-wise loops that are hot.
 //!
-//! The only place of this crate with unsafe code: calls of functions compiled for a wider instruction set, and of
-//! `sgemm` over pointers. Every function here gives the same bits on every vector width: Rust never reorders a
+//! The only place of this crate with unsafe code: calls of functions compiled for a wider instruction set, and the loads
+//! and stores of the dense products. Every function here gives the same bits on every vector width: Rust never reorders a
 //! floating-point sum nor contracts a product and a sum, and each sum below has its order written out.
 
-pub(crate) mod gemm;
-mod gemv;
+pub(crate) mod packed;
+pub(crate) mod peak;
 pub(crate) mod shared;
 pub(crate) mod sparse;
 pub(crate) mod vector;
@@ -81,7 +81,7 @@ fn width() -> Width {
 /// Names the arithmetic that decides bits on this machine: whether products are fused into sums. Vector width
 /// does not matter.
 pub(crate) fn numerics_class() -> &'static str {
-    if gemv::fused() {
+    if width() != Width::Baseline {
         "x86-64 fused"
     } else if cfg!(target_arch = "x86_64") {
         "x86-64 separate"

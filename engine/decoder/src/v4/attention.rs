@@ -9,10 +9,10 @@ use std::borrow::Cow;
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::kernel::gemm::{View, gemm};
+use crate::kernel::packed::{Packed, Rows};
 use crate::kernel::shared::attend_shared;
 use crate::kernel::sparse::Scratch;
-use crate::linear::{Linear, transpose};
+use crate::linear::Linear;
 use crate::norm::{RmsNorm, rms_norm};
 use crate::rope::{Angles, Rope};
 use crate::row_codec::RowFormats;
@@ -23,8 +23,10 @@ use crate::v4::config::{Compression, V4Config};
 use crate::v4::indexer::Indexer;
 use crate::{ModelConfig, Result};
 
-/// Queries that one task takes through the attention and the first output projection.
+/// Queries that one task takes through the attention.
 const TILE_QUERIES: usize = 16;
+/// Multiply-adds of one token below which the groups of the first output projection are not worth dividing.
+const PARALLEL_WORK: usize = 1 << 18;
 
 /// Attention of one layer.
 pub(super) struct Attention {
@@ -34,8 +36,8 @@ pub(super) struct Attention {
     wkv: Linear,
     kv_norm: RmsNorm,
     sinks: Vec<f32>,
-    /// First output projection, `[groups, heads per group * width, o_lora_rank]`.
-    wo_a: Vec<f32>,
+    /// First output projection of each group, from its heads side by side to `o_lora_rank`.
+    wo_a: Vec<Packed>,
     wo_b: Linear,
     pub(super) compressor: Option<Compressor>,
     pub(super) indexer: Option<Indexer>,
@@ -84,8 +86,10 @@ impl Attention {
         let (groups, o_lora) = (v4.o_groups, v4.o_lora_rank);
         let of_group = heads / groups * width;
         let rows = checkpoint.take(&format!("{name}.wo_a.weight"), &[groups * o_lora, of_group])?;
-        let wo_a =
-            rows.chunks_exact(o_lora * of_group).flat_map(|rows| transpose(rows, o_lora, of_group)).collect();
+        let wo_a = rows
+            .chunks_exact(o_lora * of_group)
+            .map(|rows| Packed::from_outputs(rows, o_lora, of_group))
+            .collect();
         let compressor = match compression {
             None => None,
             Some(compression) => {
@@ -130,7 +134,7 @@ impl Attention {
             + self.q_norm.parameters()
             + self.kv_norm.parameters()
             + self.sinks.len()
-            + self.wo_a.len()
+            + self.wo_a.iter().map(Packed::parameters).sum::<usize>()
             + self.compressor.as_ref().map_or(0, Compressor::parameters)
             + self.indexer.as_ref().map_or(0, Indexer::parameters)
     }
@@ -203,14 +207,14 @@ impl Attention {
         cache: &LayerCache,
         selection: Option<&[Vec<u32>]>,
     ) -> Vec<f32> {
-        let (query, output) = (self.heads * self.width, self.groups * self.o_lora);
-        let mut out = vec![0.0; queries.len() / query * output];
-        out.par_chunks_mut(TILE_QUERIES * output)
+        let query = self.heads * self.width;
+        let mut attended = vec![0.0; queries.len()];
+        attended
+            .par_chunks_mut(TILE_QUERIES * query)
             .zip(queries.par_chunks(TILE_QUERIES * query))
             .enumerate()
-            .for_each_init(Tile::default, |tile, (index, (out, queries))| {
-                let Tile { keys, attended, scratch } = tile;
-                attended.resize(queries.len(), 0.0);
+            .for_each_init(Tile::default, |tile, (index, (attended, queries))| {
+                let Tile { keys, scratch } = tile;
                 let first = index * TILE_QUERIES;
                 for (token, (query_row, attended)) in
                     (first..).zip(queries.chunks_exact(query).zip(attended.chunks_exact_mut(query)))
@@ -222,9 +226,8 @@ impl Attention {
                         chunk.angles.rotate_back(token, &mut head[self.width - self.rope..]);
                     }
                 }
-                self.project(attended, out);
             });
-        out
+        self.project(&attended)
     }
 
     /// The rows that a query at `position` attends to, in the order of their sums. A window that is not held in full
@@ -249,14 +252,31 @@ impl Attention {
     }
 
     /// Heads to group outputs: `[tokens, heads * width]` to `[tokens, groups * o_lora_rank]`.
-    fn project(&self, attended: &[f32], out: &mut [f32]) {
+    fn project(&self, attended: &[f32]) -> Vec<f32> {
         let (query, output) = (self.heads * self.width, self.groups * self.o_lora);
         let (of_group, tokens) = (query / self.groups, attended.len() / query);
-        for (group, weight) in self.wo_a.chunks_exact(of_group * self.o_lora).enumerate() {
-            let from = View::new(&attended[group * of_group..], tokens, of_group, query);
-            let weight = View::new(weight, of_group, self.o_lora, self.o_lora);
-            gemm(from, weight, &mut out[group * self.o_lora..], output);
+        let mut out = vec![0.0; tokens * output];
+        if tokens == 1 {
+            let groups = out.par_chunks_mut(self.o_lora).zip(attended.par_chunks(of_group)).zip(&self.wo_a);
+            let run = |((out, attended), weight): ((&mut [f32], &[f32]), &Packed)| {
+                weight.multiply(Rows::new(attended, 1, of_group), out, self.o_lora);
+            };
+            match of_group * output < PARALLEL_WORK {
+                true => groups.with_min_len(self.groups).for_each(run),
+                false => groups.for_each(run),
+            }
+            return out;
         }
+        let part = tokens.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE_QUERIES);
+        out.par_chunks_mut(part * output).zip(attended.par_chunks(part * query)).for_each(
+            |(out, attended)| {
+                for (group, weight) in self.wo_a.iter().enumerate() {
+                    let from = Rows::new(&attended[group * of_group..], attended.len() / query, query);
+                    weight.multiply(from, &mut out[group * self.o_lora..], output);
+                }
+            },
+        );
+        out
     }
 }
 
@@ -264,6 +284,5 @@ impl Attention {
 #[derive(Default)]
 struct Tile<'a> {
     keys: Vec<&'a [f32]>,
-    attended: Vec<f32>,
     scratch: Scratch,
 }
