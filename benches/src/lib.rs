@@ -12,8 +12,11 @@
 
 mod floor;
 mod measure;
+mod page_cache;
 pub mod replay;
 pub mod store;
+
+pub use page_cache::drop_page_cache;
 
 use std::ops::Range;
 

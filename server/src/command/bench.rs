@@ -1,5 +1,6 @@
 //! `esker bench`: measurements, as commands.
 
+mod decoder;
 mod replay;
 mod store;
 
@@ -12,6 +13,8 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Bench {
+    /// The decoder against `transformers`, against itself at longer contexts, against the machine; ratios of one run
+    Decoder(decoder::Args),
     /// Replay a trace of requests: token hit ratio and bytes written, beside other policies and the best possible
     Replay(replay::Args),
     /// The store against the drive itself: puts, fetches, lookups, opening; ratios of one run
@@ -21,6 +24,7 @@ enum Bench {
 /// Runs the bench that was asked for.
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.bench {
+        Bench::Decoder(args) => decoder::run(&args),
         Bench::Replay(args) => replay::run(args),
         Bench::Store(args) => store::run(&args),
     }

@@ -1,0 +1,122 @@
+//! `esker bench decoder`: the decoder against others and against the machine, in one run.
+//!
+//! Machines are shared, so the figures that count are ratios; each is taken beside what it is compared with, alternating
+//! where that is possible, and the best of some rounds counts: company only ever adds time.
+
+mod eager;
+mod flatness;
+mod products;
+mod warm;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use esker_decoder::KvFormat;
+use esker_prefix::TokenId;
+use serde_json::{Map, Value, json};
+
+use crate::bundled;
+use crate::model_folder::LoadedModel;
+
+/// Longest context that is measured; the bundled weights are given positions that far.
+const CONTEXT: usize = 160 << 10;
+const BLOCK_TOKENS: u32 = 128;
+
+/// What to measure
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// A folder on the drive to be measured; data is written to a folder of its own in it, and removed
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    dir: PathBuf,
+    /// The script that runs `transformers` on the same weights; it makes its own environment
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/decoder/transformers"), value_name = "FILE")]
+    transformers: PathBuf,
+    /// Only these parts: transformers, flatness, gemm, warm
+    #[arg(long, value_delimiter = ',', value_name = "PART")]
+    only: Vec<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    const PARTS: [&str; 4] = ["transformers", "flatness", "gemm", "warm"];
+    if let Some(unknown) = args.only.iter().find(|only| !PARTS.contains(&only.as_str())) {
+        anyhow::bail!("--only knows {}, not {unknown:?}", PARTS.join(", "));
+    }
+    let wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|only| only == name);
+    let dir = tempfile::Builder::new()
+        .prefix("esker-bench-")
+        .tempdir_in(&args.dir)
+        .with_context(|| format!("cannot make a folder in {}", args.dir.display()))?;
+    let bed = Bed::new()?;
+    let mut figures = Map::new();
+    figures.insert("model".into(), json!(bundled::NAME));
+    figures.insert("threads".into(), json!(rayon::current_num_threads()));
+    if wanted("transformers") {
+        eprintln!("against transformers, 4k tokens");
+        eager::run(&bed, &args.transformers, dir.path(), &mut figures)?;
+    }
+    if wanted("flatness") {
+        eprintln!("decode step, 4k and 64k tokens");
+        flatness::run(&bed, &mut figures)?;
+    }
+    if wanted("gemm") {
+        eprintln!("dense products of V4-Flash");
+        products::run(&mut figures)?;
+    }
+    if wanted("warm") {
+        eprintln!("time to first token, 16k cached tokens");
+        warm::run(&bed, dir.path(), &mut figures)?;
+    }
+    if args.json {
+        println!("{}", Value::Object(figures));
+        return Ok(());
+    }
+    for (key, value) in figures {
+        match value.as_f64() {
+            Some(number) => println!("{key:<36} {number:>14.3}"),
+            None => println!("{key:<36} {value}"),
+        }
+    }
+    Ok(())
+}
+
+/// The bundled weights with room for long contexts, and text.
+struct Bed {
+    loaded: LoadedModel,
+    document: Vec<TokenId>,
+}
+
+impl Bed {
+    fn new() -> anyhow::Result<Self> {
+        let loaded = load()?;
+        let document = loaded.tokenizer.encode(bundled::DEMO_DOCUMENT).context("the demo's document")?;
+        Ok(Self { loaded, document })
+    }
+
+    /// The demo's document, over and over.
+    fn tokens(&self, count: usize) -> Vec<TokenId> {
+        self.document.iter().copied().cycle().take(count).collect()
+    }
+}
+
+/// The bundled model, with positions far enough. Its weights do not know how many there are.
+fn load() -> anyhow::Result<LoadedModel> {
+    bundled::load_for(KvFormat::Bf16, BLOCK_TOKENS, CONTEXT)
+}
+
+/// Says in the figures, and on standard error, that rows are missing, and why.
+fn missing(figures: &mut Map<String, Value>, rows: &[&str], why: &str) {
+    eprintln!("   missing: {}: {why}", rows.join(", "));
+    let list = figures.entry("missing").or_insert_with(|| json!({}));
+    if let Some(list) = list.as_object_mut() {
+        list.extend(rows.iter().map(|row| ((*row).to_owned(), json!(why))));
+    }
+}
+
+/// The middle one of some times, in seconds.
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_unstable_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+}
