@@ -7,6 +7,7 @@
 //! 0xF0 | segment id u64 BE                         ->  SegmentState, see entry.rs
 //! 0xF1 | segment id u64 BE                         ->  store time of the last use of anything in it, u32 LE seconds
 //! 0xF2                                             ->  where scrubbing goes on: segment id u64, offset u64, LE
+//! 0xF3                                             ->  highest number that any segment ever had, u64 LE
 //! 0xFF                                             ->  format of this index, u32 LE; another one means: build anew
 //! ```
 //!
@@ -43,6 +44,7 @@ use crate::{Result, StoreError};
 const SEGMENT_PREFIX: u8 = 0xF0;
 const USE_PREFIX: u8 = 0xF1;
 const SCRUB_KEY: [u8; 1] = [0xF2];
+const HIGHEST_KEY: [u8; 1] = [0xF3];
 const FORMAT_KEY: [u8; 1] = [0xFF];
 const FORMAT: u32 = 5;
 /// The resident table answers lookups; this serves duplicates and quarantine.
@@ -182,6 +184,13 @@ impl Index {
         Ok(value.and_then(|value| Some(u32::from_le_bytes(value.try_into().ok()?))))
     }
 
+    /// Highest number that any segment ever had, gone ones included, as far as this index goes back.
+    pub(crate) fn highest_segment(&self) -> Result<SegmentId> {
+        let value = self.db.get(HIGHEST_KEY)?;
+        let number = value.and_then(|value| Some(u64::from_le_bytes(value.try_into().ok()?)));
+        Ok(SegmentId(number.unwrap_or(0)))
+    }
+
     /// What is known of each segment.
     pub(crate) fn segments(&self) -> Result<Vec<(SegmentId, SegmentState)>> {
         let mut segments = Vec::new();
@@ -250,6 +259,10 @@ impl Changes {
 
     pub(crate) fn put_use(&mut self, id: SegmentId, used_s: u32) {
         self.0.put(segment_key(USE_PREFIX, id), used_s.to_le_bytes());
+    }
+
+    pub(crate) fn put_highest_segment(&mut self, id: SegmentId) {
+        self.0.put(HIGHEST_KEY, id.0.to_le_bytes());
     }
 
     pub(crate) fn put_scrub_position(&mut self, spot: Spot) {

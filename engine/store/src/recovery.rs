@@ -56,6 +56,7 @@ pub(crate) struct Recovery {
 /// Opens all segments, brings the index up to date and finds where writing goes on.
 pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery)> {
     let mut known: HashMap<SegmentId, SegmentState> = shared.index.segments()?.into_iter().collect();
+    let known_last = known.keys().map(|id| id.0).max().unwrap_or(0);
     let names = shared.disk.list().map_err(StoreError::io("listing", dir))?;
     let mut ids: Vec<SegmentId> = names.iter().filter_map(|name| SegmentId::from_file_name(name)).collect();
     ids.sort_unstable();
@@ -87,7 +88,9 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
     let mut changes = Changes::default();
     known.into_keys().for_each(|missing| changes.remove_segment(missing));
     work.load(changes)?;
-    let last = ids.last().map_or(0, |id| id.0);
+    // Never a number that an index, this one or one that a power cut brings back, knows another segment by: its watermark
+    // and its entries would be taken for the new one's.
+    let last = ids.last().map_or(0, |id| id.0).max(shared.index.highest_segment()?.0).max(known_last);
     let position = Position { tails, next_segment: SegmentId(last + 1), next_sequence: work.sequence + 1 };
     Ok((position, work.report))
 }

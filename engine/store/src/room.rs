@@ -9,8 +9,10 @@ use crate::{Result, StoreError};
 
 /// This part of what there is stays free: for the index, which cannot be refused a write, and for the file system.
 const SPARED_PART: u64 = 20;
+/// Stays free at least, though never more than half: no segment is made where fewer than 8 MiB would be left.
+const SPARED_BYTES: u64 = 24 << 20;
 
-/// Bytes that the segments of the store in `dir` may take: what they take now and what is free, less a twentieth. The folder is
+/// Bytes that the segments of the store in `dir` may take: what they take now and what is free, less a twentieth and at least 24 MiB. The folder is
 /// made if it is not there.
 pub fn room(dir: &Path) -> Result<u64> {
     let segments = dir.join("segments");
@@ -21,7 +23,7 @@ pub fn room(dir: &Path) -> Result<u64> {
     let taken: u64 =
         items.flatten().filter_map(|item| item.metadata().ok()).map(|meta| meta.blocks() * 512).sum();
     let all = free.saturating_add(taken);
-    Ok(all - all / SPARED_PART)
+    Ok(all - (all / SPARED_PART).max(SPARED_BYTES).min(all / 2))
 }
 
 #[cfg(test)]

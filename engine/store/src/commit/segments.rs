@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::{Event, Tail};
 use crate::TtlClass;
+use crate::index::Changes;
 use crate::io::FileId;
 use crate::segment::{OpenSegment, PageKind, SegmentId, SegmentPage, random_generation};
 use crate::shared::Shared;
@@ -145,6 +146,13 @@ fn make(shared: &Shared, next: &mut SegmentId, len_bytes: u64) -> Made {
         return Made::Not(io::Error::new(io::ErrorKind::StorageFull, reason));
     }
     let id = *next;
+    // Before the file is there: whatever of the index outlives a power cut knows of a segment only what it knows of its
+    // number, too.
+    let mut changes = Changes::default();
+    changes.put_highest_segment(id);
+    if let Err(error) = shared.index.write(changes) {
+        return Made::Not(io::Error::other(error));
+    }
     let created = shared.disk.create(&id.file_name(), len_bytes);
     // A number is used up only by a file that exists.
     if created.as_ref().err().is_none_or(|error| error.kind() == io::ErrorKind::AlreadyExists) {
