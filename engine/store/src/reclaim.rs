@@ -90,8 +90,8 @@ impl Shared {
         }
     }
 
-    /// Removes the sealed segments whose last use is longer ago than their class allows, unless something in them is
-    /// leased or still carries something outside.
+    /// Removes the sealed segments whose last use is longer ago than their class allows. Where something in one is leased or
+    /// still carries something outside, that stays and the rest goes.
     pub(crate) fn expire(&self) -> Result<()> {
         let mut segments = self.segments.all();
         segments.retain(|(id, segment)| segment.sealed && self.is_expired(*id));
@@ -100,6 +100,9 @@ impl Shared {
         for (id, _) in segments {
             let entries = self.index.entries_of(id).collect::<Result<Vec<Entry>>>()?;
             if !self.table.remove_all(&entries) {
+                let loose = self.table.remove_loose(&entries);
+                self.counters.expired.add(loose.len() as u64);
+                self.free(&loose)?;
                 continue;
             }
             self.counters.expired.add(entries.len() as u64);

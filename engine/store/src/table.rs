@@ -297,6 +297,22 @@ impl Table {
         true
     }
 
+    /// Removes those of `entries` that are still at their places and that neither a pin nor anything behind them holds.
+    pub(crate) fn remove_loose(&self, entries: &[Entry]) -> Vec<Victim> {
+        let mut inner = self.write();
+        let here = |entry: &Entry| inner.find(entry.id).filter(|&at| inner.slot(at).spot() == entry.spot);
+        let mut slots: Vec<u32> = entries.iter().filter_map(here).collect();
+        slots.sort_by_key(|&at| (inner.slot(at).tokens, inner.slot(at).kind));
+        let mut victims = Vec::new();
+        for at in slots.into_iter().rev() {
+            if !inner.retention.is_pinned(at) && inner.retention.is_leaf(at) {
+                victims.push(inner.slot(at).record());
+                inner.release(at);
+            }
+        }
+        victims
+    }
+
     /// Removes an object if it still is at `spot`. Tells whether it was.
     pub(crate) fn remove_if(&self, id: ObjectId, spot: Spot) -> bool {
         let mut inner = self.write();

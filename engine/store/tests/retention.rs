@@ -198,6 +198,35 @@ fn a_class_goes_when_its_time_is_over_unless_it_was_used_or_is_leased() {
 }
 
 #[test]
+fn a_lease_keeps_what_it_holds_and_not_the_neighbours() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let store = Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let class = |first| {
+        let objects = chain(first, 6, &LENS);
+        objects.into_iter().map(|object| object.with_class(TtlClass(0))).collect::<Vec<_>>()
+    };
+    let (kept, loose) = (class(0), class(100));
+    // By turns, so that they lie in the same segments.
+    for (kept, loose) in kept.iter().zip(&loose) {
+        assert!(store.put(vec![kept.clone(), loose.clone()]).iter().all(Result::is_ok));
+    }
+    store.lease(LeaseId([1; 32]), &[id(3)], HOUR).unwrap();
+    clock.pass(Duration::from_secs(600));
+    store.keep_house();
+    // Another segment is begun, so that all of these are sealed.
+    assert!(store.put(class(200)).iter().all(Result::is_ok));
+    clock.pass(Duration::from_secs(600));
+    store.keep_house();
+    assert_eq!(store.lookup(&ids(&loose)).len(), 0);
+    let found = store.lookup(&ids(&kept));
+    assert_eq!(found.len(), 4, "what is leased, and nothing behind it");
+    for (got, put) in fetch(&store, all(found)).into_iter().zip(&kept) {
+        assert_eq!(got, Ok(planes(put)));
+    }
+}
+
+#[test]
 fn what_is_erased_never_comes_back() {
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::new();
