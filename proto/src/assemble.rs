@@ -6,12 +6,31 @@ use esker_prefix::{KvLayout, ObjectKind};
 use crate::limits::MAX_CHUNK_BYTES;
 use crate::{WireError, v1};
 
-/// Collects the chunks of one object at a time and hands the object out when its last plane is whole.
+/// Collects the chunks of one plane at a time, and hands the plane out when it is whole.
 ///
-/// Allocates only what the layout says an object has, and that only as bytes arrive.
-pub struct PlaneAssembler<'l> {
+/// Allocates only what the layout says a plane has, and that only as bytes arrive.
+pub struct PlaneReader<'l> {
     layout: &'l KvLayout,
-    current: Option<Partial>,
+    current: Option<(WholePlane, BytesMut)>,
+}
+
+/// A plane all of whose chunks have arrived.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WholePlane {
+    /// Block or state.
+    pub kind: ObjectKind,
+    /// Prefix length that its object completes.
+    pub tokens: u64,
+    /// Position in the layout's restore order.
+    pub plane: usize,
+    /// Its bytes; none for a plane that its object lacks.
+    pub bytes: Bytes,
+}
+
+/// Collects the planes of one object at a time, in restore order, and hands the object out when its last plane is whole.
+pub struct PlaneAssembler<'l> {
+    reader: PlaneReader<'l>,
+    current: Option<Assembled>,
 }
 
 /// An object all of whose planes have arrived.
@@ -25,57 +44,49 @@ pub struct Assembled {
     pub planes: Vec<Bytes>,
 }
 
-struct Partial {
-    kind: ObjectKind,
-    tokens: u64,
-    planes: Vec<Bytes>,
-    growing: BytesMut,
-}
-
-impl<'l> PlaneAssembler<'l> {
-    /// For objects of `layout`.
+impl<'l> PlaneReader<'l> {
+    /// For planes of `layout`.
     pub fn new(layout: &'l KvLayout) -> Self {
         Self { layout, current: None }
     }
 
-    /// Takes the next chunk; gives the object that it completes, if it does.
-    pub fn push(&mut self, chunk: v1::PlaneChunk) -> Result<Option<Assembled>, WireError> {
+    /// Takes the next chunk; gives the plane that it completes, if it does.
+    pub fn push(&mut self, chunk: v1::PlaneChunk) -> Result<Option<WholePlane>, WireError> {
         let kind = object_kind(chunk.kind())?;
         if chunk.data.len() > MAX_CHUNK_BYTES {
             let (limit, got) = (MAX_CHUNK_BYTES, chunk.data.len());
             return Err(WireError::TooLarge { field: "chunk.data", unit: "bytes", limit, got });
         }
-        let specs = self.layout.planes(kind);
-        let partial = self.current.get_or_insert_with(|| Partial {
-            kind,
-            tokens: chunk.tokens,
-            planes: Vec::with_capacity(specs.len()),
-            growing: BytesMut::new(),
-        });
-        if (partial.kind, partial.tokens) != (kind, chunk.tokens) {
-            return Err(WireError::Sequence(format!(
-                "chunk of {kind:?} at {} tokens while {:?} at {} tokens is incomplete ({} of {} planes)",
-                chunk.tokens,
-                partial.kind,
-                partial.tokens,
-                partial.planes.len(),
-                self.layout.planes(partial.kind).len(),
-            )));
-        }
-        let index = partial.planes.len();
+        let (tokens, specs) = (chunk.tokens, self.layout.planes(kind));
+        let index = chunk.plane as usize;
         let Some(spec) = specs.get(index) else {
-            return Err(WireError::Sequence(format!("layout {} has no {kind:?} planes", self.layout.id())));
+            let (id, planes) = (self.layout.id(), specs.len());
+            return Err(WireError::Sequence(match planes {
+                0 => format!("layout {id} has no {kind:?} planes"),
+                _ => format!("layout {id} has {planes} {kind:?} planes, counted from 0; got plane {index}"),
+            }));
         };
-        if chunk.plane as usize != index || chunk.offset != partial.growing.len() as u64 {
+        let begun = WholePlane { kind, tokens, plane: index, bytes: Bytes::new() };
+        let (plane, growing) = self.current.get_or_insert_with(|| (begun, BytesMut::new()));
+        if (plane.kind, plane.tokens, plane.plane) != (kind, tokens, index)
+            || chunk.offset != growing.len() as u64
+        {
             return Err(WireError::Sequence(format!(
-                "expected plane {index} at offset {}, got plane {} at offset {}",
-                partial.growing.len(),
-                chunk.plane,
+                "expected plane {} of {:?} at {} tokens at offset {}, got plane {index} of {kind:?} at {tokens} tokens \
+                 at offset {}",
+                plane.plane,
+                plane.kind,
+                plane.tokens,
+                growing.len(),
                 chunk.offset
             )));
         }
-        let arrived = partial.growing.len() as u64 + chunk.data.len() as u64;
-        if chunk.plane_bytes != spec.len_bytes || arrived > spec.len_bytes {
+        let group = &self.layout.groups()[usize::from(spec.group)];
+        let blocks = tokens / u64::from(self.layout.block_tokens());
+        let may_lack = group.is_in(blocks) != Some(true) && chunk.plane_bytes == 0;
+        let len_bytes = if may_lack { 0 } else { spec.len_bytes };
+        let arrived = growing.len() as u64 + chunk.data.len() as u64;
+        if chunk.plane_bytes != len_bytes || arrived > len_bytes {
             return Err(WireError::Sequence(format!(
                 "plane {index} of layout {} has {} bytes; the request says {} and has sent {arrived}",
                 self.layout.id(),
@@ -83,39 +94,86 @@ impl<'l> PlaneAssembler<'l> {
                 chunk.plane_bytes,
             )));
         }
-        if arrived < spec.len_bytes {
+        if arrived < len_bytes {
             if chunk.data.is_empty() {
                 return Err(WireError::Empty("chunk.data"));
             }
-            partial.growing.extend_from_slice(&chunk.data);
+            growing.extend_from_slice(&chunk.data);
             return Ok(None);
         }
         // The common case, a plane in one chunk, keeps the buffer it came in.
-        let plane = if partial.growing.is_empty() {
+        let bytes = if growing.is_empty() {
             chunk.data
         } else {
-            partial.growing.extend_from_slice(&chunk.data);
-            partial.growing.split().freeze()
+            growing.extend_from_slice(&chunk.data);
+            growing.split().freeze()
         };
-        partial.planes.push(plane);
-        if partial.planes.len() < specs.len() {
+        Ok(self.current.take().map(|(plane, _)| WholePlane { bytes, ..plane }))
+    }
+
+    /// Ends the stream; an error if a plane is incomplete.
+    pub fn finish(self) -> Result<(), WireError> {
+        match self.current {
+            None => Ok(()),
+            Some((WholePlane { kind, tokens, plane, .. }, _)) => Err(WireError::Sequence(format!(
+                "stream ended inside plane {plane} of {kind:?} at {tokens} tokens"
+            ))),
+        }
+    }
+}
+
+impl<'l> PlaneAssembler<'l> {
+    /// For objects of `layout`.
+    pub fn new(layout: &'l KvLayout) -> Self {
+        Self { reader: PlaneReader::new(layout), current: None }
+    }
+
+    /// Takes the next chunk; gives the object that it completes, if it does.
+    pub fn push(&mut self, chunk: v1::PlaneChunk) -> Result<Option<Assembled>, WireError> {
+        let kind = object_kind(chunk.kind())?;
+        let next = self.current.as_ref().map_or(0, |object| object.planes.len());
+        if let Some(object) = self.current.as_ref().filter(|o| (o.kind, o.tokens) != (kind, chunk.tokens)) {
+            return Err(WireError::Sequence(format!(
+                "chunk of {kind:?} at {} tokens while {:?} at {} tokens is incomplete ({next} of {} planes)",
+                chunk.tokens,
+                object.kind,
+                object.tokens,
+                self.reader.layout.planes(object.kind).len(),
+            )));
+        }
+        if chunk.plane as usize != next && !self.reader.layout.planes(kind).is_empty() {
+            return Err(WireError::Sequence(format!(
+                "expected plane {next} of {kind:?} at {} tokens, got plane {}",
+                chunk.tokens, chunk.plane
+            )));
+        }
+        let Some(WholePlane { kind, tokens, bytes, .. }) = self.reader.push(chunk)? else { return Ok(None) };
+        let planes = self.reader.layout.planes(kind).len();
+        let object = self.current.get_or_insert_with(|| Assembled {
+            kind,
+            tokens,
+            planes: Vec::with_capacity(planes),
+        });
+        object.planes.push(bytes);
+        if object.planes.len() < planes {
             return Ok(None);
         }
-        Ok(self.current.take().map(|whole| Assembled { kind, tokens: whole.tokens, planes: whole.planes }))
+        Ok(self.current.take())
     }
 
     /// Ends the stream; an error if an object is incomplete.
     pub fn finish(self) -> Result<(), WireError> {
-        match self.current {
-            None => Ok(()),
-            Some(partial) => Err(WireError::Sequence(format!(
+        let planes = |kind| self.reader.layout.planes(kind).len();
+        if let Some(object) = &self.current {
+            return Err(WireError::Sequence(format!(
                 "stream ended inside {:?} at {} tokens ({} of {} planes)",
-                partial.kind,
-                partial.tokens,
-                partial.planes.len(),
-                self.layout.planes(partial.kind).len(),
-            ))),
+                object.kind,
+                object.tokens,
+                object.planes.len(),
+                planes(object.kind),
+            )));
         }
+        self.reader.finish()
     }
 }
 

@@ -28,6 +28,7 @@ mod secret;
 mod serve;
 mod service;
 mod sessions;
+mod staging;
 mod tenants;
 mod usage;
 mod warmups;

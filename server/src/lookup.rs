@@ -9,10 +9,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use esker_prefix::{
-    BlockHash, Chain, Family, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeKey, ScopeTag, rekey,
+    BlockHash, Chain, Family, Group, KvLayout, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeKey,
+    ScopeTag, rekey,
 };
 use esker_proto::{PrefixNames, v1};
 use esker_store::{Found, Pins, Store};
+
+use crate::staging::Staging;
 
 /// Most resume points listed in a reply; the greatest is always among them.
 const MAX_RESUME_POINTS: usize = 8;
@@ -44,6 +47,8 @@ pub(crate) struct Answer {
     pub(crate) chained: bool,
     /// Blocks that could be offered at most.
     asked_blocks: usize,
+    /// Blocks that are stored of a chain without a hole, those behind the last boundary of the coarsest group included.
+    run_blocks: usize,
     /// Names in the scope that answered.
     hashes: Vec<BlockHash>,
 }
@@ -67,6 +72,10 @@ impl Question {
         let by_length = self.prompt_tokens.saturating_sub(1) / u64::from(self.layout.block_tokens());
         let limited = self.prompt_tokens > 0 && self.chained();
         if limited { given.min(usize::try_from(by_length).unwrap_or(given)) } else { given }
+    }
+
+    fn grain(&self) -> usize {
+        self.layout.grain_blocks() as usize
     }
 
     fn chained(&self) -> bool {
@@ -167,15 +176,31 @@ impl Question {
             found.filter_map(|(at, found)| Some((at, found.filter(ours)?))).collect()
         };
         blocks.truncate(asked_blocks);
+        let run_blocks = blocks.len();
+        if chained {
+            // A coarse group is whole at multiples of its grain only; grains are powers of two, so the coarsest decides.
+            blocks.truncate(run_blocks / self.grain() * self.grain());
+        }
         let states = if chained && has_states(&self.layout) {
             let ids = ids(ObjectKind::State);
-            store.get(&ids[..blocks.len()]).into_iter().flatten().filter(ours).collect()
+            let found = store.get(&ids[..blocks.len()]).into_iter().flatten();
+            found.filter(ours).filter(|state| is_multiple(state.tokens, &self.layout)).collect()
         } else {
             Vec::new()
         };
         let (layout, prompt_tokens) = (Arc::clone(&self.layout), self.prompt_tokens());
         let prompt_given = self.prompt_given();
-        Answer { layout, prompt_tokens, prompt_given, blocks, states, chained, asked_blocks, hashes }
+        Answer {
+            layout,
+            prompt_tokens,
+            prompt_given,
+            blocks,
+            states,
+            chained,
+            asked_blocks,
+            run_blocks,
+            hashes,
+        }
     }
 
     fn nothing(&self) -> Answer {
@@ -187,6 +212,7 @@ impl Question {
             states: Vec::new(),
             chained: self.chained(),
             asked_blocks: self.blocks(),
+            run_blocks: 0,
             hashes: Vec::new(),
         }
     }
@@ -222,7 +248,7 @@ impl Answer {
         if has_states(&self.layout) && self.chained {
             self.states.iter().any(|state| state.tokens == tokens)
         } else {
-            tokens > 0 && tokens <= self.history_tokens() && tokens.is_multiple_of(self.block_tokens())
+            tokens > 0 && tokens <= self.history_tokens() && is_multiple(tokens, &self.layout)
         }
     }
 
@@ -249,7 +275,7 @@ impl Answer {
     }
 
     /// The reply, without a grant.
-    pub(crate) fn reply(&self, want_hashes: bool) -> v1::LookupReply {
+    pub(crate) fn reply(&self, staging: &Staging, want_hashes: bool) -> v1::LookupReply {
         let history_tokens = self.history_tokens();
         let best = self.best();
         let hashes = if want_hashes { &self.hashes[..self.blocks.len().min(self.hashes.len())] } else { &[] };
@@ -258,12 +284,12 @@ impl Answer {
             resume_points: self
                 .resume_points()
                 .into_iter()
-                .map(|tokens| resume_point(&self.layout, tokens))
+                .map(|tokens| resume_point(&self.layout, tokens, self.lacks_optional(tokens)))
                 .collect(),
             best: Some(v1::Best { tokens: best, replay_tokens: history_tokens.saturating_sub(best) }),
             resumable: self.resumable(),
             hashes: hashes.iter().map(|hash| Bytes::copy_from_slice(hash.as_bytes())).collect(),
-            misses: self.misses(),
+            misses: self.misses(staging),
             ..Default::default()
         }
     }
@@ -275,20 +301,49 @@ impl Answer {
             let at = |state: &Found| usize::try_from(state.tokens / self.block_tokens()).unwrap_or(1) - 1;
             self.states.iter().map(at).for_each(&mut set);
         } else {
-            self.blocks.iter().for_each(|(at, _)| set(*at));
+            let resumable =
+                |at: usize| !self.chained || (at + 1).is_multiple_of(self.layout.grain_blocks() as usize);
+            self.blocks.iter().map(|(at, _)| *at).filter(|&at| resumable(at)).for_each(&mut set);
         }
         bits.into()
     }
 
-    fn misses(&self) -> Vec<v1::Miss> {
+    /// Whether the state at a resume point lacks the optional group: its object is shorter by just that.
+    fn lacks_optional(&self, tokens: u64) -> bool {
+        let state = self.states.iter().find(|state| state.tokens == tokens);
+        state.is_some_and(|state| state.raw_bytes < self.layout.object_bytes(ObjectKind::State))
+    }
+
+    /// Up to where a history group is there: stored, or waiting for the other groups of its blocks.
+    fn closed_tokens(&self, group: &Group, staging: &Staging) -> u64 {
+        let layout = &self.layout;
+        let name = |spec: &PlaneSpec| layout.groups()[usize::from(spec.group)].name == group.name;
+        let mut blocks = self.run_blocks;
+        for &hash in self.hashes.iter().take(self.asked_blocks).skip(self.run_blocks) {
+            let waiting = staging.planes_of(&ObjectId { kind: ObjectKind::Block, hash });
+            let mut of_group =
+                layout.planes(ObjectKind::Block).iter().zip(&waiting).filter(|(spec, _)| name(spec));
+            if waiting.is_empty() || !of_group.all(|(_, is_there)| *is_there) {
+                break;
+            }
+            blocks += 1;
+        }
+        let grain = group.grain_blocks as usize;
+        (blocks / grain * grain) as u64 * self.block_tokens()
+    }
+
+    fn misses(&self, staging: &Staging) -> Vec<v1::Miss> {
         let history_tokens = self.history_tokens();
-        let short = history_tokens < self.asked_blocks as u64 * self.block_tokens();
+        let asked_tokens = self.asked_blocks as u64 * self.block_tokens();
         let no_state = self.chained && self.best() < history_tokens;
         let groups = self.layout.groups().iter();
         let missing = groups.filter_map(|group| match group.family {
-            Family::History if short => Some((group, history_tokens, "absent")),
-            Family::State if no_state => Some((group, self.best(), "no_state")),
-            _ => None,
+            Family::History => {
+                let closed = if self.chained { self.closed_tokens(group, staging) } else { history_tokens };
+                (closed < asked_tokens).then_some((group, closed, "absent"))
+            }
+            Family::State if no_state && !group.optional => Some((group, self.best(), "no_state")),
+            Family::State => None,
         });
         missing
             .map(|(group, first_missing_token, reason)| v1::Miss {
@@ -304,13 +359,28 @@ fn has_states(layout: &KvLayout) -> bool {
     !layout.planes(ObjectKind::State).is_empty()
 }
 
-fn resume_point(layout: &KvLayout, tokens: u64) -> v1::ResumePoint {
-    let blocks = tokens / u64::from(layout.block_tokens());
-    let groups = layout.groups().iter();
-    let bytes_by_group = groups.map(|group| {
-        let object = u64::from(group.rows) * group.row_bytes() * group.layers.len() as u64;
-        let bytes = if group.family == Family::State { object } else { object * blocks };
-        v1::GroupBytes { group: group.name.clone(), bytes }
-    });
-    v1::ResumePoint { tokens, bytes_by_group: bytes_by_group.collect() }
+/// Whether a prefix ends where the coarsest group does.
+fn is_multiple(tokens: u64, layout: &KvLayout) -> bool {
+    let block_tokens = u64::from(layout.block_tokens());
+    tokens.is_multiple_of(block_tokens * u64::from(layout.grain_blocks()))
 }
+
+fn resume_point(layout: &KvLayout, tokens: u64, lacks_optional: bool) -> v1::ResumePoint {
+    let blocks = tokens / u64::from(layout.block_tokens());
+    let missing = |group: &&Group| lacks_optional && group.optional;
+    let bytes_by_group = layout.groups().iter().filter(|group| !missing(group)).map(|group| {
+        let object = u64::from(group.rows) * group.row_bytes() * group.layers.len() as u64;
+        let objects = if group.family == Family::State { 1 } else { blocks / u64::from(group.grain_blocks) };
+        v1::GroupBytes { group: group.name.clone(), bytes: object * objects }
+    });
+    let missing_optional = layout.groups().iter().filter(missing).map(|group| group.name.clone());
+    v1::ResumePoint {
+        tokens,
+        bytes_by_group: bytes_by_group.collect(),
+        missing_optional: missing_optional.collect(),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -19,6 +19,7 @@ use crate::namespaces::Namespaces;
 use crate::policy::PolicyFile;
 use crate::secret::root_secret;
 use crate::sessions::Sessions;
+use crate::staging::Staging;
 use crate::tenants::Tenants;
 use crate::usage::sink::{Exporting, SinkSettings};
 use crate::warmups::Warmups;
@@ -48,6 +49,7 @@ pub struct Node {
     pub(crate) store: Arc<Store>,
     pub(crate) namespaces: Namespaces,
     pub(crate) grants: Grants,
+    pub(crate) staging: Staging,
     pub(crate) policy: Arc<PolicyFile>,
     pub(crate) tenants: Tenants,
     pub(crate) sessions: Sessions,
@@ -104,6 +106,7 @@ impl Node {
             store,
             namespaces,
             grants,
+            staging: Staging::default(),
             policy,
             tenants,
             sessions,

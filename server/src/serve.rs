@@ -234,6 +234,7 @@ async fn keep_house(node: Arc<Node>) {
         let node = Arc::clone(&node);
         let round = tokio::task::spawn_blocking(move || {
             close_unsettled(&node, &node.grants.expire(Instant::now()));
+            node.staging.expire(Instant::now());
             node.sampler.tick(&node);
             node.ledger.tick();
         });

@@ -17,6 +17,8 @@ pub use published::RowFormat;
 use std::fmt;
 
 const LAYOUT_CONTEXT: &str = "esker 2026-11 kv layout v1";
+/// Of a table with an optional or a coarse group, whose groups are digested with these fields as well.
+const WIDE_LAYOUT_CONTEXT: &str = "esker 2026-11 kv layout v1 with optional and grain";
 
 /// A plane below this many bytes costs more to find than to read; layers are joined until it is reached.
 const PLANE_TARGET_BYTES: u64 = 64 * 1024;
@@ -103,9 +105,29 @@ pub struct Group {
     pub restore_order: u16,
     /// Layers joined in one plane.
     pub plane_layers: u16,
+    /// A state group that nobody needs to resume, such as the state of a draft: an object may lack it. At most one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub optional: bool,
+    /// Blocks that share one set of rows, which lies in the last of them; a power of two, 1 for all but coarse history groups.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub grain_blocks: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+fn is_one(grain: &u32) -> bool {
+    *grain == 1
 }
 
 impl Group {
+    /// Whether an object that completes a prefix of this many blocks has this group's rows: `None` if it may and need not.
+    pub fn is_in(&self, blocks: u64) -> Option<bool> {
+        if self.optional { None } else { Some(blocks.is_multiple_of(u64::from(self.grain_blocks))) }
+    }
+
     /// Bytes of one row.
     pub fn row_bytes(&self) -> u64 {
         self.fields.iter().map(|field| u64::from(field.count) * field.dtype.bits() / 8).sum()
@@ -207,7 +229,17 @@ impl KvLayout {
         }
     }
 
-    /// Raw bytes of one object of this kind.
+    /// Blocks at whose multiples every history group is whole: the coarsest grain.
+    pub fn grain_blocks(&self) -> u32 {
+        self.table.groups.iter().map(|group| group.grain_blocks).max().unwrap_or(1)
+    }
+
+    /// The group that an object may lack, if there is one.
+    pub fn optional_group(&self) -> Option<&Group> {
+        self.table.groups.iter().find(|group| group.optional)
+    }
+
+    /// Raw bytes of one object of this kind that has every plane.
     pub fn object_bytes(&self, kind: ObjectKind) -> u64 {
         self.planes(kind).iter().map(|plane| plane.len_bytes).sum()
     }
@@ -242,6 +274,17 @@ fn check(table: &Table) -> std::result::Result<(), String> {
         if group.fields.is_empty() || group.fields.len() > MAX_FIELDS {
             return fail(format!("needs 1 to {MAX_FIELDS} fields, got {}", group.fields.len()));
         }
+        if group.optional && group.family != Family::State {
+            return fail("only a state group can be optional: history is needed, all of it".into());
+        }
+        if group.optional && table.groups[..index].iter().any(|other| other.optional) {
+            return fail("is the second optional group; one at most".into());
+        }
+        if !group.grain_blocks.is_power_of_two() || (group.grain_blocks > 1 && group.family == Family::State)
+        {
+            let grain = group.grain_blocks;
+            return fail(format!("grain_blocks is a power of two, and 1 for a state group; got {grain}"));
+        }
         for field in &group.fields {
             if field.count == 0 || u64::from(field.count) * field.dtype.bits() % 8 != 0 {
                 return fail(format!("field {:?} must fill a positive whole number of bytes", field.name));
@@ -259,8 +302,13 @@ fn check(table: &Table) -> std::result::Result<(), String> {
             _ => return Err(format!("one {family:?} object would exceed {MAX_OBJECT_BYTES} bytes")),
         }
     }
-    if !table.groups.iter().any(|group| group.family == Family::History) {
-        return Err("has no history group, so no block could hold anything".into());
+    let always =
+        |family| table.groups.iter().any(|g| g.family == family && !g.optional && g.grain_blocks == 1);
+    if !always(Family::History) {
+        return Err("has no history group with rows in every block, so some could hold nothing".into());
+    }
+    if table.groups.iter().any(|group| group.optional) && !always(Family::State) {
+        return Err("has no state group but an optional one, so a state could hold nothing".into());
     }
     Ok(())
 }
@@ -295,10 +343,13 @@ fn narrow(value: usize) -> u16 {
 ///
 /// ```text
 /// name | block_tokens u32 | groups: name | family u8 | layers: u16.. | rows u32 | fields: name | dtype u8 | count u32
-///                                  | restore_order u16 | plane_layers u16
+///                                  | restore_order u16 | plane_layers u16 [| optional u8 | grain_blocks u32]
 /// ```
+///
+/// What stands in brackets is there, for every group, where some group is optional or coarse; the context says which.
 fn id(table: &Table) -> LayoutId {
-    let mut hasher = blake3::Hasher::new_derive_key(LAYOUT_CONTEXT);
+    let wide = table.groups.iter().any(|group| group.optional || group.grain_blocks != 1);
+    let mut hasher = blake3::Hasher::new_derive_key(if wide { WIDE_LAYOUT_CONTEXT } else { LAYOUT_CONTEXT });
     let text = |hasher: &mut blake3::Hasher, value: &str| {
         hasher.update(&len_u32(value.len())).update(value.as_bytes());
     };
@@ -316,6 +367,9 @@ fn id(table: &Table) -> LayoutId {
             hasher.update(&[field.dtype as u8]).update(&field.count.to_le_bytes());
         }
         hasher.update(&group.restore_order.to_le_bytes()).update(&group.plane_layers.to_le_bytes());
+        if wide {
+            hasher.update(&[u8::from(group.optional)]).update(&group.grain_blocks.to_le_bytes());
+        }
     }
     LayoutId(*hasher.finalize().as_bytes())
 }

@@ -68,8 +68,8 @@ struct Object {
 macro_rules! object {
     ($name:ident, $kind:expr, $kind_name:literal) => {
         impl $name {
-            /// Checks `planes` against the layout: one per plane of [`KvLayout::planes`], each of its exact length.
-            /// `tokens` is the length of the prefix that ends with this object.
+            /// Checks `planes` against the layout: one per plane of [`KvLayout::planes`], each of its exact length, or empty
+            /// where the object has no rows of its group ([`Group::is_in`](crate::Group::is_in)). `tokens` is the length of the prefix that ends with this object.
             pub fn new(
                 layout: &KvLayout,
                 namespace: NamespaceId,
@@ -83,7 +83,7 @@ macro_rules! object {
                     let block_tokens = layout.block_tokens();
                     return Err(PrefixError::Boundary { kind: $kind_name, block_tokens, tokens });
                 }
-                check_planes(layout, layout.planes($kind), &planes)?;
+                check_planes(layout, layout.planes($kind), &planes, tokens)?;
                 Ok(Self(Object { namespace, scope, hash, parent, tokens, planes }))
             }
 
@@ -132,7 +132,7 @@ macro_rules! object {
 object!(BlockObject, ObjectKind::Block, "block");
 object!(StateObject, ObjectKind::State, "state");
 
-fn check_planes(layout: &KvLayout, specs: &[PlaneSpec], planes: &[Bytes]) -> Result<()> {
+fn check_planes(layout: &KvLayout, specs: &[PlaneSpec], planes: &[Bytes], tokens: u64) -> Result<()> {
     if specs.len() != planes.len() {
         return Err(PrefixError::PlaneCount {
             layout: layout.id(),
@@ -140,15 +140,21 @@ fn check_planes(layout: &KvLayout, specs: &[PlaneSpec], planes: &[Bytes]) -> Res
             got: planes.len(),
         });
     }
+    let mut lacks_optional = None;
     for (index, (spec, bytes)) in specs.iter().zip(planes).enumerate() {
-        if spec.len_bytes != bytes.len() as u64 {
+        let group = &layout.groups()[usize::from(spec.group)];
+        let is_in = group.is_in(tokens / u64::from(layout.block_tokens()));
+        // A group that may be left out is left out as a whole.
+        let is_in = is_in.unwrap_or_else(|| !*lacks_optional.get_or_insert(bytes.is_empty()));
+        let expected = if is_in { spec.len_bytes } else { 0 };
+        if expected != bytes.len() as u64 {
             return Err(PrefixError::PlaneSize {
                 layout: layout.id(),
                 plane: index,
-                group: layout.groups()[usize::from(spec.group)].name.clone(),
+                group: group.name.clone(),
                 first_layer: spec.first_layer,
                 end_layer: spec.first_layer + spec.layers,
-                expected: spec.len_bytes,
+                expected,
                 got: bytes.len() as u64,
             });
         }

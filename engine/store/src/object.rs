@@ -125,7 +125,10 @@ impl PutObject {
 fn pair(layout: &KvLayout, kind: ObjectKind, planes: Vec<Bytes>) -> Vec<PutPlane> {
     let with_shape = |(&spec, bytes): (&PlaneSpec, Bytes)| {
         let group = &layout.groups()[usize::from(spec.group)];
-        PutPlane { spec, shape: Some(PlaneShape::of(group, &spec)), bytes }
+        let shape = PlaneShape::of(group, &spec);
+        // A plane that the object lacks has no bytes, and no shape.
+        let spec = PlaneSpec { len_bytes: bytes.len() as u64, ..spec };
+        PutPlane { spec, shape: (!bytes.is_empty()).then_some(shape), bytes }
     };
     layout.planes(kind).iter().zip(planes).map(with_shape).collect()
 }

@@ -168,6 +168,8 @@ fn layouts_are_stored_beside_the_blocks() {
         fields: vec![Field { name: "k".into(), dtype: Dtype::Bf16, count: 8 }],
         restore_order: 0,
         plane_layers: 1,
+        optional: false,
+        grain_blocks: 1,
     };
     let layout = KvLayout::new("test", 4, vec![group]).unwrap();
     let dir = tempfile::tempdir().unwrap();

@@ -199,7 +199,7 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
 fn lookup(node: &Node, principal: &Principal, asked: &Asked) -> Result<v1::LookupReply, Status> {
     let (answer, pins) = asked.question.answer(&node.store, asked.grant);
     node.metrics.lookup(&answer);
-    let reply = answer.reply(asked.want_hashes);
+    let reply = answer.reply(&node.staging, asked.want_hashes);
     if pins.is_none() {
         return Ok(reply);
     }

@@ -1,14 +1,17 @@
 //! `Put`: objects of one prefix, stored in batches.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use esker_prefix::{
-    BlockHash, BlockObject, Chain, KvLayout, NamespaceId, ObjectKind, ScopeTag, StateObject, rekey,
+    BlockHash, BlockObject, Chain, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag, StateObject, rekey,
 };
 use esker_proto::v1::{self, put_request};
-use esker_proto::{Assembled, PlaneAssembler, PrefixNames, check_namespace_id, check_prefix};
-use esker_store::{PutObject, PutOutcome, TtlClass};
+use esker_proto::{
+    Assembled, PlaneAssembler, PlaneReader, PrefixNames, WholePlane, check_namespace_id, check_prefix,
+};
+use esker_store::{PutObject, PutOutcome, StoreError, TtlClass};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Status, Streaming};
 
@@ -16,7 +19,8 @@ use super::cache::layout;
 use super::status::{from_join, from_store, from_wire};
 use crate::audit::Event;
 use crate::node::Node;
-use crate::principal::Principal;
+use crate::principal::{Principal, TenantId};
+use crate::staging::WAIT;
 use crate::tenants::{InFlight, Tenant, over};
 
 /// A client that sends nothing, or takes no results, for this long is let go.
@@ -42,6 +46,8 @@ pub(super) struct Put {
     class: TtlClass,
     /// Answer as soon as an object is handed over.
     buffered: bool,
+    /// Planes come in any order, and not all of them in this put.
+    in_parts: bool,
     /// Whether each block continues the one before it; if so, what comes before the first.
     genesis: Option<BlockHash>,
     hashes: Vec<BlockHash>,
@@ -98,6 +104,7 @@ impl Put {
             layout,
             class: ttl_class(ttl),
             buffered: durability == v1::Durability::Buffered,
+            in_parts: prefix.in_parts,
             genesis,
             hashes,
             tenant,
@@ -113,7 +120,10 @@ impl Put {
         replies: &mpsc::Sender<Result<v1::PutReply, Status>>,
     ) -> Result<(), Status> {
         let layout = self.layout.clone();
-        let mut assembler = PlaneAssembler::new(&layout);
+        let mut gathering = match self.in_parts {
+            true => Gathering::Parts(PlaneReader::new(&layout), BTreeSet::new()),
+            false => Gathering::Whole(PlaneAssembler::new(&layout)),
+        };
         let mut waiting: Vec<Numbered> = Vec::new();
         let mut waiting_bytes = 0;
         loop {
@@ -136,8 +146,7 @@ impl Put {
                 }
                 None => break,
             };
-            if let Some(whole) = assembler.push(chunk).map_err(from_wire)? {
-                let object = self.object(whole)?;
+            if let Some(object) = self.gather(&mut gathering, chunk)? {
                 waiting_bytes += object.object.planes.iter().map(|plane| plane.bytes.len()).sum::<usize>();
                 waiting.push(object);
             }
@@ -148,20 +157,69 @@ impl Put {
         }
         // What is whole is kept even when the stream ends inside the next object.
         self.commit(waiting, replies).await?;
-        assembler.finish().map_err(from_wire)
+        match gathering {
+            Gathering::Whole(assembler) => assembler.finish().map_err(from_wire),
+            Gathering::Parts(reader, open) => {
+                for (kind, tokens) in open {
+                    let reason = format!("it lacks planes, for which it waits {} s", WAIT.as_secs());
+                    send(replies, waiting_reply(kind, tokens, reason)).await?;
+                }
+                reader.finish().map_err(from_wire)
+            }
+        }
     }
 
-    fn object(&self, whole: Assembled) -> Result<Numbered, Status> {
-        let Assembled { kind, tokens, planes } = whole;
+    /// Takes a chunk; the object that it completes, if it does.
+    fn gather(
+        &self,
+        gathering: &mut Gathering<'_>,
+        chunk: v1::PlaneChunk,
+    ) -> Result<Option<Numbered>, Status> {
+        let (reader, open) = match gathering {
+            Gathering::Whole(assembler) => {
+                return assembler.push(chunk).map_err(from_wire)?.map(|whole| self.object(whole)).transpose();
+            }
+            Gathering::Parts(reader, open) => (reader, open),
+        };
+        let Some(WholePlane { kind, tokens, plane, bytes }) = reader.push(chunk).map_err(from_wire)? else {
+            return Ok(None);
+        };
+        let id = ObjectId { kind, hash: self.hashes[self.index(tokens)?] };
+        let planes = self.layout.planes(kind).len();
+        let tenant = self.tenant.id();
+        let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
+        let added = added
+            .map_err(|full| over("staged bytes", full.limit_bytes as u64, full.used_bytes as u64, 1_000))?;
+        match added {
+            Some(planes) => {
+                open.remove(&(kind, tokens));
+                self.object(Assembled { kind, tokens, planes }).map(Some)
+            }
+            None => {
+                open.insert((kind, tokens));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Position of the block that ends at so many tokens.
+    fn index(&self, tokens: u64) -> Result<usize, Status> {
         let block_tokens = u64::from(self.layout.block_tokens());
         let index = usize::try_from(tokens / block_tokens).unwrap_or(usize::MAX);
-        if tokens % block_tokens != 0 || index == 0 || index > self.hashes.len() {
+        if !tokens.is_multiple_of(block_tokens) || index == 0 || index > self.hashes.len() {
             return Err(Status::invalid_argument(format!(
                 "an object at {tokens} tokens does not fit: the prefix of this put has {} whole blocks of \
                  {block_tokens} tokens",
                 self.hashes.len()
             )));
         }
+        Ok(index - 1)
+    }
+
+    fn object(&self, whole: Assembled) -> Result<Numbered, Status> {
+        let Assembled { kind, tokens, planes } = whole;
+        let block_tokens = u64::from(self.layout.block_tokens());
+        let index = self.index(tokens)? + 1;
         let hash = self.hashes[index - 1];
         let (layout, namespace, scope) = (&*self.layout, self.namespace, self.scope);
         // A block that stands for itself is the same in whatever company it is put: as long as one block.
@@ -194,16 +252,14 @@ impl Put {
         let named: Vec<(ObjectKind, u64)> =
             objects.iter().map(|object| (object.object.id.kind, object.tokens)).collect();
         let objects: Vec<PutObject> = objects.into_iter().map(|object| object.object).collect();
-        let node = self.node.clone();
-        let storing = tokio::task::spawn_blocking(move || node.store.put(objects));
+        let (node, tenant, in_parts) = (self.node.clone(), self.tenant.id().clone(), self.in_parts);
+        let storing = tokio::task::spawn_blocking(move || store(&node, &tenant, objects, in_parts));
         if self.buffered {
             for (kind, tokens) in named {
                 let (kind, outcome) = (v1::ObjectKind::from(kind).into(), v1::Outcome::Stored.into());
                 let durability = v1::Durability::Buffered.into();
-                let reply = v1::PutReply { kind, tokens, outcome, durability, reason: String::new() };
-                if replies.send_timeout(Ok(reply), IDLE_PROGRESS).await.is_err() {
-                    return Err(Status::cancelled("the client stopped taking results"));
-                }
+                send(replies, v1::PutReply { kind, tokens, outcome, durability, reason: String::new() })
+                    .await?;
             }
             // What is accepted is stored before more is taken: memory stays bounded.
             let results = storing.await.map_err(|e| from_join(&e))?;
@@ -214,14 +270,19 @@ impl Put {
         }
         let results = storing.await.map_err(|e| from_join(&e))?;
         for ((kind, tokens), result) in named.into_iter().zip(results) {
-            let kind = v1::ObjectKind::from(kind).into();
+            let wire_kind = v1::ObjectKind::from(kind).into();
             let reply = match result {
-                Ok(outcome) => {
+                Ok(None) => {
+                    let reason = format!("what it continues is not stored; it waits {} s", WAIT.as_secs());
+                    waiting_reply(kind, tokens, reason)
+                }
+                Ok(Some(outcome)) => {
                     let outcome = match outcome {
                         PutOutcome::Stored => v1::Outcome::Stored,
                         PutOutcome::Present => v1::Outcome::Present,
                         PutOutcome::Declined => v1::Outcome::Declined,
                     };
+                    let kind = wire_kind;
                     let durability = v1::Durability::Durable.into();
                     v1::PutReply { kind, tokens, outcome: outcome.into(), durability, reason: String::new() }
                 }
@@ -233,16 +294,63 @@ impl Put {
                     if !matches!(status.code(), InvalidArgument | FailedPrecondition | Aborted) {
                         return Err(status);
                     }
-                    let outcome = v1::Outcome::Refused.into();
+                    let (kind, outcome) = (wire_kind, v1::Outcome::Refused.into());
                     v1::PutReply { kind, tokens, outcome, durability: 0, reason: error.to_string() }
                 }
             };
-            if replies.send_timeout(Ok(reply), IDLE_PROGRESS).await.is_err() {
-                return Err(Status::cancelled("the client stopped taking results"));
-            }
+            send(replies, reply).await?;
         }
         Ok(())
     }
+}
+
+/// How objects are put together.
+enum Gathering<'l> {
+    /// One after the other, each plane in its turn.
+    Whole(PlaneAssembler<'l>),
+    /// In any order; those that this put has begun and nobody completed.
+    Parts(PlaneReader<'l>, BTreeSet<(ObjectKind, u64)>),
+}
+
+/// Stores objects, and what waited for them. `None` for one that waits in its turn: a state whose block is not there yet, or
+/// anything that comes in parts and therefore in any order.
+fn store(
+    node: &Node,
+    tenant: &TenantId,
+    objects: Vec<PutObject>,
+    in_parts: bool,
+) -> Vec<Result<Option<PutOutcome>, StoreError>> {
+    let may_wait = |object: &&PutObject| in_parts || object.id.kind == ObjectKind::State;
+    let kept: Vec<Option<PutObject>> = objects.iter().map(|o| Some(o).filter(may_wait).cloned()).collect();
+    let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
+    let results = node.store.put(objects);
+    let stored = ids.iter().zip(&results).filter(|(_, result)| result.is_ok()).map(|(id, _)| *id);
+    node.staging.follow(&node.store, stored);
+    let settle = |(result, kept): (Result<PutOutcome, StoreError>, Option<PutObject>)| match (result, kept) {
+        (Err(error), Some(object)) if error.kind() == esker_store::ErrorKind::MissingParent => {
+            let parent = object.parent;
+            node.staging.park(tenant, object, Instant::now()).map_err(|_| error)?;
+            // It may have come between the two.
+            let come = parent.filter(|parent| node.store.get(&[*parent]).iter().any(Option::is_some));
+            node.staging.follow(&node.store, come);
+            Ok(None)
+        }
+        (result, _) => result.map(Some),
+    };
+    results.into_iter().zip(kept).map(settle).collect()
+}
+
+async fn send(
+    replies: &mpsc::Sender<Result<v1::PutReply, Status>>,
+    reply: v1::PutReply,
+) -> Result<(), Status> {
+    let sent = replies.send_timeout(Ok(reply), IDLE_PROGRESS).await;
+    sent.map_err(|_| Status::cancelled("the client stopped taking results"))
+}
+
+fn waiting_reply(kind: ObjectKind, tokens: u64, reason: String) -> v1::PutReply {
+    let (kind, outcome) = (v1::ObjectKind::from(kind).into(), v1::Outcome::Waiting.into());
+    v1::PutReply { kind, tokens, outcome, durability: 0, reason }
 }
 
 /// The next message of a put, `None` at its end.

@@ -276,6 +276,8 @@ fn history(name: &str, layers: Vec<u16>, rows: u32, fields: Vec<Field>, restore_
         fields,
         restore_order,
         plane_layers: 1,
+        optional: false,
+        grain_blocks: 1,
     }
 }
 

@@ -179,6 +179,8 @@ fn an_opaque_chunk_is_a_table_too() {
         fields: vec![Field { name: "bytes".into(), dtype: Dtype::U8, count: 1 << 20 }],
         restore_order: 0,
         plane_layers: 1,
+        optional: false,
+        grain_blocks: 1,
     };
     assert_eq!(KvLayout::new("opaque", 256, vec![group]).unwrap().object_bytes(ObjectKind::Block), 1 << 20);
 }

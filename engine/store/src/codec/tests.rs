@@ -319,6 +319,8 @@ fn the_shape_of_a_plane_follows_from_its_group() {
         fields: vec![field("latent", Dtype::Bf16, 512), field("rope_key", Dtype::Bf16, 64)],
         restore_order: 1,
         plane_layers: 2,
+        optional: false,
+        grain_blocks: 1,
     };
     let spec = PlaneSpec { group: 0, first_layer: 60, layers: 1, len_bytes: 128 * 1152 };
     let shape = PlaneShape::of(&group, &spec);

@@ -1,0 +1,249 @@
+//! Staging: what was put and cannot be stored yet, in memory, until what it needs arrives or its time is over.
+//!
+//! Two things wait here: objects that lack planes, because an engine sends each group of its state apart; and objects put before
+//! what they continue, such as the state of a boundary whose block is still on its way. Nothing that waits is found by a lookup,
+//! survives a crash, or was acknowledged as stored. Memory is bounded, for all and for each tenant; so is the wait.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use esker_prefix::ObjectId;
+use esker_store::{PutObject, Store};
+
+use crate::principal::TenantId;
+
+/// How long a part waits for the rest.
+pub(crate) const WAIT: Duration = Duration::from_secs(60);
+/// Bytes that wait at most, and of one tenant.
+const MAX_BYTES: usize = 64 << 20;
+const MAX_TENANT_BYTES: usize = MAX_BYTES / 2;
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Staging(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    bytes: usize,
+    tenants: HashMap<TenantId, usize>,
+    /// Objects that lack planes.
+    parts: HashMap<ObjectId, Parts>,
+    /// Whole objects, by what they continue.
+    orphans: HashMap<ObjectId, Vec<Orphan>>,
+}
+
+struct Parts {
+    tenant: TenantId,
+    planes: Vec<Option<Bytes>>,
+    until: Instant,
+}
+
+struct Orphan {
+    tenant: TenantId,
+    object: PutObject,
+    until: Instant,
+}
+
+/// Nothing more may wait.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Full {
+    pub(crate) limit_bytes: usize,
+    pub(crate) used_bytes: usize,
+}
+
+impl Staging {
+    /// Adds a plane of an object that has so many; all of them once none is missing. A plane that is there already stays as it
+    /// is: first writer wins.
+    pub(crate) fn add(
+        &self,
+        tenant: &TenantId,
+        id: ObjectId,
+        planes: usize,
+        (plane, bytes): (usize, Bytes),
+        now: Instant,
+    ) -> Result<Option<Vec<Bytes>>, Full> {
+        let mut table = self.table();
+        let known = table.parts.get(&id).is_some_and(|parts| parts.planes[plane].is_some());
+        if !known {
+            table.take_room(tenant, bytes.len())?;
+            let new = || Parts { tenant: tenant.clone(), planes: vec![None; planes], until: now + WAIT };
+            table.parts.entry(id).or_insert_with(new).planes[plane] = Some(bytes);
+        }
+        if table.parts.get(&id).is_none_or(|parts| parts.planes.iter().any(Option::is_none)) {
+            return Ok(None);
+        }
+        Ok(table.remove_parts(&id).map(|parts| parts.planes.into_iter().flatten().collect()))
+    }
+
+    /// Keeps a whole object until what it continues is stored.
+    pub(crate) fn park(&self, tenant: &TenantId, object: PutObject, now: Instant) -> Result<(), Full> {
+        let Some(parent) = object.parent else { return Ok(()) };
+        let mut table = self.table();
+        let known =
+            table.orphans.get(&parent).is_some_and(|known| known.iter().any(|o| o.object.id == object.id));
+        if !known {
+            table.take_room(tenant, bytes_of(&object))?;
+            let orphan = Orphan { tenant: tenant.clone(), object, until: now + WAIT };
+            table.orphans.entry(parent).or_default().push(orphan);
+        }
+        Ok(())
+    }
+
+    /// What waited for one of these to be stored.
+    fn adopt(&self, parents: impl IntoIterator<Item = ObjectId>) -> Vec<PutObject> {
+        let mut table = self.table();
+        if table.orphans.is_empty() {
+            return Vec::new();
+        }
+        let mut adopted = Vec::new();
+        for orphan in
+            parents.into_iter().flat_map(|parent| table.orphans.remove(&parent)).flatten().collect::<Vec<_>>()
+        {
+            table.give_room(&orphan.tenant, bytes_of(&orphan.object));
+            adopted.push(orphan.object);
+        }
+        adopted
+    }
+
+    /// Stores what waited for these, which are stored, and what waited for that.
+    pub(crate) fn follow(&self, store: &Store, stored: impl IntoIterator<Item = ObjectId>) {
+        let mut next = self.adopt(stored);
+        while !next.is_empty() {
+            let ids: Vec<ObjectId> = next.iter().map(|object| object.id).collect();
+            let results = store.put(next);
+            for error in results.iter().filter_map(|result| result.as_ref().err()) {
+                tracing::warn!(%error, "an object that had waited was not stored");
+            }
+            next =
+                self.adopt(ids.into_iter().zip(results).filter_map(|(id, result)| result.ok().map(|_| id)));
+        }
+    }
+
+    /// Which planes of an object wait here.
+    pub(crate) fn planes_of(&self, id: &ObjectId) -> Vec<bool> {
+        let table = self.table();
+        table
+            .parts
+            .get(id)
+            .map(|parts| parts.planes.iter().map(Option::is_some).collect())
+            .unwrap_or_default()
+    }
+
+    /// Lets go what has waited for too long.
+    pub(crate) fn expire(&self, now: Instant) {
+        let mut table = self.table();
+        let late: HashSet<ObjectId> =
+            table.parts.iter().filter(|(_, parts)| parts.until <= now).map(|(id, _)| *id).collect();
+        for id in &late {
+            table.remove_parts(id);
+        }
+        let mut gone = Vec::new();
+        table.orphans.retain(|_, waiting| {
+            gone.extend(waiting.extract_if(.., |orphan| orphan.until <= now));
+            !waiting.is_empty()
+        });
+        for orphan in &gone {
+            table.give_room(&orphan.tenant, bytes_of(&orphan.object));
+        }
+        if !late.is_empty() || !gone.is_empty() {
+            tracing::info!(
+                parts = late.len(),
+                orphans = gone.len(),
+                "what was put waited in vain for the rest"
+            );
+        }
+    }
+
+    /// Bytes that wait.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for metrics"))]
+    pub(crate) fn bytes(&self) -> usize {
+        self.table().bytes
+    }
+
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn take_room(&mut self, tenant: &TenantId, bytes: usize) -> Result<(), Full> {
+        let of_tenant = self.tenants.get(tenant).copied().unwrap_or(0);
+        for (limit_bytes, used_bytes) in [(MAX_TENANT_BYTES, of_tenant), (MAX_BYTES, self.bytes)] {
+            if used_bytes + bytes > limit_bytes {
+                return Err(Full { limit_bytes, used_bytes });
+            }
+        }
+        self.bytes += bytes;
+        self.tenants.insert(tenant.clone(), of_tenant + bytes);
+        Ok(())
+    }
+
+    fn give_room(&mut self, tenant: &TenantId, bytes: usize) {
+        self.bytes -= bytes;
+        if let Some(of_tenant) = self.tenants.get_mut(tenant) {
+            *of_tenant -= bytes;
+            if *of_tenant == 0 {
+                self.tenants.remove(tenant);
+            }
+        }
+    }
+
+    fn remove_parts(&mut self, id: &ObjectId) -> Option<Parts> {
+        let parts = self.parts.remove(id)?;
+        self.give_room(&parts.tenant, parts.planes.iter().flatten().map(Bytes::len).sum());
+        Some(parts)
+    }
+}
+
+fn bytes_of(object: &PutObject) -> usize {
+    object.planes.iter().map(|plane| plane.bytes.len()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use esker_prefix::{BlockHash, ObjectKind};
+
+    fn id(byte: u8) -> ObjectId {
+        ObjectId { kind: ObjectKind::Block, hash: BlockHash([byte; 32]) }
+    }
+
+    fn tenant(name: &str) -> TenantId {
+        TenantId(name.into())
+    }
+
+    #[test]
+    fn planes_come_in_any_order_and_the_first_writer_wins() {
+        let staging = Staging::default();
+        let now = Instant::now();
+        let add =
+            |plane, byte: u8| staging.add(&tenant("a"), id(1), 3, (plane, Bytes::from(vec![byte; 10])), now);
+        assert_eq!(add(2, 7), Ok(None));
+        assert_eq!(add(0, 8), Ok(None));
+        assert_eq!(add(2, 9), Ok(None));
+        assert_eq!(staging.planes_of(&id(1)), [true, false, true]);
+        assert_eq!(staging.bytes(), 20);
+        let whole = add(1, 6).unwrap().unwrap();
+        assert_eq!(whole.iter().map(|plane| plane[0]).collect::<Vec<_>>(), [8, 6, 7]);
+        assert_eq!((staging.bytes(), staging.planes_of(&id(1)).len()), (0, 0));
+    }
+
+    #[test]
+    fn memory_and_time_are_bounded() {
+        let staging = Staging::default();
+        let now = Instant::now();
+        let some = Bytes::from(vec![0; 16 << 20]);
+        let add = |name: &str, byte| staging.add(&tenant(name), id(byte), 2, (0, some.clone()), now);
+        assert_eq!((add("a", 1), add("a", 2)), (Ok(None), Ok(None)));
+        assert_eq!(add("a", 3), Err(Full { limit_bytes: MAX_TENANT_BYTES, used_bytes: MAX_TENANT_BYTES }));
+        assert_eq!((add("b", 4), add("b", 5)), (Ok(None), Ok(None)));
+        assert_eq!(add("c", 6), Err(Full { limit_bytes: MAX_BYTES, used_bytes: MAX_BYTES }));
+        staging.expire(now + WAIT / 2);
+        assert_eq!(staging.bytes(), MAX_BYTES);
+        staging.expire(now + WAIT);
+        assert_eq!(staging.bytes(), 0);
+        assert_eq!(add("c", 6), Ok(None));
+    }
+}
