@@ -296,7 +296,6 @@ impl Tenants {
 }
 
 impl Tenant {
-    #[expect(dead_code, reason = "for metrics")]
     pub(crate) fn id(&self) -> &TenantId {
         &self.id
     }
@@ -322,7 +321,8 @@ fn charge(
     limit: Option<u32>,
     count: usize,
 ) -> Result<(), Status> {
-    let Some(limit) = limit.and_then(NonZeroU32::new) else { return Ok(()) };
+    let Some(limit) = limit else { return Ok(()) };
+    let Some(limit) = NonZeroU32::new(limit) else { return Err(over(quota, 0, 0, 60_000)) };
     let Some(count) = NonZeroU32::new(u32::try_from(count).unwrap_or(u32::MAX)) else { return Ok(()) };
     if limiter.as_ref().is_none_or(|(made_for, _)| *made_for != limit.get()) {
         *limiter = Some((limit.get(), RateLimiter::direct(Quota::per_second(limit))));

@@ -4,7 +4,9 @@
 //! their format is documented, and what was acknowledged stands in a journal of the test's own.
 
 mod binary;
+mod cage;
 mod files;
+pub mod identity;
 mod journal;
 mod node;
 mod prompt;
@@ -12,6 +14,7 @@ mod random;
 mod web;
 
 pub use binary::{esker, output, scratch, text_of};
+pub use cage::Cage;
 pub use files::{Record, change, copy_folder, records};
 pub use journal::{Audit, Journal};
 pub use node::{Answer, Fetched, Node, put_steps, question};

@@ -16,7 +16,7 @@ use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 use v1::prefix_cache_client::PrefixCacheClient;
 
-use crate::{Prompt, esker};
+use crate::{Cage, Prompt, esker};
 
 /// A running node. Killed when dropped.
 pub struct Node {
@@ -35,10 +35,22 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts `esker serve` on a free port; its log goes to a file beside `data`.
+    /// Starts `esker serve` on a free port; its log goes to a file beside `data`. Connections are made when first used: never,
+    /// for a node that is reached over TLS.
     pub async fn start(data: &Path, options: &[&str]) -> Result<Self> {
+        Self::start_by(Command::new(esker()), data, options)
+    }
+
+    /// The same, with the memory of a cage.
+    pub async fn start_in(cage: &Cage, data: &Path, options: &[&str]) -> Result<Self> {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(cage.door()).arg(esker());
+        Self::start_by(command, data, options)
+    }
+
+    fn start_by(mut command: Command, data: &Path, options: &[&str]) -> Result<Self> {
         let log = data.with_extension("log");
-        let mut process = Command::new(esker())
+        let mut process = command
             .args(["serve", "--listen", "127.0.0.1:0", "--data"])
             .arg(data)
             .args(options)
@@ -61,9 +73,9 @@ impl Node {
             output.read_line(&mut line)?;
             http = line.trim().strip_prefix("http on ").map(str::to_owned);
         }
-        let channel = Channel::from_shared(format!("http://{address}"))?.connect().await?;
+        let channel = Channel::from_shared(format!("http://{address}"))?.connect_lazy();
         let cache = PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { client: Client::connect(&address).await?, cache, channel, address, http, process, log })
+        Ok(Self { client: Client::over(channel.clone()), cache, channel, address, http, process, log })
     }
 
     /// A node without a model, with small segments.

@@ -29,12 +29,28 @@ pub struct Request {
     pub seed: u64,
     /// Whether to send a digest of the logits with every token.
     pub logits_digest: bool,
+    /// The user of the tenant for whom this is; empty for none.
+    pub user: String,
+    /// How long what is computed is kept.
+    pub ttl: v1::TtlClass,
+    /// Name of the request in the usage ledger; empty for one of the server's own.
+    pub request_id: String,
 }
 
 impl Request {
     /// Greedy decoding of `prompt`.
     pub fn new(prompt: Prompt) -> Self {
-        Self { prompt, max_new_tokens: 0, temperature: 0.0, top_p: 0.0, seed: 0, logits_digest: false }
+        Self {
+            prompt,
+            max_new_tokens: 0,
+            temperature: 0.0,
+            top_p: 0.0,
+            seed: 0,
+            logits_digest: false,
+            user: String::new(),
+            ttl: v1::TtlClass::Unspecified,
+            request_id: String::new(),
+        }
     }
 }
 
@@ -82,7 +98,9 @@ impl Client {
             top_p: request.top_p,
             seed: request.seed,
             logits_digest: request.logits_digest,
-            ..Default::default()
+            user: request.user,
+            ttl: request.ttl.into(),
+            request_id: request.request_id,
         };
         Ok(Events(self.decoder.clone().generate(message).await?.into_inner()))
     }

@@ -43,12 +43,16 @@ impl Client {
         let fail = |source| ClientError::Connect { address: address.to_owned(), source };
         let endpoint =
             Endpoint::from_shared(url).map_err(fail)?.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
-        let channel = endpoint.connect().await.map_err(fail)?;
-        Ok(Self {
+        Ok(Self::over(endpoint.connect().await.map_err(fail)?))
+    }
+
+    /// Over a channel that the caller has set up: with TLS, a certificate of its own, other time-outs.
+    pub fn over(channel: Channel) -> Self {
+        Self {
             cache: PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
             decoder: DecoderClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
             warmup: WarmupClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
-            usage: UsageClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
-        })
+            usage: UsageClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
+        }
     }
 }

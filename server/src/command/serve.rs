@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use bytesize::ByteSize;
 use esker_decoder::KvFormat;
 use esker_store::io::IoEngine;
 use esker_store::{OpenReport, StoreSettings};
@@ -48,13 +49,13 @@ pub struct Args {
     /// Authorities whose client certificates are accepted, PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
-    /// Space for stored blocks, in GiB; beyond it what is worth least goes first [default: what it
-    /// takes now and nineteen twentieths of what is free]
-    #[arg(long, value_name = "GIB")]
-    capacity_gib: Option<u64>,
-    /// Space that leases may hold together, in GiB [default: no limit of its own]
-    #[arg(long, value_name = "GIB")]
-    leased_gib: Option<u64>,
+    /// Space for stored blocks, such as 500GiB; beyond it what is worth least goes first [default: what it takes now and nineteen
+    /// twentieths of what is free]
+    #[arg(long, value_name = "SIZE")]
+    capacity: Option<ByteSize>,
+    /// Space that leases may hold together, such as 100GiB [default: no limit of its own]
+    #[arg(long, value_name = "SIZE")]
+    leased: Option<ByteSize>,
     /// How long blocks of the four classes are kept after their last use, in seconds
     #[arg(
         long,
@@ -166,11 +167,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Io::Uring => vec![IoEngine::UringDirect],
             Io::Positional => vec![IoEngine::PositionalDirect, IoEngine::PositionalBuffered],
         },
-        capacity_bytes: match args.capacity_gib {
-            Some(gib) => gib << 30,
+        capacity_bytes: match args.capacity {
+            Some(size) => size.as_u64(),
             None => esker_store::room(&args.data.join("store"))?,
         },
-        leased_bytes: args.leased_gib.map_or(defaults.leased_bytes, |gib| gib << 30),
+        leased_bytes: args.leased.map_or(defaults.leased_bytes, |size| size.as_u64()),
         ttl_classes: args.ttl_s.iter().map(|&seconds| Duration::from_secs(seconds)).collect(),
         scrub_bytes_per_s: args.scrub_mb_per_s * 1_000_000,
         lock_wait: LOCK_WAIT,
