@@ -17,7 +17,7 @@ from support import Node  # noqa: E402
 @pytest.fixture
 def node(tmp_path: pathlib.Path) -> Iterator[Node]:
     """A node without a model, that writes planes as they are so that tests can find and damage them."""
-    node = Node(tmp_path / "data", "--codec", "raw", "--segment-mib", "16", "--capacity-gib", "2")
+    node = Node(tmp_path / "data", "--codec", "raw", "--segment-mib", "16", "--capacity", "2GiB")
     yield node
     node.kill()
 

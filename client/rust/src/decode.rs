@@ -101,6 +101,7 @@ impl Client {
             user: request.user,
             ttl: request.ttl.into(),
             request_id: request.request_id,
+            ..Default::default()
         };
         Ok(Events(self.decoder.clone().generate(message).await?.into_inner()))
     }

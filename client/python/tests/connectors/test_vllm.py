@@ -92,7 +92,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    node = Node(tmp_path_factory.mktemp("node") / "data", "--codec", "raw", "--segment-mib", "64", "--capacity-gib", "2")
+    node = Node(tmp_path_factory.mktemp("node") / "data", "--codec", "raw", "--segment-mib", "64", "--capacity", "2GiB")
     yield node
     node.kill()
 
