@@ -57,7 +57,7 @@ async fn puts_are_refused_and_reads_go_on() -> Result<()> {
     let data = disk.0.join("data");
     std::fs::write(disk.0.join("reserve"), vec![1; 8 << 20])?;
     // More than there is: a store that knows no bound of its own meets the disk's.
-    let options = ["--segment-mib", "4", "--capacity-gib", "1"];
+    let options = ["--segment-mib", "4", "--capacity", "1GiB"];
     let question = || question(&tokens(3, 300));
 
     let node = Node::start(&data, &options).await?;

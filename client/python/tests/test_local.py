@@ -27,7 +27,7 @@ needs_node = pytest.mark.skipif(
 @pytest.fixture
 def local(tmp_path: pathlib.Path) -> Iterator[tuple[Node, str]]:
     path = str(tmp_path / "s")
-    node = Node(tmp_path / "data", "--codec", "raw", "--segment-mib", "64", "--capacity-gib", "2", "--local", path)
+    node = Node(tmp_path / "data", "--codec", "raw", "--segment-mib", "64", "--capacity", "2GiB", "--local", path)
     yield node, f"unix:{path}"
     node.kill()
 
