@@ -107,7 +107,7 @@ impl Tenant {
                 v1::generate_reply::Event::Usage(usage) => {
                     account = format!("{} {}", usage.prompt_cache_hit_tokens, usage.bytes_read);
                 }
-                v1::generate_reply::Event::Progress(_) => {}
+                v1::generate_reply::Event::Progress(_) | v1::generate_reply::Event::Prompt(_) => {}
             }
         }
         Ok((account, took))
