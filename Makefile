@@ -3,7 +3,7 @@
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: demo test test-clients torture fuzz build setup fmt golden clean
+.PHONY: demo test test-clients page torture fuzz build setup fmt golden clean
 
 demo: build
 	$(TARGET)/release/esker demo
@@ -21,6 +21,10 @@ test: setup
 # The Python package and its connectors under the engines' own code, each in a virtual environment of its own.
 test-clients: build
 	@CARGO_TARGET_DIR="$(abspath $(TARGET))" ./.ci/test-clients
+
+# The page at / of the HTTP port, from server/ui/src. What it is built to is committed and embedded: only who changes it needs Node.
+page:
+	cd server/ui && npm ci --no-audit --no-fund && npm run build
 
 # The long form of the reliability tests: an hour or two. Figures go to torture.json, see RELIABILITY.md.
 torture: setup

@@ -16,6 +16,8 @@ use crate::principal::Principal;
 
 /// Longest line: the end of the file that is read to find the last one.
 const MAX_LINE_BYTES: u64 = 16 << 10;
+/// End of the file that is looked through for what happened lately.
+const RECENT_BYTES: u64 = 256 << 10;
 /// Refusals written down in a second; one caller in a loop must not fill the disk. What is left out is counted.
 const REFUSALS_PER_S: u32 = 100;
 
@@ -115,6 +117,27 @@ impl Audit {
     /// Refusals that were only counted.
     pub(crate) fn left_out(&self) -> u64 {
         self.left_out.load(Ordering::Relaxed)
+    }
+
+    /// The newest of what was not allowed, refused or failed, each with its time, the newest first.
+    pub(crate) fn refusals(&self, most: usize) -> Vec<(u64, Event)> {
+        let read = || -> std::io::Result<Vec<u8>> {
+            let mut file = File::open(&self.path)?;
+            let length = file.metadata()?.len();
+            file.seek(SeekFrom::Start(length.saturating_sub(RECENT_BYTES)))?;
+            let mut end = Vec::new();
+            file.take(RECENT_BYTES).read_to_end(&mut end)?;
+            Ok(end)
+        };
+        let end = read().unwrap_or_else(|error| {
+            tracing::warn!(%error, path = %self.path.display(), "the audit log cannot be read");
+            Vec::new()
+        });
+        // The first line may be cut, and then it is none.
+        let lines =
+            end.split(|&byte| byte == b'\n').rev().filter_map(|line| serde_json::from_slice(line).ok());
+        let refused = lines.filter(|line: &Line| line.event.result != "ok");
+        refused.map(|line| (line.unix_ms, line.event)).take(most).collect()
     }
 
     /// Reads a log from its first line and checks the chain. Returns the number of lines.

@@ -8,6 +8,7 @@ pub mod golden;
 pub mod lookup;
 pub mod serve;
 pub mod stat;
+pub mod top;
 pub mod usage;
 pub mod warmup;
 

@@ -5,13 +5,16 @@
 //! ([`router`]); a new one belongs into one of them.
 
 mod anthropic;
+mod api;
 mod body;
 mod completion;
+mod device;
 mod failure;
 mod guard;
 mod listen;
 mod metrics;
 mod openai;
+mod page;
 mod prompt;
 mod replay;
 mod sse;
@@ -32,6 +35,7 @@ use crate::node::Node;
 use crate::principal::Role;
 use crate::serve::TlsFiles;
 use crate::service::DecoderService;
+use api::Censuses;
 use failure::Failure;
 use guard::Guard;
 pub(crate) use listen::Listening;
@@ -46,12 +50,13 @@ pub(crate) struct Site {
     node: Arc<Node>,
     decoder: Arc<DecoderService>,
     replay: Arc<Replay>,
+    censuses: Arc<Censuses>,
 }
 
 impl Site {
     /// `decoder` is the one that answers over gRPC, so that both share its queue.
     pub(crate) fn new(node: Arc<Node>, decoder: Arc<DecoderService>) -> Self {
-        Self { node, decoder, replay: Arc::default() }
+        Self { node, decoder, replay: Arc::default(), censuses: Arc::default() }
     }
 }
 
@@ -77,8 +82,12 @@ fn router(site: Site, authenticator: Arc<Authenticator>) -> Router {
         let guard = Guard::new(Arc::clone(&authenticator), Arc::clone(&audit), rule);
         routes.layer(middleware::from_fn_with_state(guard, guard::check))
     };
-    // What load balancers probe.
-    let anyone = Router::new().route("/healthz", get(healthz));
+    // What load balancers probe, and the page without its figures.
+    let anyone = Router::new()
+        .route("/healthz", get(healthz))
+        .route("/", get(page::html))
+        .route("/page.js", get(page::script))
+        .route("/page.css", get(page::style));
     // What applications call.
     let applications = Router::new()
         .route("/v1/models", get(openai::models))
@@ -88,7 +97,12 @@ fn router(site: Site, authenticator: Arc<Authenticator>) -> Router {
         .route("/v1/messages", post(anthropic::messages))
         .route("/v1/messages/count_tokens", post(anthropic::count_tokens));
     // What operators and their scrapers read.
-    let operators = Router::new().route("/metrics", get(metrics::metrics));
+    let operators = Router::new()
+        .route("/metrics", get(metrics::metrics))
+        .route("/api/overview", get(api::overview))
+        .route("/api/history", get(api::history))
+        .route("/api/prefixes", get(api::realms))
+        .route("/api/prefixes/{realm}", get(api::prefixes));
     guarded(anyone, Rule::Anyone)
         .merge(guarded(applications, Rule::Roles(&[Role::Reader])))
         .merge(guarded(operators, Rule::Roles(&[Role::Admin])))

@@ -100,7 +100,6 @@ pub(crate) enum LedgerError {
 pub(crate) struct Closed {
     pub(crate) record: v1::UsageRecord,
     /// Whether it had been closed before.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for generations"))]
     pub(crate) replayed: bool,
 }
 

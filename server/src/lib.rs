@@ -13,6 +13,7 @@ pub mod command;
 mod control;
 mod generate;
 mod grant;
+mod history;
 mod http;
 mod ledger;
 mod live;

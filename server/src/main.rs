@@ -27,6 +27,8 @@ enum Command {
     Demo(command::demo::Args),
     /// Check a data folder offline: every byte of every record, and the index against them; mend it with --repair
     Fsck(command::fsck::Args),
+    /// The essentials of a running node, live in a terminal
+    Top(command::top::Args),
     /// Tell what a data folder holds, without disturbing it
     Stat(command::stat::Args),
     /// Tell what was used, what it costs and what caching saved; export or verify the billing ledger
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
             Ok(code) => return code,
             Err(error) => Err(error),
         },
+        Command::Top(args) => command::top::run(&args),
         Command::Stat(args) => command::stat::run(&args),
         Command::Serve(args) => command::serve::run(args),
         Command::Generate(args) => command::generate::run(args),

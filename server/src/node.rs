@@ -10,6 +10,7 @@ use esker_store::{Store, StoreSettings};
 use crate::audit::{Audit, Event};
 use crate::control::Control;
 use crate::grant::Grants;
+use crate::history::History;
 use crate::ledger::storage::Sampler;
 use crate::ledger::{Ledger, LedgerSettings};
 use crate::live::Live;
@@ -17,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::model_folder::LoadedModel;
 use crate::namespaces::Namespaces;
 use crate::policy::PolicyFile;
+use crate::price::PriceFile;
 use crate::secret::root_secret;
 use crate::sessions::Sessions;
 use crate::staging::Staging;
@@ -38,6 +40,8 @@ pub struct NodeSettings {
     pub cluster: Option<String>,
     /// Where usage events go by themselves.
     pub usage_sink: Option<SinkSettings>,
+    /// What tokens cost, for figures in money; see `price.rs`.
+    pub prices: Option<PathBuf>,
     /// The operator's policy; without one everybody is one tenant without limits.
     pub policy: Option<PathBuf>,
     /// Part of the time, in percent, that warm-up jobs take while live requests run.
@@ -62,6 +66,10 @@ pub struct Node {
     _exporting: Option<Exporting>,
     pub(crate) sampler: Sampler,
     pub(crate) control: Arc<Control>,
+    pub(crate) prices: Option<PriceFile>,
+    pub(crate) history: History,
+    /// The data folder.
+    pub(crate) data: PathBuf,
     pub(crate) engine: Option<Engine>,
 }
 
@@ -102,6 +110,7 @@ impl Node {
         let warmups = Warmups::open(Arc::clone(&control), settings.warmup_share)?;
         let grants = Grants::new(&grant_seed(data));
         let sampler = Sampler::default();
+        let prices = settings.prices.as_deref().map(PriceFile::read).transpose()?;
         Ok(Self {
             store,
             namespaces,
@@ -118,6 +127,9 @@ impl Node {
             _exporting: exporting,
             sampler,
             control,
+            prices,
+            history: History::default(),
+            data: data.clone(),
             engine,
         })
     }

@@ -236,6 +236,7 @@ async fn keep_house(node: Arc<Node>) {
             close_unsettled(&node, &node.grants.expire(Instant::now()));
             node.staging.expire(Instant::now());
             node.sampler.tick(&node);
+            node.history.look(node.store.stats());
             node.ledger.tick();
         });
         // A panic in it has been reported by the panic hook; the next round comes.

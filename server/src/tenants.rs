@@ -226,6 +226,23 @@ impl Tenants {
         names.map(|user| self.private_at(tenant, user, epoch).tag()).collect()
     }
 
+    /// Whose each scope is, for people.
+    pub(crate) fn owners(&self) -> HashMap<ScopeTag, String> {
+        let mut owners = HashMap::from([(self.public().tag(), "public".to_owned())]);
+        for id in self.names() {
+            if let Some(org) = self.rules(&id).org {
+                let key = ScopeKey::derive(&self.root, ScopeKind::Org, &org, 0);
+                owners.insert(key.tag(), format!("org {org}"));
+            }
+            let record = self.get(&id).record().clone();
+            owners.insert(self.private_at(&id, "", record.epoch).tag(), id.0.clone());
+            for user in &record.users {
+                owners.insert(self.private_at(&id, user, record.epoch).tag(), format!("{id}/{user}"));
+            }
+        }
+        owners
+    }
+
     /// Bytes of the records in a tenant's private scopes.
     pub(crate) fn stored_bytes(&self, store: &Store, tenant: &TenantId) -> u64 {
         self.scopes(tenant).into_iter().map(|scope| store.scope_bytes(scope)).sum()

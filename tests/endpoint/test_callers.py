@@ -69,3 +69,10 @@ class Callers(NodeTest):
             with self.assertRaises(anthropic.AuthenticationError):
                 client.messages.create(model=MODEL, max_tokens=4, messages=[{"role": "user", "content": "x"}])
         self.assertEqual(httpx.get(f"{self.node.http}/healthz").status_code, 200)
+
+    def test_the_page_s_figures_are_the_operator_s(self):
+        for key, status in [("", 401), (token("acme", "reader"), 403), (token("acme", "admin"), 200)]:
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            reply = httpx.get(f"{self.node.http}/api/overview", headers=headers)
+            self.assertEqual(reply.status_code, status, reply.text)
+        self.assertEqual(httpx.get(f"{self.node.http}/").status_code, 200)

@@ -238,7 +238,7 @@ pub(crate) fn short(moved: usize, wanted: usize) -> io::Error {
 }
 
 /// Bytes free on the file system of a folder.
-pub(crate) fn free_bytes(dir: &std::path::Path) -> io::Result<u64> {
+pub fn free_bytes(dir: &std::path::Path) -> io::Result<u64> {
     sys::free_bytes(&std::fs::File::open(dir)?)
 }
 

@@ -11,6 +11,7 @@
 //! ```
 
 mod breaker;
+mod census;
 pub mod clock;
 pub mod codec;
 mod commit;
@@ -50,6 +51,7 @@ extern crate self as esker_store;
 #[allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 mod tests;
 
+pub use census::{Ages, Forest, Held, Run};
 pub use erasure::Erase;
 pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};

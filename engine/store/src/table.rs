@@ -67,6 +67,24 @@ pub(crate) struct Victim {
     pub(crate) record_bytes: u64,
 }
 
+/// An object or a hole as [`Table::each`] tells of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    pub(crate) slot: u32,
+    /// Slot of the parent.
+    pub(crate) parent: Option<u32>,
+    /// `None` for a hole.
+    pub(crate) kind: Option<ObjectKind>,
+    pub(crate) hash: [u8; 16],
+    pub(crate) tokens: u64,
+    pub(crate) bytes: u64,
+    pub(crate) segment: u32,
+    pub(crate) namespace: NamespaceId,
+    pub(crate) scope: ScopeTag,
+    pub(crate) last_s: u32,
+    pub(crate) pinned: bool,
+}
+
 #[derive(Clone, Copy)]
 struct Slot {
     hash: [u8; 16],
@@ -340,6 +358,20 @@ impl Table {
         inner.realms.scopes.get(&scope).copied().unwrap_or(0) * PAGE as u64
     }
 
+    /// Tells of everything, a chunk at a time: others use the table in between.
+    pub(crate) fn each(&self, mut see: impl FnMut(Seen)) {
+        let chunks = self.read().chunks.len();
+        for chunk in 0..chunks {
+            let inner = self.read();
+            for at in 0..inner.chunks[chunk].len() {
+                let slot = u32::try_from(chunk * CHUNK_SLOTS + at).expect("slots are counted in u32");
+                if inner.slot(slot).kind != 0 {
+                    see(inner.seen(slot));
+                }
+            }
+        }
+    }
+
     /// Objects, and bytes of memory that they take.
     pub(crate) fn size(&self) -> (u64, u64) {
         let inner = self.read();
@@ -430,6 +462,24 @@ impl Inner {
             chunk.get(at as usize % CHUNK_SLOTS).is_some_and(|slot| slot.is(id.kind, &short(id)))
         });
         guess.or_else(|| self.find(id))
+    }
+
+    fn seen(&self, at: u32) -> Seen {
+        let slot = self.slot(at);
+        let (namespace, scope) = self.realms.get(slot.realm);
+        Seen {
+            slot: at,
+            parent: self.retention.parent(at),
+            kind: ObjectKind::from_u8(slot.kind),
+            hash: slot.hash,
+            tokens: slot.tokens,
+            bytes: u64::from(slot.record_pages) * PAGE as u64,
+            segment: slot.segment,
+            namespace,
+            scope,
+            last_s: self.retention.last_s(at),
+            pinned: self.retention.is_pinned(at),
+        }
     }
 
     fn located(&self, at: u32) -> Located {

@@ -40,6 +40,9 @@ pub struct Args {
     /// Tenants, roles and limits, as TOML; with it every caller must say who it is. Read again when it changes
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
+    /// What tokens cost, as TOML: the page and `esker top` then tell savings in money
+    #[arg(long, value_name = "FILE")]
+    prices: Option<PathBuf>,
     /// Certificate chain of this server, PEM
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -192,6 +195,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 token: args.usage_sink_token.clone(),
                 resend: args.usage_sink_resend,
             }),
+            prices: args.prices.clone(),
             policy: args.policy.clone(),
             warmup_share: args.warmup_share,
         },

@@ -142,7 +142,6 @@ impl v1::decoder_server::Decoder for DecoderService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let arrived = Instant::now();
         let principal = principal_of(&request)?;
         let job = self.job(&principal, request.into_inner())?;
         if self.waiting.fetch_add(1, Ordering::AcqRel) >= MAX_WAITING {
@@ -151,6 +150,7 @@ impl v1::decoder_server::Decoder for DecoderService {
                 "{MAX_WAITING} generations are waiting, the limit"
             )));
         }
+        let arrived = Instant::now();
         let (node, running, waiting) = (self.node.clone(), self.running.clone(), self.waiting.clone());
         let (sender, receiver) = mpsc::channel(EVENT_BUFFER);
         tokio::spawn(async move {
@@ -176,6 +176,9 @@ fn run(node: &Node, job: Job, arrived: Instant, replies: &mpsc::Sender<Result<v1
     let mut watched = Watched::new(arrived, node);
     let mut emit = |event| {
         watched.see(&event);
+        if let Event::Prompt { tokens, hit_tokens, .. } = &event {
+            node.history.prompt(*tokens as u64, *hit_tokens as u64, Some(arrived.elapsed()));
+        }
         let reply = Ok(v1::GenerateReply { event: Some(wire(event)) });
         if let Ok(v1::GenerateReply { event: Some(generate_reply::Event::Progress(_)) }) = &reply {
             if reported.elapsed() < PROGRESS_INTERVAL && !replies.is_closed() {

@@ -77,6 +77,11 @@ async fn close(node: &Node, checked: Checked) -> Result<Closed, LedgerError> {
     let Checked { record, grant } = checked;
     let tenant = TenantId(record.tenant.clone());
     let closed = node.ledger.close(record).await;
+    if let Ok(Closed { record, replayed: false }) = &closed
+        && record.complete
+    {
+        node.history.prompt(record.prompt_tokens, record.hit_tokens, None);
+    }
     if let Some((id, granted)) = grant {
         match &closed {
             // Gone already if it has expired meanwhile, claimed as it is.
