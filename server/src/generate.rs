@@ -55,8 +55,8 @@ pub(crate) enum Event {
 pub(crate) struct Account {
     pub(crate) prompt_tokens: usize,
     pub(crate) hit_tokens: usize,
-    /// Of the computed tokens of the prompt, those in blocks that were handed to the store.
-    pub(crate) write_tokens: usize,
+    /// Of the computed tokens of the prompt, those that were newly stored.
+    pub(crate) write_tokens: u64,
     pub(crate) completion_tokens: usize,
     pub(crate) bytes_read: u64,
     pub(crate) restore: Duration,
@@ -90,6 +90,7 @@ pub(crate) fn generate(
     let model = &engine.loaded.model;
     let mut trail = Trail::new(engine, &job.scope, job.class);
     trail.extend(&job.prompt);
+    trail.end_prompt();
 
     let started = Instant::now();
     let mut sequence = Sequence::new(model);
@@ -132,10 +133,12 @@ pub(crate) fn generate(
     trail.keep_state(&sequence)?;
     let rest_of_text =
         if stop_sequence.is_some() { String::new() } else { shown.finish() + &text.finish()? };
+    // Every token is out; what is left to be stored belongs to the account that comes last.
+    while trail.store_one(&sequence)? {}
     let account = Account {
         prompt_tokens: job.prompt.len(),
         hit_tokens,
-        write_tokens: trail.whole_tokens(job.prompt.len()).saturating_sub(hit_tokens),
+        write_tokens: trail.written_tokens(),
         completion_tokens,
         bytes_read,
         restore: restored - started,
@@ -144,10 +147,7 @@ pub(crate) fn generate(
         stop_sequence,
         rest_of_text,
     };
-    // The listener may leave after the last token; the new blocks are worth keeping all the same.
-    let told = emit(Event::Done(account));
-    while trail.store_one(&sequence)? {}
-    listen(told)
+    listen(emit(Event::Done(account)))
 }
 
 /// Computes what is not restored, and takes the states on the way that are worth keeping.

@@ -1,6 +1,7 @@
 //! The gRPC services: from messages to calls on the node and back.
 
 mod admin;
+mod bill;
 mod cache;
 mod deadline;
 mod decoder;

@@ -1,9 +1,10 @@
 //! New blocks on their way to the store, behind a bounded queue that never makes decoding wait.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use esker_store::{PutObject, PutOutcome, Store};
 
@@ -15,9 +16,36 @@ const BATCH_BYTES: usize = 16 << 20;
 
 /// The queue and its thread. Dropping it stores what is still waiting.
 pub(crate) struct WriteBehind {
-    queue: Option<Sender<(PutObject, usize)>>,
+    queue: Option<Sender<Waiting>>,
     waiting_bytes: Arc<AtomicUsize>,
     worker: Option<JoinHandle<()>>,
+}
+
+/// An object on its way, its raw bytes, and who counts what becomes of it, with its tokens.
+type Waiting = (PutObject, usize, Option<(Arc<Receipt>, u64)>);
+
+/// Counts the tokens of objects that were stored, for whoever is charged for them.
+#[derive(Default)]
+pub(crate) struct Receipt {
+    /// Objects that are still waiting, and tokens of those that were stored.
+    state: Mutex<(usize, u64)>,
+    done: Condvar,
+}
+
+impl Receipt {
+    /// Tokens newly stored, once nothing waits any more, or after this long. What was there already, was declined or is late
+    /// does not count.
+    pub(crate) fn stored_tokens(&self, at_most: Duration) -> u64 {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.done.wait_timeout_while(state, at_most, |(waiting, _)| *waiting > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0.1
+    }
+
+    fn add(&self, waiting: isize, tokens: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = (state.0.saturating_add_signed(waiting), state.1 + tokens);
+        self.done.notify_all();
+    }
 }
 
 impl WriteBehind {
@@ -38,14 +66,18 @@ impl WriteBehind {
     }
 
     /// Takes an object, or drops it when the queue is full. Never blocks. Whether it was taken.
-    pub(crate) fn offer(&self, object: PutObject) -> bool {
+    /// Tokens of the object are counted on the receipt if it is stored.
+    pub(crate) fn offer(&self, object: PutObject, receipt: Option<(Arc<Receipt>, u64)>) -> bool {
         let bytes: usize = object.planes.iter().map(|plane| plane.bytes.len()).sum();
         let room = self.waiting_bytes.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
             Some(waiting + bytes).filter(|&sum| sum <= MAX_WAITING_BYTES)
         });
-        let sent =
-            room.is_ok() && self.queue.as_ref().is_some_and(|queue| queue.send((object, bytes)).is_ok());
+        let counted = receipt.as_ref().map(|(receipt, _)| Arc::clone(receipt));
+        counted.iter().for_each(|receipt| receipt.add(1, 0));
+        let sent = room.is_ok()
+            && self.queue.as_ref().is_some_and(|queue| queue.send((object, bytes, receipt)).is_ok());
         if !sent {
+            counted.iter().for_each(|receipt| receipt.add(-1, 0));
             tracing::warn!(
                 bytes,
                 "a new block was dropped: the store takes blocks more slowly than they are made"
@@ -65,15 +97,19 @@ impl Drop for WriteBehind {
     }
 }
 
-fn run(store: &Store, queue: &Receiver<(PutObject, usize)>, waiting_bytes: &AtomicUsize) {
-    while let Ok((first, mut bytes)) = queue.recv() {
-        let mut batch = vec![first];
+fn run(store: &Store, queue: &Receiver<Waiting>, waiting_bytes: &AtomicUsize) {
+    while let Ok((first, mut bytes, receipt)) = queue.recv() {
+        let (mut batch, mut receipts) = (vec![first], vec![receipt]);
         while bytes < BATCH_BYTES {
-            let Ok((object, more)) = queue.try_recv() else { break };
+            let Ok((object, more, receipt)) = queue.try_recv() else { break };
             batch.push(object);
+            receipts.push(receipt);
             bytes += more;
         }
-        for result in store.put(batch) {
+        for (result, receipt) in store.put(batch).into_iter().zip(receipts) {
+            if let Some((receipt, tokens)) = receipt {
+                receipt.add(-1, if matches!(result, Ok(PutOutcome::Stored)) { tokens } else { 0 });
+            }
             match result {
                 Ok(PutOutcome::Stored | PutOutcome::Present | PutOutcome::Declined) => {}
                 Err(error) => {

@@ -1,6 +1,8 @@
 //! The trail of a sequence: its chain of hashes, and what of it is stored, on its way, or to be offered.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use esker_decoder::{BlockIdentity, Sequence};
@@ -9,6 +11,10 @@ use esker_store::{PutObject, TtlClass};
 
 use super::GenerateError;
 use crate::node::Engine;
+use crate::write_behind::Receipt;
+
+/// Longest wait for what is on its way to the store, before an account is closed without it.
+const WRITTEN_WAIT: Duration = Duration::from_secs(2);
 
 /// See the module.
 pub(super) struct Trail<'a> {
@@ -24,6 +30,10 @@ pub(super) struct Trail<'a> {
     pub(super) stored: usize,
     /// States to be offered behind their blocks: index of the block, and the state.
     states: VecDeque<(usize, StateObject)>,
+    /// Whole blocks of the prompt.
+    prompt_blocks: usize,
+    /// Counts those of them that are newly stored.
+    receipt: Arc<Receipt>,
 }
 
 impl<'a> Trail<'a> {
@@ -40,6 +50,8 @@ impl<'a> Trail<'a> {
             hashes: Vec::new(),
             stored: 0,
             states: VecDeque::new(),
+            prompt_blocks: 0,
+            receipt: Arc::default(),
         }
     }
 
@@ -52,6 +64,16 @@ impl<'a> Trail<'a> {
         self.tail.drain(..whole);
     }
 
+    /// The prompt ends here: what is stored of it is what its caller is charged for.
+    pub(super) fn end_prompt(&mut self) {
+        self.prompt_blocks = self.hashes.len();
+    }
+
+    /// Tokens of the prompt that were newly stored. Waits a little for those that are on their way.
+    pub(super) fn written_tokens(&self) -> u64 {
+        self.receipt.stored_tokens(WRITTEN_WAIT)
+    }
+
     pub(super) fn block_tokens(&self) -> usize {
         self.block_tokens
     }
@@ -59,11 +81,6 @@ impl<'a> Trail<'a> {
     /// Number of whole blocks in a prefix.
     pub(super) fn hashes_to(&self, tokens: usize) -> usize {
         tokens / self.block_tokens
-    }
-
-    /// Tokens of the whole blocks in a prefix that are or will be handed to the store; none once it has given up.
-    pub(super) fn whole_tokens(&self, tokens: usize) -> usize {
-        if self.stored == usize::MAX { 0 } else { self.hashes_to(tokens) * self.block_tokens }
     }
 
     /// Hashes of the whole blocks in a prefix.
@@ -111,8 +128,12 @@ impl<'a> Trail<'a> {
 
     /// Offers the next whole block or state that is not stored yet; whether there was one.
     pub(super) fn store_one(&mut self, sequence: &Sequence) -> Result<bool, GenerateError> {
+        let blocks = self.stored;
         let Some(object) = self.next_object(sequence)? else { return Ok(false) };
-        self.offer(object);
+        // A block of the prompt, not a state: what its caller is charged for once it is stored.
+        let counts = self.stored > blocks && blocks < self.prompt_blocks;
+        let receipt = counts.then(|| (Arc::clone(&self.receipt), self.block_tokens as u64));
+        self.offer(object, receipt);
         Ok(self.stored != usize::MAX)
     }
 
@@ -131,8 +152,8 @@ impl<'a> Trail<'a> {
     }
 
     /// A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.
-    fn offer(&mut self, object: PutObject) {
-        if !self.engine.write_behind.offer(object) {
+    fn offer(&mut self, object: PutObject, receipt: Option<(Arc<Receipt>, u64)>) {
+        if !self.engine.write_behind.offer(object, receipt) {
             self.stored = usize::MAX;
             self.states.clear();
         }

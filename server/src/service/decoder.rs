@@ -1,5 +1,6 @@
 //! `Decoder`: describe, tokenize, generate.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,9 +14,11 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::bill::{Bill, Served};
 use super::put::ttl_class;
 use super::status::{from_generate, from_wire};
 use crate::generate::{Account, Event, GenerateError, Job, generate};
+use crate::ledger::sums;
 use crate::metrics::Watched;
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, Role, principal_of};
@@ -143,7 +146,9 @@ impl v1::decoder_server::Decoder for DecoderService {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let principal = principal_of(&request)?;
-        let job = self.job(&principal, request.into_inner())?;
+        let request = request.into_inner();
+        let bill = Bill::open(&self.node, &principal, &request).await?;
+        let job = self.job(&principal, request)?;
         if self.waiting.fetch_add(1, Ordering::AcqRel) >= MAX_WAITING {
             self.waiting.fetch_sub(1, Ordering::AcqRel);
             return Err(Status::resource_exhausted(format!(
@@ -160,7 +165,7 @@ impl v1::decoder_server::Decoder for DecoderService {
             node.metrics.decoder_waiting.dec();
             if permit.is_ok() && !sender.is_closed() {
                 let _busy = node.live.enter();
-                let work = tokio::task::spawn_blocking(move || run(&node, job, arrived, &sender));
+                let work = tokio::task::spawn_blocking(move || run(&node, job, &bill, arrived, &sender));
                 // A panic in the task has been reported by the panic hook; the client sees its stream end.
                 let _ = work.await;
             }
@@ -170,16 +175,30 @@ impl v1::decoder_server::Decoder for DecoderService {
 }
 
 /// Runs a job on a blocking thread, sending its events to the client.
-fn run(node: &Node, job: Job, arrived: Instant, replies: &mpsc::Sender<Result<v1::GenerateReply, Status>>) {
+fn run(
+    node: &Node,
+    job: Job,
+    bill: &Bill,
+    arrived: Instant,
+    replies: &mpsc::Sender<Result<v1::GenerateReply, Status>>,
+) {
     let runtime = tokio::runtime::Handle::current();
     let mut reported = Instant::now();
     let mut watched = Watched::new(arrived, node);
+    let closed = Cell::new(false);
+    let served = Cell::new(Served::of(job.prompt.len()));
     let mut emit = |event| {
         watched.see(&event);
         if let Event::Prompt { tokens, hit_tokens, .. } = &event {
             node.history.prompt(*tokens as u64, *hit_tokens as u64, Some(arrived.elapsed()));
         }
-        let reply = Ok(v1::GenerateReply { event: Some(wire(event)) });
+        served.set(served.get().and(&event));
+        // The account is closed before the caller hears that it has everything.
+        let event = wire(event, |account| {
+            closed.set(true);
+            bill.close(node, engine(node)?, account)
+        });
+        let reply = event.map(|event| v1::GenerateReply { event: Some(event) });
         if let Ok(v1::GenerateReply { event: Some(generate_reply::Event::Progress(_)) }) = &reply {
             if reported.elapsed() < PROGRESS_INTERVAL && !replies.is_closed() {
                 return ControlFlow::Continue(());
@@ -196,8 +215,14 @@ fn run(node: &Node, job: Job, arrived: Instant, replies: &mpsc::Sender<Result<v1
             Err(_) => ControlFlow::Break(()),
         }
     };
-    let result = engine(node)
-        .and_then(|engine| generate(node, engine, job, &mut emit).map_err(|error| report(&error)));
+    let result = engine(node).and_then(|engine| {
+        generate(node, engine, job, &mut emit).map_err(|error| {
+            if !closed.get() {
+                bill.give_up(node, engine, served.get(), &error);
+            }
+            report(&error)
+        })
+    });
     if let Err(status) = result {
         // The client may be gone, which is the commonest reason to be here.
         let _ = replies.try_send(Err(status));
@@ -211,12 +236,15 @@ fn report(error: &GenerateError) -> Status {
     from_generate(error)
 }
 
-fn wire(event: Event) -> generate_reply::Event {
+fn wire(
+    event: Event,
+    close: impl FnOnce(&Account) -> Result<v1::UsageRecord, Status>,
+) -> Result<generate_reply::Event, Status> {
     let progress = |phase: v1::Phase, done: usize, total: usize| {
         let (done_tokens, total_tokens) = (done as u64, total as u64);
         generate_reply::Event::Progress(v1::Progress { phase: phase.into(), done_tokens, total_tokens })
     };
-    match event {
+    Ok(match event {
         Event::Restoring { done, total } => progress(v1::Phase::Restore, done, total),
         Event::Prefilling { done, total } => progress(v1::Phase::Prefill, done, total),
         Event::Prompt { tokens, hit_tokens, stores } => generate_reply::Event::Prompt(v1::PromptDone {
@@ -229,17 +257,19 @@ fn wire(event: Event) -> generate_reply::Event {
             text,
             logits_digest: logits_digest.map(|digest| Bytes::copy_from_slice(&digest)).unwrap_or_default(),
         }),
-        Event::Done(account) => generate_reply::Event::Usage(usage(&account)),
-    }
+        Event::Done(account) => generate_reply::Event::Usage(usage(&account, &close(&account)?)),
+    })
 }
 
-fn usage(account: &Account) -> v1::GenerateUsage {
+/// What is billed, and what it took this time.
+fn usage(account: &Account, record: &v1::UsageRecord) -> v1::GenerateUsage {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     v1::GenerateUsage {
-        prompt_tokens: account.prompt_tokens as u64,
-        prompt_cache_hit_tokens: account.hit_tokens as u64,
-        prompt_cache_miss_tokens: (account.prompt_tokens - account.hit_tokens) as u64,
-        cache_write_tokens: account.write_tokens as u64,
+        usage_id: record.usage_id.clone(),
+        prompt_tokens: record.prompt_tokens,
+        prompt_cache_hit_tokens: record.hit_tokens,
+        prompt_cache_miss_tokens: record.miss_tokens,
+        cache_write_tokens: sums::written(&record.write_tokens.unwrap_or_default()),
         completion_tokens: account.completion_tokens as u64,
         bytes_read: account.bytes_read,
         restore_us: micros(account.restore),
@@ -247,6 +277,5 @@ fn usage(account: &Account) -> v1::GenerateUsage {
         rest_of_text: account.rest_of_text.clone(),
         stop_sequence: account.stop_sequence.clone().unwrap_or_default(),
         finish_reason: if account.stopped { v1::FinishReason::Stop } else { v1::FinishReason::Length }.into(),
-        ..Default::default()
     }
 }

@@ -273,8 +273,13 @@ impl Sink for FileSink {
         let lines: String = events.iter().map(|event| format!("{event}\n")).collect();
         let write = || {
             let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&self.path)?;
-            file.write_all(lines.as_bytes())?;
-            file.sync_data()
+            let before = file.metadata()?.len();
+            let written = file.write_all(lines.as_bytes()).and_then(|()| file.sync_data());
+            if written.is_err() {
+                // Half a line would spoil the whole one that comes after it.
+                file.set_len(before)?;
+            }
+            written
         };
         write().map_err(|error: io::Error| format!("cannot write {}: {error}", self.path.display()))
     }

@@ -1,0 +1,513 @@
+//! The billing ledger, seen from outside: what is settled counts once, what is claimed is held against what was delivered, and
+//! what is damaged is not passed on.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use esker_client::v1;
+use esker_tests::{Node, Prompt, change, flat_layout, output, question, records, scratch, text_of, tokens};
+use tonic::{Code, Status};
+
+/// A request that has looked its prompt up and fetched what was found.
+struct Served {
+    grant: Bytes,
+    prompt_tokens: u64,
+    hit_tokens: u64,
+}
+
+async fn serve(node: &Node, prompt: &Prompt) -> Result<Served> {
+    let found = node.lookup(prompt).await?;
+    let hit_tokens = found.best.unwrap_or_default().tokens;
+    node.fetch(v1::FetchRequest { grant: found.grant.clone(), ..Default::default() }).await?;
+    Ok(Served { grant: found.grant, prompt_tokens: prompt.tokens.len() as u64, hit_tokens })
+}
+
+fn account(request_id: &str, served: &Served) -> v1::SettleRequest {
+    v1::SettleRequest {
+        grant: served.grant.clone(),
+        request_id: request_id.into(),
+        prompt_tokens: served.prompt_tokens,
+        used_hit_tokens: served.hit_tokens,
+        computed_tokens: served.prompt_tokens - served.hit_tokens,
+        ..Default::default()
+    }
+}
+
+async fn settle(node: &Node, request: v1::SettleRequest) -> Result<v1::SettleReply, Status> {
+    Ok(node.cache.clone().settle(request).await?.into_inner())
+}
+
+async fn sums(node: &Node) -> Result<v1::UsageSums> {
+    let reply = node.client.query_usage(v1::QueryUsageRequest::default()).await?;
+    Ok(reply.rows.first().and_then(|row| row.sums).unwrap_or_default())
+}
+
+/// Records up to the end, or to an error.
+async fn export(
+    node: &Node,
+    request: v1::ExportUsageRequest,
+) -> Result<(Vec<v1::ExportUsageReply>, Option<Status>)> {
+    let mut replies = node.client.export_usage(request).await?;
+    let mut events = Vec::new();
+    loop {
+        match replies.message().await {
+            Ok(Some(reply)) => events.push(reply),
+            Ok(None) => return Ok((events, None)),
+            Err(status) => return Ok((events, Some(status))),
+        }
+    }
+}
+
+fn record(reply: &v1::ExportUsageReply) -> Result<&v1::UsageRecord> {
+    match &reply.event {
+        Some(v1::export_usage_reply::Event::Record(record)) => Ok(record),
+        other => anyhow::bail!("no record but {other:?}"),
+    }
+}
+
+async fn stored(node: &Node, blocks: u32, seed: u64) -> Result<Prompt> {
+    let layout = flat_layout();
+    let namespace = node.register(&layout, 1).await?;
+    let prompt = Prompt::new(namespace, &layout, seed, blocks);
+    node.store(&prompt, prompt.blocks(1..=u64::from(blocks))).await?;
+    Ok(prompt)
+}
+
+#[tokio::test]
+async fn a_settled_request_counts_once_whatever_is_sent_again_and_whoever_is_killed() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let node = Node::store_only(&data).await?;
+    let prompt = stored(&node, 4, 1).await?;
+    let served = serve(&node, &prompt).await?;
+    ensure!(served.hit_tokens > 0, "nothing was found");
+    let request = v1::SettleRequest {
+        write_tokens: Some(v1::WriteTokens { ttl_1h: 1, ..Default::default() }),
+        ..account("request-1", &served)
+    };
+    let first = settle(&node, request.clone()).await?;
+    let usage = first.usage.context("a settled request has its usage")?;
+    assert_eq!(usage.prompt_cache_hit_tokens, served.hit_tokens);
+    assert_eq!(usage.prompt_cache_hit_tokens + usage.prompt_cache_miss_tokens, usage.prompt_tokens);
+    assert_eq!((usage.cached_tokens, usage.cache_creation_tokens), (served.hit_tokens, 1));
+    assert_eq!(
+        usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens,
+        served.prompt_tokens
+    );
+    assert_eq!(first.usage_id.len(), 32);
+
+    for _ in 0..3 {
+        assert_eq!(settle(&node, request.clone()).await?, first, "the same answer");
+    }
+    let other = v1::SettleRequest { model: "another".into(), ..request.clone() };
+    assert_eq!(settle(&node, other.clone()).await.unwrap_err().code(), Code::AlreadyExists);
+    let audit = std::fs::read_to_string(data.join("audit.jsonl"))?;
+    assert!(audit.contains("request-1") && audit.contains("conflict"), "{audit}");
+    node.kill()?;
+
+    let node = Node::store_only(&data).await?;
+    assert_eq!(settle(&node, request).await?, first, "the same answer from another process");
+    assert_eq!(settle(&node, other).await.unwrap_err().code(), Code::AlreadyExists);
+    let sums = sums(&node).await?;
+    assert_eq!(
+        (sums.requests, sums.prompt_tokens, sums.hit_tokens),
+        (1, served.prompt_tokens, served.hit_tokens)
+    );
+    let (events, ended) = export(&node, v1::ExportUsageRequest::default()).await?;
+    assert_eq!((events.len(), ended.map(|status| status.code())), (1, None));
+    let record = record(&events[0])?;
+    assert_eq!((&record.usage_id, record.sequence), (&first.usage_id, 1));
+    assert!(record.complete && record.bytes_served > 0 && record.scope == "private");
+    node.kill()?;
+    let verified = output(["usage", "verify", &data.display().to_string()]);
+    assert!(verified.status.success(), "{}", text_of(&verified.stdout));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_claimed_is_held_against_what_was_offered_and_delivered() -> Result<()> {
+    let folder = scratch();
+    let node = Node::store_only(&folder.path().join("data")).await?;
+    let prompt = stored(&node, 4, 1).await?;
+    let found = node.lookup(&prompt).await?;
+    let best = found.best.unwrap_or_default().tokens;
+    let served =
+        Served { grant: found.grant.clone(), prompt_tokens: prompt.tokens.len() as u64, hit_tokens: best };
+    let refused = |request: v1::SettleRequest| {
+        let node = &node;
+        async move { settle(node, request).await.unwrap_err() }
+    };
+    let undelivered = refused(account("r", &served)).await;
+    assert_eq!(undelivered.code(), Code::InvalidArgument);
+    assert!(undelivered.message().contains("only 0 tokens were delivered"), "{undelivered}");
+
+    node.fetch(v1::FetchRequest { grant: found.grant.clone(), ..Default::default() }).await?;
+    let good = account("r", &served);
+    let prompt_tokens = served.prompt_tokens;
+    for (wrong, named) in [
+        (v1::SettleRequest { used_hit_tokens: best - 1, ..good.clone() }, "resume point"),
+        (v1::SettleRequest { computed_tokens: 0, ..good.clone() }, "add up"),
+        (v1::SettleRequest { prompt_tokens: prompt_tokens + 1, ..good.clone() }, "looked up"),
+        (v1::SettleRequest { used_hit_tokens: u64::MAX, ..good.clone() }, "resume point"),
+        (
+            v1::SettleRequest {
+                write_tokens: Some(v1::WriteTokens { ttl_5m: prompt_tokens, ..Default::default() }),
+                ..good.clone()
+            },
+            "write_tokens",
+        ),
+        (v1::SettleRequest { request_id: String::new(), ..good.clone() }, "request_id"),
+        (v1::SettleRequest { request_id: "x".repeat(129), ..good.clone() }, "request_id"),
+        (v1::SettleRequest { grant: Bytes::new(), ..good.clone() }, "grant"),
+        (v1::SettleRequest { namespace: Bytes::from(vec![9; 32]), ..good.clone() }, "namespace"),
+    ] {
+        let status = refused(wrong).await;
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().contains(named), "{named}: {status}");
+    }
+    let unknown = refused(v1::SettleRequest { grant: Bytes::from(vec![1; 16]), ..good.clone() }).await;
+    assert_eq!(unknown.code(), Code::NotFound);
+    settle(&node, good.clone()).await?;
+    // The grant is closed: another request has nothing of it.
+    let second = refused(v1::SettleRequest { request_id: "r2".into(), ..good.clone() }).await;
+    assert_eq!(second.code(), Code::NotFound);
+
+    // A request that found nothing settles without a grant, and without a hit.
+    let miss = v1::SettleRequest {
+        request_id: "miss".into(),
+        grant: Bytes::new(),
+        namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+        prompt_tokens: 100,
+        computed_tokens: 100,
+        ..Default::default()
+    };
+    settle(&node, miss.clone()).await?;
+    let hit =
+        v1::SettleRequest { request_id: "hit".into(), used_hit_tokens: 50, computed_tokens: 50, ..miss };
+    assert_eq!(refused(hit).await.code(), Code::InvalidArgument);
+    // Failed requests are written down and not counted.
+    let failed = v1::SettleRequest {
+        request_id: "failed".into(),
+        namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+        prompt_tokens: 100,
+        computed_tokens: 100,
+        status: v1::SettleStatus::Failed.into(),
+        ..Default::default()
+    };
+    settle(&node, failed).await?;
+    let sums = sums(&node).await?;
+    assert_eq!((sums.requests, sums.incomplete_requests, sums.prompt_tokens), (2, 1, prompt_tokens + 100));
+    node.kill()
+}
+
+#[tokio::test]
+async fn a_grant_that_nobody_settles_is_closed_as_unused_and_holds_nothing() -> Result<()> {
+    let folder = scratch();
+    let node = Node::store_only(&folder.path().join("data")).await?;
+    let prompt = stored(&node, 4, 1).await?;
+    let found = node.lookup(&prompt).await?;
+    let expires = Duration::from_millis(found.grant_expires_in_ms);
+    node.fetch(v1::FetchRequest { grant: found.grant.clone(), ..Default::default() }).await?;
+    tokio::time::sleep(expires + Duration::from_secs(3)).await;
+    let late = node.fetch(v1::FetchRequest { grant: found.grant.clone(), ..Default::default() }).await;
+    assert_eq!(late.map(|_| ()).unwrap_err().code(), Code::NotFound);
+    let (events, _) = export(&node, v1::ExportUsageRequest::default()).await?;
+    assert_eq!(events.len(), 1);
+    let record = record(&events[0])?;
+    assert_eq!((record.complete, record.reason.as_str(), record.hit_tokens), (false, "unsettled", 0));
+    assert!(record.bytes_served > 0 && record.grant == found.grant);
+    let sums = sums(&node).await?;
+    assert_eq!((sums.requests, sums.incomplete_requests, sums.prompt_tokens), (0, 1, 0), "nothing is billed");
+    node.kill()
+}
+
+#[tokio::test]
+async fn a_miss_through_our_own_fault_is_a_plain_miss_without_writes() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let node = Node::store_only(&data).await?;
+    let prompt = stored(&node, 4, 1).await?;
+    node.stop().await?;
+    let mut second =
+        records(&data)?.into_iter().filter(|record| record.tokens == prompt.blocks(2..=2)[0].tokens);
+    let second = second.next_back().context("the second block has a record")?;
+    change(&second.file, second.planes[0].start + 5, |byte| byte ^ 1)?;
+
+    let node = Node::store_only(&data).await?;
+    let found = node.lookup(&prompt).await?;
+    let fetched = node.fetch(v1::FetchRequest { grant: found.grant.clone(), ..Default::default() }).await?;
+    ensure!(!fetched.missing.is_empty(), "the damage was not noticed");
+    let block = prompt.blocks(1..=1)[0].tokens;
+    let prompt_tokens = prompt.tokens.len() as u64;
+    let request = v1::SettleRequest {
+        grant: found.grant,
+        request_id: "r".into(),
+        used_hit_tokens: block,
+        computed_tokens: prompt_tokens - block,
+        write_tokens: Some(v1::WriteTokens { ttl_24h: 2 * block, ..Default::default() }),
+        ..Default::default()
+    };
+    let usage = settle(&node, request).await?.usage.unwrap_or_default();
+    assert_eq!((usage.prompt_cache_hit_tokens, usage.cache_creation_tokens), (block, 0));
+    let (events, _) = export(&node, v1::ExportUsageRequest::default()).await?;
+    let record = record(&events[0])?;
+    assert!(record.fault && record.complete && record.miss_reason == "corrupt", "{record:?}");
+    assert_eq!(record.miss_tokens, prompt_tokens - block);
+    node.kill()
+}
+
+#[tokio::test]
+async fn an_export_halts_at_damage_and_goes_on_only_when_told_to() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let node = Node::store_only(&data).await?;
+    let namespace = node.register(&flat_layout(), 1).await?;
+    let miss = |name: &str| v1::SettleRequest {
+        request_id: name.into(),
+        namespace: Bytes::copy_from_slice(namespace.as_bytes()),
+        prompt_tokens: 100,
+        computed_tokens: 100,
+        ..Default::default()
+    };
+    for n in 0..10 {
+        settle(&node, miss(&format!("r{n}"))).await?;
+    }
+    let (sound, _) = export(&node, v1::ExportUsageRequest::default()).await?;
+    assert_eq!(sound.len(), 10);
+    node.stop().await?;
+    let segment = data.join("ledger/0000000001.seg");
+    // Within the fifth record: where the fourth ends is in its cursor.
+    let offset: u64 = sound[3].cursor.split('.').nth(1).context("segment.offset.sequence.chain")?.parse()?;
+    change(&segment, offset + 100, |byte| byte ^ 8)?;
+
+    let verified = output(["usage", "verify", &data.display().to_string()]);
+    assert!(!verified.status.success());
+    assert!(text_of(&verified.stdout).contains("DAMAGED"), "{}", text_of(&verified.stdout));
+    let node = Node::store_only(&data).await?;
+    settle(&node, miss("after")).await?;
+    let (events, ended) = export(&node, v1::ExportUsageRequest::default()).await?;
+    let ended = ended.context("the export went past the damage")?;
+    assert_eq!((events.len(), ended.code()), (4, Code::DataLoss));
+    assert!(std::fs::read_to_string(data.join("audit.jsonl"))?.contains("ledger-gap"));
+    assert!(node.log()?.contains("ALERT"));
+
+    let past = v1::ExportUsageRequest { past_damage: true, ..Default::default() };
+    let (events, ended) = export(&node, past).await?;
+    assert!(ended.is_none());
+    let gaps = events.iter().filter_map(|reply| match &reply.event {
+        Some(v1::export_usage_reply::Event::Gap(gap)) => Some(gap),
+        _ => None,
+    });
+    let gaps: Vec<_> = gaps.collect();
+    assert_eq!((gaps.len(), gaps[0].after_sequence), (1, 4));
+    let names: Vec<String> =
+        events.iter().filter_map(|reply| Some(record(reply).ok()?.request_id.clone())).collect();
+    assert!(names.iter().any(|name| name == "after") && !names.iter().any(|name| name == "r4"), "{names:?}");
+    node.kill()
+}
+
+#[tokio::test]
+async fn a_consumers_cursor_stays_on_the_node() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let node = Node::store_only(&data).await?;
+    let namespace = node.register(&flat_layout(), 1).await?;
+    let settle_some = |node: Node, from: u32, to: u32| async move {
+        for n in from..to {
+            let request = v1::SettleRequest {
+                request_id: format!("r{n}"),
+                namespace: Bytes::copy_from_slice(namespace.as_bytes()),
+                prompt_tokens: 100,
+                computed_tokens: 100,
+                ..Default::default()
+            };
+            settle(&node, request).await?;
+        }
+        Ok::<_, Status>(node)
+    };
+    let node = settle_some(node, 0, 5).await?;
+    let ask = |cursor: &str, limit| v1::ExportUsageRequest {
+        consumer: "billing".into(),
+        cursor: cursor.into(),
+        limit,
+        ..Default::default()
+    };
+    let (events, _) = export(&node, ask("", 3)).await?;
+    assert_eq!(events.len(), 3);
+    // Not acknowledged: it comes again.
+    assert_eq!(record(&export(&node, ask("", 1)).await?.0[0])?.request_id, "r0");
+    let (rest, _) = export(&node, ask(&events[2].cursor, 1)).await?;
+    assert_eq!(record(&rest[0])?.request_id, "r3");
+    node.kill()?;
+    let node = Node::store_only(&data).await?;
+    assert_eq!(record(&export(&node, ask("", 1)).await?.0[0])?.request_id, "r3", "the cursor survived");
+    let nonsense = node.client.export_usage(ask("1.2.x", 1)).await;
+    assert_eq!(nonsense.err().and_then(|error| error.code()), Some(Code::InvalidArgument));
+
+    // Someone who follows gets new records as they come.
+    let follow =
+        v1::ExportUsageRequest { follow: true, cursor: events[2].cursor.clone(), ..Default::default() };
+    let mut replies = node.client.export_usage(follow).await?;
+    let node = settle_some(node, 5, 7).await?;
+    let mut names = Vec::new();
+    while names.len() < 4 {
+        let reply = tokio::time::timeout(Duration::from_secs(20), replies.message()).await??;
+        let reply = reply.context("the export ended though it was to follow")?;
+        names.extend(record(&reply).ok().map(|record| record.request_id.clone()));
+    }
+    assert_eq!(names, ["r3", "r4", "r5", "r6"]);
+    node.kill()
+}
+
+/// What an HTTP sink was sent; it answers the first request with 503.
+fn sink(requests: usize) -> Result<(String, std::thread::JoinHandle<Vec<String>>)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = format!("http://{}/events", listener.local_addr()?);
+    let thread = std::thread::spawn(move || {
+        let mut bodies = Vec::new();
+        while bodies.len() < requests {
+            let Ok((mut stream, _)) = listener.accept() else { break };
+            let mut text = String::new();
+            let mut buffer = [0; 4096];
+            loop {
+                let read = stream.read(&mut buffer).unwrap_or(0);
+                text += &String::from_utf8_lossy(&buffer[..read]);
+                let whole = text.split_once("\r\n\r\n").is_some_and(|(head, body)| {
+                    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+                    length
+                        .and_then(|length| length.parse::<usize>().ok())
+                        .is_some_and(|length| body.len() >= length)
+                });
+                if whole || read == 0 {
+                    break;
+                }
+            }
+            let status = if bodies.is_empty() { "503 Later" } else { "204 No Content" };
+            bodies.push(text);
+            let _ = write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n");
+        }
+        bodies
+    });
+    Ok((address, thread))
+}
+
+#[tokio::test]
+async fn usage_goes_to_a_file_and_to_an_http_sink_by_itself() -> Result<()> {
+    let folder = scratch();
+    let lines = folder.path().join("usage.jsonl");
+    let token = folder.path().join("token");
+    std::fs::write(&token, "secret\n")?;
+    let (address, thread) = sink(2)?;
+    for target in [lines.display().to_string(), address] {
+        let data = folder.path().join(format!("data{}", target.len()));
+        let options = ["--no-model", "--segment-mib", "4", "--cluster", "fleet", "--usage-sink", &target];
+        let options = [&options[..], &["--usage-sink-token", token.to_str().context("a path")?]].concat();
+        let node = Node::start(&data, &options).await?;
+        let prompt = stored(&node, 4, 1).await?;
+        let served = serve(&node, &prompt).await?;
+        settle(&node, account("request-1", &served)).await?;
+        if target.starts_with("http") {
+            let bodies = tokio::task::spawn_blocking(|| thread.join()).await?.expect("the sink ended well");
+            assert!(
+                bodies.iter().all(|body| body.contains("Authorization: Bearer secret\r\n")),
+                "{bodies:?}"
+            );
+            let events = |body: &str| {
+                serde_json::from_str::<serde_json::Value>(body.split("\r\n\r\n").last().unwrap())
+            };
+            assert_eq!(events(&bodies[0])?, events(&bodies[1])?, "what was refused is sent again as it was");
+            let event = &events(&bodies[1])?[0];
+            assert_eq!((&event["type"], &event["subject"]), (&"esker.usage.v1".into(), &"default".into()));
+            assert_eq!(event["source"], "//esker/fleet");
+            node.kill()?;
+            break;
+        }
+        let event = wait_for_line(Path::new(&target)).await?;
+        assert_eq!(event["data"]["hit_tokens"], served.hit_tokens);
+        assert_eq!(event["specversion"], "1.0");
+        node.kill()?;
+    }
+    Ok(())
+}
+
+async fn wait_for_line(path: &Path) -> Result<serde_json::Value> {
+    let started = Instant::now();
+    loop {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        if let Some(line) = text.lines().next() {
+            return Ok(serde_json::from_str(line)?);
+        }
+        ensure!(started.elapsed() < Duration::from_secs(20), "nothing came to {}", path.display());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn generations_are_billed_and_the_bill_can_be_read() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let node = Node::start(&data, &["--block-tokens", "16"]).await?;
+    let prompt = tokens(1, 100);
+    let first = node.ask(question(&prompt)).await?;
+    assert_eq!(first.usage.usage_id.len(), 32);
+    assert_eq!(first.usage.cache_write_tokens, 96, "six whole blocks of the prompt were put");
+    let second = node.ask(question(&prompt)).await?;
+    assert_ne!(second.usage.usage_id, first.usage.usage_id);
+    assert_eq!((second.usage.prompt_cache_hit_tokens, second.usage.cache_write_tokens), (96, 0));
+    let billed = sums(&node).await?;
+    assert_eq!((billed.requests, billed.prompt_tokens, billed.hit_tokens), (2, 200, 96));
+    assert_eq!(billed.write_tokens.unwrap_or_default().ttl_24h, 96);
+    assert_eq!(billed.completion_tokens, first.usage.completion_tokens + second.usage.completion_tokens);
+
+    // A named request counts once, whatever it hits the second time; another prompt under its name is refused.
+    let mut decoder = v1::decoder_client::DecoderClient::new(node.channel.clone());
+    let ids = |seed| v1::Tokens { ids: tokens(seed, 50).into_iter().map(|token| token.0).collect() };
+    let named = |seed| v1::GenerateRequest {
+        prompt: Some(v1::generate_request::Prompt::Tokens(ids(seed))),
+        max_new_tokens: 2,
+        request_id: "named".into(),
+        ..Default::default()
+    };
+    let mut usages = Vec::new();
+    for _ in 0..3 {
+        let mut replies = decoder.generate(named(2)).await?.into_inner();
+        while let Some(reply) = replies.message().await? {
+            if let Some(v1::generate_reply::Event::Usage(usage)) = reply.event {
+                usages.push((usage.usage_id, usage.prompt_cache_hit_tokens, usage.cache_write_tokens));
+            }
+        }
+    }
+    assert_eq!(usages.len(), 3);
+    assert!(usages.iter().all(|usage| *usage == usages[0]), "{usages:?}");
+    let refused = decoder.generate(named(3)).await.map(|_| ()).unwrap_err();
+    assert_eq!(refused.code(), Code::AlreadyExists);
+    assert_eq!(sums(&node).await?.requests, 3);
+
+    let prices = folder.path().join("prices.toml");
+    std::fs::write(
+        &prices,
+        "currency = \"EUR\"\nhit = 28000\nmiss = 280000\n[tenants.default]\nhit = 14000\n",
+    )?;
+    let run = |more: &[&str]| {
+        let prices = prices.display().to_string();
+        let done =
+            output([&["usage", "--node", &node.address, "--from", "2h", "--prices", &prices], more].concat());
+        assert!(done.status.success(), "{}", text_of(&done.stderr));
+        text_of(&done.stdout)
+    };
+    let table = run(&[]);
+    assert!(table.contains("default") && table.contains("caching saved"), "{table}");
+    let json: serde_json::Value = serde_json::from_str(&run(&["--json", "--by", "tenant,hour"]))?;
+    assert_eq!(json["total"]["requests"], 3);
+    assert_eq!(json["total"]["micro_units"]["hit"], 96 * 14_000 / 1_000_000);
+    let focus = run(&["--focus"]);
+    assert!(focus.starts_with("BilledCost,") && focus.contains("Prompt tokens from the cache"), "{focus}");
+    let events = output(["usage", "export", "--node", &node.address]);
+    let lines = text_of(&events.stdout);
+    assert!(events.status.success() && lines.lines().count() >= 3, "{lines}");
+    node.kill()
+}
