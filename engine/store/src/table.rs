@@ -258,6 +258,10 @@ impl Table {
             && inner.retention.is_pinned(slot)
         {
             inner.retention.unpin(slot);
+            let hole = inner.slot(slot).kind & HOLE != 0;
+            if hole && inner.retention.is_leaf(slot) && !inner.retention.is_pinned(slot) {
+                inner.release(slot);
+            }
         }
     }
 
@@ -331,11 +335,14 @@ impl Table {
         victims
     }
 
-    /// Removes an object if it still is at `spot`. Tells whether it was.
+    /// Removes an object if it still is at `spot`. Tells whether it was. What is pinned leaves its slot behind, and the pins on
+    /// it: they are the name's, and whoever let go of one later would otherwise let go of what was put since. What the store
+    /// writes about itself has a pin that nobody lets go of.
     pub(crate) fn remove_if(&self, id: ObjectId, spot: Spot) -> bool {
         let mut inner = self.write();
         let Some(at) = inner.find(id).filter(|&at| inner.slot(at).spot() == spot) else { return false };
-        if inner.retention.is_leaf(at) {
+        let own = crate::shared::is_own(id);
+        if inner.retention.is_leaf(at) && (own || !inner.retention.is_pinned(at)) {
             inner.release(at);
         } else {
             let slot = *inner.slot(at);

@@ -318,3 +318,25 @@ fn what_is_used_all_the_time_is_not_taken_for_old_after_a_crash() {
     store.keep_house();
     assert_eq!(store.lookup(&ids(&objects)).len(), 5);
 }
+
+/// A lease that held something before it was erased, and holds it again since it was put again, does not let go of it.
+#[test]
+fn a_lease_holds_what_was_erased_and_put_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), StoreSettings { admission: false, ..small() }).unwrap();
+    let kept = object(7, 7, &LENS);
+    let lease = || store.lease(LeaseId([7; 32]), &[kept.id], HOUR).unwrap();
+    assert!(store.put(vec![kept.clone()])[0].is_ok());
+    lease();
+    let pins = store.pin(&[kept.id]);
+    assert_eq!(store.erase(Erase::Object(kept.id)).unwrap(), 1);
+    assert!(store.lookup(&[kept.id]).is_empty());
+    assert!(store.put(vec![kept.clone()])[0].is_ok());
+    lease();
+    drop(pins);
+    for prefix in 1..40 {
+        assert!(store.put(chain(prefix * 100, 10, &LENS)).iter().all(Result::is_ok));
+    }
+    assert!(store.stats().evicted > 100);
+    assert_eq!(store.lookup(&[kept.id]).len(), 1, "what is leased was evicted");
+}
