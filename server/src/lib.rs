@@ -11,6 +11,7 @@ pub mod bundled;
 mod chat_template;
 pub mod command;
 mod control;
+mod events;
 mod generate;
 mod grant;
 mod history;

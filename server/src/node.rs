@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use esker_prefix::{Namespace, NamespaceId};
-use esker_store::{Store, StoreSettings};
+use esker_store::{Observer, Store, StoreSettings};
 
 use crate::audit::{Audit, Event};
 use crate::control::Control;
+use crate::events::Events;
 use crate::grant::Grants;
 use crate::history::History;
 use crate::ledger::storage::Sampler;
@@ -60,6 +61,7 @@ pub struct Node {
     pub(crate) warmups: Warmups,
     pub(crate) live: Arc<Live>,
     pub(crate) metrics: Metrics,
+    pub(crate) events: Arc<Events>,
     pub(crate) audit: Arc<Audit>,
     pub(crate) ledger: Arc<Ledger>,
     /// Ends before the ledger does.
@@ -78,6 +80,7 @@ pub(crate) struct Engine {
     pub(crate) loaded: LoadedModel,
     pub(crate) namespace: NamespaceId,
     pub(crate) write_behind: WriteBehind,
+    pub(crate) events: Arc<Events>,
 }
 
 impl Node {
@@ -90,6 +93,8 @@ impl Node {
             .with_context(|| format!("cannot open the data folder {}", data.display()))?;
         let secret = root_secret(data)?;
         let store = Arc::new(store);
+        let events = Arc::new(Events::default());
+        store.observe(Arc::clone(&events) as Arc<dyn Observer>);
         let namespaces = Namespaces::load(&store);
         let policy = Arc::new(PolicyFile::open(settings.policy.as_deref())?);
         let control = Arc::new(Control::open(&data.join("control"))?);
@@ -106,7 +111,7 @@ impl Node {
         });
         let exporting = exporting.transpose()?;
         let sessions = Sessions::new(Arc::clone(&control));
-        let engine = model.map(|model| Engine::start(model, &store, &namespaces)).transpose()?;
+        let engine = model.map(|model| Engine::start(model, &store, &namespaces, &events)).transpose()?;
         let warmups = Warmups::open(Arc::clone(&control), settings.warmup_share)?;
         let grants = Grants::new(&grant_seed(data));
         let sampler = Sampler::default();
@@ -122,6 +127,7 @@ impl Node {
             warmups,
             live: Arc::default(),
             metrics: Metrics::default(),
+            events,
             audit,
             ledger,
             _exporting: exporting,
@@ -136,7 +142,12 @@ impl Node {
 }
 
 impl Engine {
-    fn start(loaded: LoadedModel, store: &Arc<Store>, namespaces: &Namespaces) -> anyhow::Result<Self> {
+    fn start(
+        loaded: LoadedModel,
+        store: &Arc<Store>,
+        namespaces: &Namespaces,
+        events: &Arc<Events>,
+    ) -> anyhow::Result<Self> {
         let layout = loaded.model.layout().clone();
         let namespace = Namespace {
             weights: loaded.model.fingerprint(),
@@ -151,7 +162,7 @@ impl Engine {
         }
         let write_behind =
             WriteBehind::start(store.clone()).context("cannot start the write-behind thread")?;
-        Ok(Self { loaded, namespace, write_behind })
+        Ok(Self { loaded, namespace, write_behind, events: Arc::clone(events) })
     }
 }
 

@@ -11,6 +11,7 @@ use esker_proto::MAX_MESSAGE_BYTES;
 use esker_proto::v1::FILE_DESCRIPTOR_SET;
 use esker_proto::v1::admin_server::AdminServer;
 use esker_proto::v1::decoder_server::DecoderServer;
+use esker_proto::v1::events_server::EventsServer;
 use esker_proto::v1::prefix_cache_server::PrefixCacheServer;
 use esker_proto::v1::sessions_server::SessionsServer;
 use esker_proto::v1::usage_server::UsageServer;
@@ -26,7 +27,8 @@ use crate::http::{self, Site};
 use crate::metrics::MetricsLayer;
 use crate::node::Node;
 use crate::service::{
-    AdminService, CacheService, DecoderService, SessionsService, UsageService, WarmupService, close_unsettled,
+    AdminService, CacheService, DecoderService, EventsService, SessionsService, UsageService, WarmupService,
+    close_unsettled,
 };
 use crate::warmups::Runner;
 
@@ -170,6 +172,7 @@ pub async fn start(
         UsageServer::new(UsageService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let warmup =
         WarmupServer::new(WarmupService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let events = EventsServer::new(EventsService::new(node.clone()));
     let warming = Runner::start(&node).context("cannot start the thread of warm-up jobs")?;
     let housekeeping = tokio::spawn(keep_house(Arc::clone(&node)));
     let mut server = Server::builder();
@@ -192,6 +195,7 @@ pub async fn start(
         .add_service(sessions)
         .add_service(usage)
         .add_service(warmup)
+        .add_service(events)
         .add_service(admin);
     let serving = tokio::spawn(async move {
         let _housekeeping = AbortOnDrop(housekeeping);

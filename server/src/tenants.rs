@@ -148,6 +148,22 @@ impl Tenants {
         }
     }
 
+    /// The one scope of this name that a principal may read.
+    pub(crate) fn followed(
+        &self,
+        principal: &Principal,
+        user: &str,
+        scope: v1::Scope,
+    ) -> Result<ScopeKey, Status> {
+        match scope {
+            v1::Scope::Unspecified | v1::Scope::Private => self.private(&principal.tenant, user),
+            v1::Scope::Org => self.org(&principal.tenant).ok_or_else(|| {
+                Status::permission_denied("the operator's policy joins this tenant to no org")
+            }),
+            v1::Scope::Public => Ok(self.public()),
+        }
+    }
+
     fn private(&self, tenant: &TenantId, user: &str) -> Result<ScopeKey, Status> {
         if !user.is_empty() && !is_name(user) {
             return Err(Status::invalid_argument(

@@ -536,6 +536,8 @@ impl Writer {
             .index
             .write(changes)
             .inspect_err(|error| tracing::error!(%error, "the index refused a batch"))?;
+        // Told first: whoever follows must not learn of an eviction before of what was evicted.
+        self.shared.observed.came(batch.runs.iter().flat_map(|run| &run.entries));
         let mut replaced = Vec::new();
         for run in &batch.runs {
             for (entry, record) in run.entries.iter().zip(&run.records) {

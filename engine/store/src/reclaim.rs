@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::erasure::{Erase, Erasures};
 use crate::index::{Changes, Entry};
+use crate::observer::Removal;
 use crate::segment::{SegmentId, Spot};
 use crate::shared::Shared;
 use crate::table::Victim;
@@ -36,6 +37,8 @@ impl Shared {
         let victims = self.table.evict(missing_bytes, self.time.now_s());
         self.counters.evicted.add(victims.len() as u64);
         self.counters.evicted_bytes.add(victims.iter().map(|victim| victim.record_bytes).sum());
+        let entries = self.entries_at(victims.iter().map(|victim| victim.spot));
+        self.observed.went(&entries, Removal::Evicted);
         self.free(&victims)
     }
 
@@ -106,6 +109,7 @@ impl Shared {
                 continue;
             }
             self.counters.expired.add(entries.len() as u64);
+            self.observed.went(&entries, Removal::Expired);
             let mut changes = Changes::default();
             entries.iter().for_each(|entry| changes.remove(entry.spot));
             self.index.write_durably(changes)?;
@@ -147,6 +151,7 @@ impl Shared {
             })
             .collect();
         self.counters.erased.add(gone.len() as u64);
+        self.observed.went(&entries, Removal::Erased);
         self.free(&gone)?;
         Ok(gone.len() as u64)
     }

@@ -13,6 +13,7 @@ use crate::fetch::Verifiers;
 use crate::index::{Changes, Entry, Index, Phase};
 use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
 use crate::lease::Leases;
+use crate::observer::{Observed, Removal};
 use crate::record::ContentDigest;
 use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot};
 use crate::stats::Counters;
@@ -34,6 +35,7 @@ pub(crate) struct Shared {
     pub(crate) counters: Counters,
     pub(crate) wear: WearFile,
     pub(crate) breaker: Arc<Breaker>,
+    pub(crate) observed: Observed,
     pub(crate) reading: Arc<ByteGate>,
     pub(crate) putting: Arc<ByteGate>,
     /// The folder's lock; the kernel drops it with the file.
@@ -109,6 +111,7 @@ impl Shared {
         if !self.table.remove_if(id, located.spot) {
             return;
         }
+        self.observed.went(&self.entries_at([located.spot]), Removal::Damaged);
         // The device may read it next time: a miss until the next opening, and no reason to forget it.
         if matches!(kind, MissKind::ReadError | MissKind::Truncated) {
             return;
@@ -123,6 +126,14 @@ impl Shared {
         }
     }
 
+    /// What the index says of these places, if anybody wants to be told. What it cannot say is left out.
+    pub(crate) fn entries_at(&self, spots: impl IntoIterator<Item = Spot>) -> Vec<Entry> {
+        if !self.observed.is_watched() {
+            return Vec::new();
+        }
+        spots.into_iter().filter_map(|spot| self.index.get(spot).ok().flatten()).collect()
+    }
+
     /// Takes a record back that was forgotten for a failed read.
     fn reinstate(&self, entry: &Entry) {
         if self.segments.get(entry.spot.segment).is_none() || self.table.get(entry.id).is_some() {
@@ -132,6 +143,7 @@ impl Shared {
         if !self.index.get(entry.spot).is_ok_and(|kept| kept == Some(*entry)) {
             return;
         }
+        self.observed.came([entry]);
         self.table.insert(entry, None);
         self.counters.reinstated.add(1);
     }

@@ -17,6 +17,7 @@ use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, 
 use crate::index::{Entry, Index};
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
+use crate::observer::{Observed, Observer};
 use crate::recovery;
 use crate::scrub::Scrubber;
 use crate::segment::{RECORDS_AT, SegmentTable};
@@ -147,6 +148,7 @@ impl Store {
                 counters: Counters::default(),
                 wear: WearFile::open(dir),
                 breaker: Arc::default(),
+                observed: Observed::default(),
                 _lock: lock,
             }))
         };
@@ -236,6 +238,11 @@ impl Store {
     /// used.
     pub fn fetch(&self, request: FetchRequest) -> Fetch {
         Fetch::new(Arc::clone(&self.shared), request)
+    }
+
+    /// From now on `observer` is told of every block and state that comes or goes. `false` if another one is already.
+    pub fn observe(&self, observer: Arc<dyn Observer>) -> bool {
+        self.shared.observed.set(observer)
     }
 
     /// Store time, in seconds: leases end by it, and objects expire. See `clock.rs`.

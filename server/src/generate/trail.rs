@@ -24,6 +24,9 @@ pub(super) struct Trail<'a> {
     chain: Chain,
     genesis: BlockHash,
     block_tokens: usize,
+    /// All of them.
+    tokens: Vec<TokenId>,
+    /// Those behind the last whole block.
     tail: Vec<TokenId>,
     hashes: Vec<BlockHash>,
     /// Blocks that are stored or were offered.
@@ -46,6 +49,7 @@ impl<'a> Trail<'a> {
             genesis: chain.tip(),
             chain,
             block_tokens: engine.loaded.model.layout().block_tokens() as usize,
+            tokens: Vec::new(),
             tail: Vec::new(),
             hashes: Vec::new(),
             stored: 0,
@@ -56,6 +60,7 @@ impl<'a> Trail<'a> {
     }
 
     pub(super) fn extend(&mut self, tokens: &[TokenId]) {
+        self.tokens.extend_from_slice(tokens);
         self.tail.extend_from_slice(tokens);
         let whole = self.tail.len() / self.block_tokens * self.block_tokens;
         for block in self.tail[..whole].chunks_exact(self.block_tokens) {
@@ -147,6 +152,8 @@ impl<'a> Trail<'a> {
             return Ok(None);
         }
         let block = sequence.block(model, self.stored, self.identity(self.stored))?;
+        let tokens = self.tokens.chunks_exact(self.block_tokens).nth(self.stored).unwrap_or_default();
+        self.engine.events.note(self.hashes[self.stored], tokens.iter().map(|token| token.0).collect());
         self.stored += 1;
         Ok(Some(PutObject::block(model.layout(), block).with_class(self.class)))
     }

@@ -37,7 +37,9 @@ impl v1::admin_server::Admin for AdminService {
             let tenant = TenantId(tenant);
             node.sessions.close_all(&node, &tenant)?;
             node.warmups.erase(&tenant)?;
+            let scopes = node.tenants.scopes(&tenant);
             let erased = node.tenants.erase(&node.store, &tenant);
+            node.events.cleared(&scopes);
             let result = if erased.is_ok() { "ok" } else { "unfinished" };
             let objects = erased.as_ref().map_or(0, |(objects, _)| *objects);
             node.audit.record(&Event::new(&principal, "erase-tenant", tenant.0, result).count(objects));

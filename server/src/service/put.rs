@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use esker_prefix::{
-    BlockHash, BlockObject, Chain, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag, StateObject, rekey,
+    BlockHash, BlockObject, Chain, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag, StateObject,
+    TokenId, rekey,
 };
 use esker_proto::v1::{self, put_request};
 use esker_proto::{
@@ -37,6 +39,13 @@ struct Numbered {
     object: PutObject,
 }
 
+/// What the caller named the prefix by: one of the two.
+#[derive(Default)]
+struct Named {
+    tokens: Vec<TokenId>,
+    engine_hashes: Vec<Bytes>,
+}
+
 /// One put stream.
 pub(super) struct Put {
     node: Arc<Node>,
@@ -51,6 +60,7 @@ pub(super) struct Put {
     /// Whether each block continues the one before it; if so, what comes before the first.
     genesis: Option<BlockHash>,
     hashes: Vec<BlockHash>,
+    named: Named,
     tenant: Arc<Tenant>,
     _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
@@ -84,14 +94,18 @@ impl Put {
             let what = format!("{scope:?} {namespace}");
             node.audit.record(&Event::new(principal, "publish", what, "ok"));
         }
+        let mut named = Named::default();
         let (genesis, hashes) = match names {
             PrefixNames::Tokens(tokens) => {
                 let (genesis, hashes) = Chain::hashes(&key, namespace, layout.block_tokens(), &tokens);
+                named.tokens = tokens;
                 (Some(genesis), hashes)
             }
             PrefixNames::Engine { hashes, chained } => {
                 let genesis = chained.then(|| Chain::genesis(&key, namespace, &[]).tip());
-                (genesis, hashes.iter().map(|hash| rekey(&key, namespace, 0, hash)).collect())
+                let rekeyed = hashes.iter().map(|hash| rekey(&key, namespace, 0, hash)).collect();
+                named.engine_hashes = hashes;
+                (genesis, rekeyed)
             }
             PrefixNames::Hashes(_) => {
                 return Err(Status::invalid_argument("a put names its prefix by tokens or engine_hashes"));
@@ -107,6 +121,7 @@ impl Put {
             in_parts: prefix.in_parts,
             genesis,
             hashes,
+            named,
             tenant,
             _permit: permit,
             _in_flight: in_flight,
@@ -222,6 +237,9 @@ impl Put {
         let index = self.index(tokens)? + 1;
         let hash = self.hashes[index - 1];
         let (layout, namespace, scope) = (&*self.layout, self.namespace, self.scope);
+        if kind == ObjectKind::Block {
+            self.note(index - 1);
+        }
         // A block that stands for itself is the same in whatever company it is put: as long as one block.
         let (parent, stored_tokens) = match (self.genesis, index) {
             (None, _) => (hash, block_tokens),
@@ -238,6 +256,19 @@ impl Put {
         };
         let object = object.map(|object| Numbered { tokens, object: object.with_class(self.class) });
         object.map_err(|error| Status::invalid_argument(error.to_string()))
+    }
+
+    /// Tells those who follow what they will want to know of a block.
+    fn note(&self, index: usize) {
+        let block_tokens = self.layout.block_tokens();
+        let (events, hash) = (&self.node.events, self.hashes[index]);
+        match self.named.engine_hashes.get(index) {
+            Some(engine_hash) => events.note_engine(hash, block_tokens, engine_hash.clone()),
+            None => {
+                let tokens = self.named.tokens.chunks_exact(block_tokens as usize).nth(index);
+                events.note(hash, tokens.unwrap_or_default().iter().map(|token| token.0).collect());
+            }
+        }
     }
 
     async fn commit(
