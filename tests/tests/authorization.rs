@@ -37,6 +37,7 @@ fn expected(method: &str) -> Option<&'static [&'static str]> {
         "Warmup/GetWarmup" | "Warmup/WatchWarmup" | "Warmup/ListWarmups" => {
             &["writer", "publisher", "reader"]
         }
+        "Events/Subscribe" => &["reader"],
         "Usage/QueryUsage" => &["billing-reader", "reader"],
         "Usage/ExportUsage" => &["billing-reader"],
         "Admin/EraseTenant" | "Admin/ListTenants" => &["admin"],
