@@ -127,7 +127,7 @@ async fn a_put_that_does_not_match_the_table() -> Result<()> {
     let cases = [
         (altered(&|chunk| chunk.plane_bytes -= 2), "the request says"),
         (altered(&|chunk| chunk.data = [&chunk.data[..], b"more"].concat().into()), "has sent"),
-        (altered(&|chunk| chunk.data.truncate(100)), "expected plane 0 at offset 100"),
+        (altered(&|chunk| chunk.data.truncate(100)), "expected plane 0 of Block at 128 tokens"),
         (altered(&|chunk| chunk.data.clear()), "chunk.data must not be empty"),
         (altered(&|chunk| chunk.plane = 1), "expected plane 0"),
         (altered(&|chunk| chunk.offset = 8), "at offset 8"),
@@ -226,7 +226,7 @@ async fn requests_over_the_limits() -> Result<()> {
         }
         assert!(open.len() <= 64, "puts are not limited");
     };
-    expect(&refused, Code::ResourceExhausted, "try again shortly");
+    expect(&refused, Code::ResourceExhausted, "try again in 200 ms");
     node.fetch_best(&prompt).await?.expect_blocks(&prompt, 1);
     drop(open);
     while put(&node, put_steps(&prompt, prompt.blocks([2]))).await.is_err() {

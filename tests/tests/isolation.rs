@@ -19,9 +19,11 @@ use v1::prefix_cache_client::PrefixCacheClient;
 const LOOKUPS: u64 = 1_000;
 const GENERATIONS: u64 = 600;
 /// Generations of the control, where the difference is great.
-const CONTROLS: u64 = 100;
+const CONTROLS: u64 = 40;
 /// Tokens of a prompt: a block and one token.
 const PROMPT_TOKENS: usize = 128 + 1;
+/// Of a prompt of that control: so many that computing them takes longer than reading them back.
+const CONTROL_TOKENS: usize = 16 * 128 + 1;
 
 struct Tenant {
     cache: PrefixCacheClient<InterceptedService<Channel, Bearer>>,
@@ -167,13 +169,13 @@ impl Probes {
 }
 
 /// Asks for prompts of the first half of `seeds`, which are stored by somebody, and of the second, which nobody stored, in
-/// random order.
+/// random order: with a lookup, or with a generation from a prompt of so many tokens.
 async fn probe(
     tenant: &mut Tenant,
     namespace: &bytes::Bytes,
     random: &mut Random,
     (stored, fresh, count): (u64, u64, u64),
-    generate: bool,
+    generate: Option<usize>,
 ) -> Result<Probes> {
     let mut order: Vec<(bool, u64)> =
         (0..count).flat_map(|at| [(true, stored + at), (false, fresh + at)]).collect();
@@ -182,10 +184,9 @@ async fn probe(
     }
     let mut probes = Probes::default();
     for (is_stored, seed) in order {
-        let prompt = tokens(seed, PROMPT_TOKENS);
         let seen = match generate {
-            true => tenant.generate(&prompt).await?,
-            false => tenant.lookup(namespace, &prompt).await?,
+            Some(length) => tenant.generate(&tokens(seed, length)).await?,
+            None => tenant.lookup(namespace, &tokens(seed, PROMPT_TOKENS)).await?,
         };
         probes.add(is_stored, seen);
     }
@@ -210,11 +211,12 @@ async fn neither_replies_nor_time_tell_what_another_tenant_stored() -> Result<()
     let stored = small + generated;
     let small_namespace = alice.store_small(base..base + small).await?;
     for seed in base + small..base + stored {
-        alice.generate(&tokens(seed, PROMPT_TOKENS)).await?;
+        let control = seed >= base + small + GENERATIONS;
+        alice.generate(&tokens(seed, if control { CONTROL_TOKENS } else { PROMPT_TOKENS })).await?;
     }
-    let last = tokens(base + stored - 1, PROMPT_TOKENS);
+    let last = tokens(base + stored - 1, CONTROL_TOKENS);
     let started = Instant::now();
-    while !alice.lookup(&namespace, &last).await?.0.contains("history_tokens: 128") {
+    while !alice.lookup(&namespace, &last).await?.0.contains("history_tokens: 2048") {
         ensure!(started.elapsed().as_secs() < 60, "the last prompt was not stored");
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
@@ -227,14 +229,23 @@ async fn neither_replies_nor_time_tell_what_another_tenant_stored() -> Result<()
 
     // A first call of each kind is not like the others.
     for tenant in [&mut alice, &mut bob] {
-        probe(tenant, &small_namespace, &mut random, (base + 2 * stored, base + 3 * stored, 20), false)
+        probe(tenant, &small_namespace, &mut random, (base + 2 * stored, base + 3 * stored, 20), None)
             .await?;
     }
     for (count, control, generate, what) in
         [(LOOKUPS, LOOKUPS, false, "lookup"), (GENERATIONS, CONTROLS, true, "time to first token")]
     {
-        let across = probe(&mut bob, &small_namespace, &mut random, next(count), generate).await?;
-        let within = probe(&mut alice, &small_namespace, &mut random, next(control), generate).await?;
+        let across =
+            probe(&mut bob, &small_namespace, &mut random, next(count), generate.then_some(PROMPT_TOKENS))
+                .await?;
+        let within = probe(
+            &mut alice,
+            &small_namespace,
+            &mut random,
+            next(control),
+            generate.then_some(CONTROL_TOKENS),
+        )
+        .await?;
         println!(
             "{what}: across tenants AUC {:.3}, KS p {:.4}; within one AUC {:.3}, KS p {:.6}",
             across.auc(),
