@@ -14,11 +14,11 @@ use tonic::Code;
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// 64 MiB of ext4; `None`, with the reason on standard output, where that cannot be had.
+    /// 128 MiB of ext4, of which the ledger takes some 50; `None`, with the reason on standard output, where that cannot be had.
     fn new(folder: &Path) -> Option<Self> {
         let (image, mount) = (folder.join("image"), folder.join("mount"));
         std::fs::create_dir(&mount).ok()?;
-        std::fs::File::create(&image).ok()?.set_len(64 << 20).ok()?;
+        std::fs::File::create(&image).ok()?.set_len(128 << 20).ok()?;
         let made = run("mkfs.ext4", ["-q".as_ref(), "-m".as_ref(), "0".as_ref(), image.as_os_str()])
             && run("mount", ["-o".as_ref(), "loop".as_ref(), image.as_os_str(), mount.as_os_str()]);
         if !made {
@@ -74,7 +74,7 @@ async fn puts_are_refused_and_reads_go_on() -> Result<()> {
             break;
         }
     }
-    let refusal = refusal.expect("64 MiB hold 100 prompts of 2 MiB");
+    let refusal = refusal.expect("128 MiB hold 100 prompts of 2 MiB");
     assert_eq!(refusal.code(), Code::ResourceExhausted, "{refusal}");
     assert!(refusal.message().contains("store is full"), "{refusal}");
     let before = journal.audit(&node).await?;
