@@ -20,6 +20,8 @@ use crate::{bundled, serve};
 
 /// A process that was killed may hold its lock for a moment longer.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
+/// What the ledger, the audit log and the records of tenants take beside the store, to begin with.
+const OWN_FILES_BYTES: u64 = 64 << 20;
 
 /// Arguments of `esker serve`.
 #[derive(Debug, clap::Args)]
@@ -172,7 +174,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         },
         capacity_bytes: match args.capacity {
             Some(size) => size.as_u64(),
-            None => esker_store::room(&args.data.join("store"))?,
+            None => esker_store::room(&args.data.join("store"))?.saturating_sub(OWN_FILES_BYTES),
         },
         leased_bytes: args.leased.map_or(defaults.leased_bytes, |size| size.as_u64()),
         ttl_classes: args.ttl_s.iter().map(|&seconds| Duration::from_secs(seconds)).collect(),
