@@ -26,7 +26,7 @@ use crate::scan::{Met, Scan, Scanned};
 use crate::segment::{OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage};
 use crate::shared::Shared;
 use crate::stats::MissCounts;
-use crate::{Result, StoreError, TtlClass};
+use crate::{Result, StoreError};
 
 /// What a segment takes at most when everything in it was given back: its own two pages, and what a file system keeps.
 const EMPTY_BYTES: u64 = 16 * PAGE as u64;
@@ -284,7 +284,7 @@ impl Worker<'_> {
             }
             return Ok(None);
         };
-        let class = header.or(seal).map_or(TtlClass::default(), |page| page.class);
+        let class = header.or(seal).map(|page| page.class).or(scanned.class).unwrap_or_default();
         // Who does not know when it was used takes it for used now.
         let used_s = self.shared.index.last_use(id)?.unwrap_or_else(|| self.shared.time.now_s());
         self.shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
@@ -322,7 +322,10 @@ impl Worker<'_> {
             tail.end_at(scanned.end.min(to.max(from)));
             self.remember(&tail, Phase::Open)?;
             // A seal that could not be read just now would cut off, one day, what is appended behind it.
-            let appendable = whole && scanned.clean && found.is_blank(self.shared, found.last_page());
+            let appendable = whole
+                && scanned.clean
+                && found.is_blank(self.shared, found.last_page())
+                && self.blank_seal(found).is_ok();
             if !appendable && whole {
                 self.seal(&tail);
             }
@@ -340,6 +343,14 @@ impl Worker<'_> {
             self.shared.write_segment_page(found.file, 0, PageKind::Header, header)?;
         }
         wait(self.shared.disk.as_ref(), |reply| Op::sync(found.file, 0, reply)).map(drop)
+    }
+
+    /// Writes the blank page again where the seal goes. Sealing may have failed in an earlier process, and what it wrote may
+    /// still reach the device, and cut off what is appended from now on; the next flush rules that out.
+    fn blank_seal(&self, found: &Found) -> std::io::Result<()> {
+        let mut buf = self.shared.pool.take(PAGE);
+        buf.fill(0);
+        wait(self.shared.disk.as_ref(), |reply| Op::write(found.file, found.last_page(), buf, 0, reply)).map(drop)
     }
 
     /// Adds what a scan found to the index. Which of two records with one name holds is decided when the table is

@@ -11,10 +11,10 @@ use std::sync::mpsc::{self, Receiver};
 use crate::index::Entry;
 use crate::io::{AlignedBuf, BufferPool, Completion, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
 use crate::record::{MAGIC, MAX_HEADER_BYTES, NotAHeader, PlacedHeader};
-use crate::segment::{RECORDS_AT, SegmentId};
+use crate::segment::{Place, RECORDS_AT, SegmentId};
 use crate::shared::miss_of;
 use crate::stats::{Counter, MissCounts};
-use crate::{MissKind, verify};
+use crate::{MissKind, TtlClass, verify};
 
 /// Read at once, at most, where all is read, in bytes.
 const STREAM_READ_BYTES: usize = 1 << 20;
@@ -32,7 +32,8 @@ pub(crate) struct Scan<'a> {
     pub(crate) read_bytes: &'a Counter,
     pub(crate) file: FileId,
     pub(crate) id: SegmentId,
-    /// If not known, the record right behind the header page is trusted with it.
+    /// If not known, the first record is trusted with it, provided that nothing but holes lies before it: content made
+    /// to look like a record lies in one, behind its header.
     pub(crate) generation: Option<u64>,
     pub(crate) verify_payload: bool,
     /// Whether what was verified is written again, for a flush to cover it.
@@ -62,6 +63,8 @@ pub(crate) struct Scanned {
     /// First place that the device failed to read: there may be sound records from there on.
     pub(crate) unread_at: Option<u64>,
     pub(crate) generation: Option<u64>,
+    /// That of its records.
+    pub(crate) class: Option<TtlClass>,
 }
 
 impl Scanned {
@@ -83,12 +86,15 @@ impl Scan<'_> {
         let mut scanned =
             Scanned { end: from, clean: true, generation: self.generation, ..Scanned::default() };
         let (mut at, mut torn) = (from, false);
+        // Nothing but blank pages so far.
+        let mut first = from == RECORDS_AT;
         // Up to here it is known that there is no hole.
         let mut data_until = from;
         while at + PAGE as u64 <= to {
             let page = match window.bytes(at, PAGE) {
                 Ok(page) => page,
                 Err(kind) => {
+                    first = false;
                     scanned.pass_over(&mut at, kind, met);
                     continue;
                 }
@@ -96,6 +102,7 @@ impl Scan<'_> {
             if !page.starts_with(MAGIC) {
                 let blank = page.iter().all(|&byte| byte == 0);
                 scanned.clean &= blank;
+                first &= blank;
                 torn = true;
                 window.search();
                 at += PAGE as u64;
@@ -106,13 +113,15 @@ impl Scan<'_> {
                 }
                 continue;
             }
-            let record = self.record(&mut window, at, scanned.generation).or_else(|kind| match kind {
+            let belongs = |generation| scanned.generation.map_or(first, |known| known == generation);
+            let record = self.record(&mut window, at, belongs).or_else(|kind| match kind {
                 MissKind::Truncated => Err(kind),
                 _ => {
                     window.forget();
-                    self.record(&mut window, at, scanned.generation)
+                    self.record(&mut window, at, belongs)
                 }
             });
+            first = false;
             match record {
                 Ok(found) => {
                     at += found.record_bytes as u64;
@@ -120,6 +129,7 @@ impl Scan<'_> {
                     scanned.clean = true;
                     scanned.torn = torn;
                     scanned.generation = Some(found.place.generation);
+                    scanned.class.get_or_insert(found.header.class);
                     window.found(&found);
                     met(Met::Record(Entry::of(&found)));
                 }
@@ -133,12 +143,12 @@ impl Scan<'_> {
         scanned
     }
 
-    /// The record at `at`, if it is sound, whole and belongs there.
+    /// The record at `at`, if it is sound, whole and belongs there: to this segment, and to one of this generation.
     fn record(
         &self,
         window: &mut Window<'_>,
         at: u64,
-        generation: Option<u64>,
+        belongs: impl Fn(u64) -> bool,
     ) -> Result<PlacedHeader, MissKind> {
         let found = match PlacedHeader::decode(window.bytes(at, PAGE)?) {
             Err(NotAHeader::NeedsBytes(needed)) => {
@@ -147,11 +157,8 @@ impl Scan<'_> {
             decoded => decoded,
         };
         let found = found.map_err(|_| MissKind::HeaderChecksum)?;
-        let belongs = match generation {
-            Some(generation) => found.place.generation == generation,
-            None => at == RECORDS_AT,
-        };
-        if found.place.segment != self.id || found.place.offset != at || !belongs {
+        let Place { segment, generation, offset } = found.place;
+        if segment != self.id || offset != at || !belongs(generation) {
             return Err(MissKind::WrongRecord);
         }
         if at + found.record_bytes as u64 > window.to {

@@ -98,6 +98,7 @@ class Outcome(enum.IntEnum):
     PRESENT = 2  # the same bytes were there already
     REFUSED = 3
     DECLINED = 4  # the store is full, and this is not expected to be worth what would go for it
+    WAITING = 5  # not stored yet: in the node's memory, for a minute, until its other planes or what it continues come
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,6 +126,42 @@ fn nothing_is_appended_to_a_segment_whose_seal_could_not_be_read() {
     assert_eq!(open().get(&[id(0), id(2)]).iter().flatten().count(), 2);
 }
 
+/// Sealing fails, and what it wrote reaches the device all the same when the power fails, long after: what was appended
+/// meanwhile must not lie behind what the seal says.
+#[test]
+fn a_seal_that_could_not_be_written_cuts_nothing_off_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = SimDisk::open(Image::default(), u64::MAX);
+    let open = |disk: &Arc<SimDisk>| {
+        memory::expect(&Contents::new());
+        let settings = StoreSettings { segment_bytes: 64 << 10, ..super::common::settings() };
+        Store::open_on(dir.path(), settings, disk.clone()).unwrap()
+    };
+    let put = |store: &Store, number, len| {
+        assert!(store.put(vec![object(number, number, &[len])])[0].is_ok());
+    };
+    let store = open(&disk);
+    put(&store, 0, 900);
+    // Does not fit behind it. Its header is written, then itself, and then the seal of the first one.
+    disk.arm(&[Plan { kind: OpKind::Write, first: 2, count: 1, fault: Fault::Errno(libc::EIO) }]);
+    put(&store, 1, 55_000);
+    drop(store);
+    disk.arm(&[]);
+    disk.remove("00000002.seg").unwrap();
+    let store = open(&disk);
+    put(&store, 2, 900);
+    let found = store.get(&[id(2)]).remove(0).unwrap();
+    assert_eq!(found.located.spot.segment.0, 1, "the seal was written");
+    drop(store);
+    let history = disk.history();
+    let mut replay = history.replay();
+    replay.advance_to(history.len());
+    for seed in 0..64 {
+        let disk = SimDisk::open(replay.crash(&mut Random::new(seed)), u64::MAX);
+        assert_eq!(open(&disk).get(&[id(0), id(2)]).iter().flatten().count(), 2, "seed {seed}");
+    }
+}
+
 impl Case {
     /// `false` if there was no such op.
     fn run(&self, dir: &Path) -> Result<bool, String> {
