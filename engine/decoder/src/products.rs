@@ -62,17 +62,22 @@ impl DenseProducts {
         Ok(Self { products })
     }
 
-    /// Computes each once per layer. Gives the multiply-adds that it took.
-    pub fn run(&self) -> u64 {
-        let mut done = 0;
-        for Product { maps, x, times } in &self.products {
-            for _ in 0..*times {
-                maps.par_iter().for_each(|map| drop(std::hint::black_box(map.apply(x))));
-            }
-            let of_map = |map: &Linear| (x.len() * map.outputs()) as u64;
-            done += times * maps.iter().map(of_map).sum::<u64>();
-        }
-        done
+    /// How many different ones there are.
+    pub fn count(&self) -> usize {
+        self.products.len()
+    }
+
+    /// Computes one of them once. Gives the multiply-adds that it took.
+    pub fn run(&self, index: usize) -> u64 {
+        let Product { maps, x, .. } = &self.products[index];
+        maps.par_iter().for_each(|map| drop(std::hint::black_box(map.apply(x))));
+        // A map of `inputs` numbers a row takes each number of `x` once for every output.
+        maps.iter().map(|map| (x.len() * map.outputs()) as u64).sum()
+    }
+
+    /// How often a chunk needs it: in how many layers.
+    pub fn times(&self, index: usize) -> u64 {
+        self.products[index].times
     }
 }
 

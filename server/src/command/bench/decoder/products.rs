@@ -6,17 +6,25 @@ use esker_decoder::ModelConfig;
 use esker_decoder::products::{DenseProducts, busiest};
 use serde_json::{Map, Value, json};
 
-const ROUNDS: usize = 7;
-/// Some 50 ms of multiply-adds.
-const BUSY_ROUNDS: u32 = 2_000_000;
+const ROUNDS: usize = 9;
+/// Some 10 ms of multiply-adds.
+const BUSY_ROUNDS: u32 = 500_000;
 
+/// The best round of each product counts, as the best of the peak does: both are met by the same company.
 pub(super) fn run(figures: &mut Map<String, Value>) -> anyhow::Result<()> {
     let products = DenseProducts::random(&v4_flash()?)?;
-    let (mut peak, mut reached) = (0.0_f64, 0.0_f64);
-    for _ in 0..ROUNDS {
-        peak = peak.max(rate(|| busiest(BUSY_ROUNDS)));
-        reached = reached.max(rate(|| products.run()));
+    let (mut peak, mut done, mut seconds) = (0.0_f64, 0.0, 0.0);
+    for index in 0..products.count() {
+        let mut best = 0.0_f64;
+        for _ in 0..ROUNDS {
+            peak = peak.max(rate(|| busiest(BUSY_ROUNDS)));
+            best = best.max(rate(|| products.run(index)));
+        }
+        let all = (products.run(index) * products.times(index)) as f64;
+        done += all;
+        seconds += all / best;
     }
+    let reached = done / seconds;
     figures.insert("peak_gflop_s".into(), json!(2e-9 * peak));
     figures.insert("gemm_gflop_s".into(), json!(2e-9 * reached));
     figures.insert("gemm_efficiency".into(), json!(reached / peak));

@@ -56,7 +56,7 @@ async fn measure(
             usage.prompt_cache_hit_tokens
         );
         cold_s.push(first.as_secs_f64());
-        wait_until_durable(&client, &prefix).await?;
+        wait_until_durable(&client, &prompt(1)).await?;
     }
     let (mut warm_s, mut bytes) = (Vec::new(), 0);
     for round in 0..WARM_ROUNDS {
@@ -96,22 +96,17 @@ async fn ask(client: &Client, prompt: Vec<TokenId>) -> anyhow::Result<(Duration,
     Ok((first.context("the model wrote nothing")?, used.context("the generation did not end")?))
 }
 
-/// A block shows in a lookup only after it is flushed, so the lookup is the proof.
-async fn wait_until_durable(client: &Client, prefix: &[TokenId]) -> anyhow::Result<()> {
+/// A block shows in a lookup only after it is flushed, so the lookup is the proof. It is one of a whole prompt: what ends with a
+/// block is found up to the block before, since a token must be left to compute.
+async fn wait_until_durable(client: &Client, prompt: &[TokenId]) -> anyhow::Result<()> {
     let namespace = check_namespace_id(&client.describe().await?.namespace)?;
     let started = Instant::now();
     loop {
-        let found = client.lookup(namespace, prefix).await?;
-        // A usable prefix: with its state, where the model has one.
-        if found.history_tokens >= prefix.len() as u64 {
+        let found = client.lookup(namespace, prompt).await?.history_tokens;
+        if found >= CACHED_TOKENS as u64 {
             return Ok(());
         }
-        ensure!(
-            started.elapsed() < DURABLE_WAIT,
-            "only {} of {} tokens were stored",
-            found.history_tokens,
-            prefix.len()
-        );
+        ensure!(started.elapsed() < DURABLE_WAIT, "only {found} of {CACHED_TOKENS} tokens were stored");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
