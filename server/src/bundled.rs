@@ -60,6 +60,7 @@ pub(crate) fn write_to(dir: &Path, tokens: usize) -> anyhow::Result<()> {
 fn load_as(config: &str, format: KvFormat, block_tokens: u32) -> anyhow::Result<LoadedModel> {
     let mut builder = ModelBuilder::new(config, format, block_tokens).context("bundled config.json")?;
     builder.shard("model.safetensors", WEIGHTS).context("bundled model.safetensors")?;
+    builder.draft_if_present();
     let tokenizer = Tokenizer::from_bytes(TOKENIZER).context("bundled tokenizer.json")?;
     let template = ChatTemplate::new(TOKENIZER_CONFIG, None).context("bundled tokenizer_config.json")?;
     let model = builder.finish().context("bundled weights")?;

@@ -1,18 +1,28 @@
 //! One generation: lookup, restore, prefill the rest, decode, and hand new blocks and states to the write-behind queue.
 
+mod parked;
 mod resume;
+mod speculation;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod trail;
 mod warm;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use esker_decoder::{DecoderError, Logits, LogitsOut, Sampler, Sequence};
+use esker_decoder::{DecoderError, Logits, LogitsOut, Residency, Sampler, Sequence};
 use esker_prefix::{ScopeKey, TokenId};
 use esker_store::{StoreError, TtlClass};
 
 use crate::node::{Engine, Node};
+pub(crate) use speculation::Guessing;
+
+use resume::Resumption;
+use speculation::Steps;
 use stop::StopText;
 use trail::Trail;
 pub(crate) use warm::{Prefix, Step, stored_tokens, warm, whole_tokens};
@@ -20,6 +30,9 @@ pub(crate) use warm::{Prefix, Step, stored_tokens, warm, whole_tokens};
 /// Besides where a prompt and an output end, states are kept every so many blocks: a prompt that leaves this one in between
 /// resumes no further back than that.
 const STATE_INTERVAL_BLOCKS: usize = 64;
+
+/// Tokens at the end of a prompt that a draft begins with.
+const DRAFT_TOKENS: usize = 128;
 
 /// What to generate, checked.
 pub(crate) struct Job {
@@ -34,6 +47,23 @@ pub(crate) struct Job {
     pub(crate) class: TtlClass,
     /// Whether it may be stored at all.
     pub(crate) stores: bool,
+    pub(crate) restore: RestoreMode,
+    /// Most bytes kept in memory of the rows that indexers pick among; what is stored of the others stays there, and is read
+    /// as it is picked. `None` for all.
+    pub(crate) resident_bytes: Option<u64>,
+    pub(crate) guessing: Guessing,
+}
+
+/// How what is stored of a prompt is put back. The answer is the same, bit for bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum RestoreMode {
+    /// Layer after layer, while the first ones are computed with already. Small prefixes as a whole.
+    #[default]
+    Ordered,
+    /// All of it before anything is computed.
+    Whole,
+    /// Nothing is put back: everything is computed.
+    Nothing,
 }
 
 /// What happens on the way.
@@ -57,6 +87,8 @@ pub(crate) struct Account {
     pub(crate) hit_tokens: usize,
     /// Of the computed tokens of the prompt, those that were newly stored.
     pub(crate) write_tokens: u64,
+    /// Of the computed tokens of the prompt, those whose rows are stored already.
+    pub(crate) replayed_tokens: usize,
     pub(crate) completion_tokens: usize,
     pub(crate) bytes_read: u64,
     pub(crate) restore: Duration,
@@ -66,6 +98,22 @@ pub(crate) struct Account {
     pub(crate) stop_sequence: Option<String>,
     /// Text of a character that the last token left incomplete.
     pub(crate) rest_of_text: String,
+    /// Tokens that a draft block guessed, and those of them that were right.
+    pub(crate) guessed_tokens: usize,
+    pub(crate) accepted_tokens: usize,
+    /// What rows cost that stayed on SSD, if any did.
+    pub(crate) parked: Option<ParkedAccount>,
+}
+
+/// What parked rows cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ParkedAccount {
+    /// Up to the first token.
+    pub(crate) prefill: Residency,
+    /// In all.
+    pub(crate) total: Residency,
+    /// Time that was waited for them, up to the first token and in all.
+    pub(crate) waited: [Duration; 2],
 }
 
 /// Why a generation ended early.
@@ -75,6 +123,9 @@ pub(crate) enum GenerateError {
     Decoder(#[from] DecoderError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The machine refused a thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
     /// The listener is gone; nobody is left to tell.
     #[error("cancelled by the client")]
     Cancelled,
@@ -94,60 +145,157 @@ pub(crate) fn generate(
 
     let started = Instant::now();
     let mut sequence = Sequence::new(model);
-    let bytes_read = resume::resume(node, engine, &trail, &job.prompt, &mut sequence, emit)?;
-    let restored = Instant::now();
-    let hit_tokens = sequence.tokens();
-    trail.stored = if job.stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
-
-    let mut logits = prefill(engine, &mut trail, &job.prompt, &mut sequence, emit)?;
+    let mut tokens = std::mem::take(&mut job.prompt);
+    let prompt_tokens = tokens.len();
+    let drafts = model.has_draft() && job.guessing != Guessing::Never;
+    let (stores, resident_bytes) = (job.stores, job.resident_bytes);
+    let run = Run { node, engine, stores, resident_bytes, drafts };
+    let first = run.first_logits(&tokens, job.restore, &mut trail, &mut sequence, emit)?;
+    let First { logits, hit_tokens, replayed_tokens, bytes_read, restored, parked_us } = first;
     let prefilled = Instant::now();
-    listen(emit(Event::Prompt { tokens: job.prompt.len(), hit_tokens, stores: job.stores }))?;
+    listen(emit(Event::Prompt { tokens: prompt_tokens, hit_tokens, stores: job.stores }))?;
+    let parked = |sequence: &Sequence| {
+        let waited_us = parked_us.as_ref().map_or(0, |waited_us| waited_us.load(Ordering::Relaxed));
+        (sequence.residency().unwrap_or_default(), Duration::from_micros(waited_us))
+    };
+    let parked_before = parked(&sequence);
 
+    let mut row = logits.last().map(<[f32]>::to_vec).ok_or(GenerateError::Cancelled)?;
+    let mut steps = Steps::new(model, job.guessing, &mut sequence);
     let mut text = engine.loaded.tokenizer.stream();
     let mut shown = StopText::new(job.stop);
     let mut stop_sequence = None;
     let mut completion_tokens = 0;
     let mut stopped = false;
     while completion_tokens < job.max_new_tokens {
-        let row = logits.last().ok_or(GenerateError::Cancelled)?;
-        let id = job.sampler.next(row);
+        let id = job.sampler.next(&row);
         if model.config().eos_token_ids.contains(&id) {
             stopped = true;
             break;
         }
-        let logits_digest = job.logits_digest.then(|| digest(row));
+        let logits_digest = job.logits_digest.then(|| digest(&row));
         completion_tokens += 1;
         let (text, stopping) = shown.push(&text.push(id)?);
         listen(emit(Event::Token { id, text, logits_digest }))?;
+        trail.extend(&[id]);
+        tokens.push(id);
+        let guessed = steps.resolve(id, &mut sequence);
         // One block at a time, after a token is out: copying a long prompt at once would delay the next one.
         trail.store_one(&sequence)?;
         if stopping.is_some() {
             (stopped, stop_sequence) = (true, stopping);
             break;
         }
-        if completion_tokens < job.max_new_tokens {
-            trail.extend(&[id]);
-            logits = sequence.prefill(model, &[id], Logits::Last)?;
+        if completion_tokens == job.max_new_tokens {
+            break;
         }
+        row = match guessed {
+            Some(row) => row,
+            None => match steps.compute(&tokens, &mut sequence) {
+                // A parked row was lost on the way: everything is put back or computed again, and goes on with the same bits.
+                Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens: held })) => {
+                    tracing::warn!(layer, held, "a parked row cannot be had; the sequence is made anew");
+                    let quiet = &mut |_| ControlFlow::Continue(());
+                    let first =
+                        run.first_logits(&tokens, RestoreMode::Whole, &mut trail, &mut sequence, quiet)?;
+                    first.logits.last().map(<[f32]>::to_vec).ok_or(GenerateError::Cancelled)?
+                }
+                result => result?,
+            },
+        };
     }
+    steps.end(&mut sequence);
     trail.keep_state(&sequence)?;
     let rest_of_text =
         if stop_sequence.is_some() { String::new() } else { shown.finish() + &text.finish()? };
     // Every token is out; what is left to be stored belongs to the account that comes last.
     while trail.store_one(&sequence)? {}
     let account = Account {
-        prompt_tokens: job.prompt.len(),
+        prompt_tokens,
         hit_tokens,
         write_tokens: trail.written_tokens(),
+        replayed_tokens,
         completion_tokens,
+        guessed_tokens: steps.guessed_tokens,
+        accepted_tokens: steps.accepted_tokens,
         bytes_read,
         restore: restored - started,
         prefill: prefilled - restored,
         stopped,
         stop_sequence,
         rest_of_text,
+        parked: parked_us.is_some().then(|| {
+            let after = parked(&sequence);
+            ParkedAccount { prefill: parked_before.0, total: after.0, waited: [parked_before.1, after.1] }
+        }),
     };
     listen(emit(Event::Done(account)))
+}
+
+/// The logits of a prompt's last token, and what it took.
+struct First {
+    logits: LogitsOut,
+    hit_tokens: usize,
+    replayed_tokens: usize,
+    bytes_read: u64,
+    restored: Instant,
+    /// Time waited for parked rows, in microseconds, if there are any.
+    parked_us: Option<Arc<AtomicU64>>,
+}
+
+/// What stays the same for all of a generation.
+#[derive(Clone, Copy)]
+struct Run<'a> {
+    node: &'a Node,
+    engine: &'a Engine,
+    stores: bool,
+    resident_bytes: Option<u64>,
+    /// Whether a draft block will guess.
+    drafts: bool,
+}
+
+impl Run<'_> {
+    /// Puts back what is stored of a prompt and computes the rest of it.
+    fn first_logits(
+        &self,
+        prompt: &[TokenId],
+        mode: RestoreMode,
+        trail: &mut Trail<'_>,
+        sequence: &mut Sequence,
+        emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<First, GenerateError> {
+        match self.attempt(prompt, mode, trail, sequence, emit) {
+            // What is damaged has been found out: a shorter prefix is chosen, and waited for.
+            Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens }))
+                if mode == RestoreMode::Ordered =>
+            {
+                tracing::info!(layer, tokens, "rows did not come; the prefix is chosen anew");
+                self.attempt(prompt, RestoreMode::Whole, trail, sequence, emit)
+            }
+            result => result,
+        }
+    }
+
+    fn attempt(
+        &self,
+        prompt: &[TokenId],
+        mode: RestoreMode,
+        trail: &mut Trail<'_>,
+        sequence: &mut Sequence,
+        emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<First, GenerateError> {
+        let Self { node, engine, stores, resident_bytes, drafts } = *self;
+        std::thread::scope(|scope| {
+            let resumption = Resumption { node, engine, prompt, resident_bytes };
+            let mut resumed = resumption.resume(mode, trail, scope, sequence, emit)?;
+            let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
+            trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
+            let logits = prefill(engine, trail, prompt, sequence, drafts, emit)?;
+            let (bytes_read, replayed_tokens) = (resumed.bytes_read, resumed.replayed_tokens);
+            let parked_us = resumed.parked_us.take();
+            Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, restored, parked_us })
+        })
+    }
 }
 
 /// Computes what is not restored, and takes the states on the way that are worth keeping.
@@ -156,6 +304,7 @@ fn prefill(
     trail: &mut Trail<'_>,
     prompt: &[TokenId],
     sequence: &mut Sequence,
+    drafts: bool,
     emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
 ) -> Result<LogitsOut, GenerateError> {
     let model = &engine.loaded.model;
@@ -165,11 +314,19 @@ fn prefill(
     loop {
         let start = sequence.tokens();
         // Numbers do not depend on where a prefill is cut.
-        let end = if trail.has_states() {
+        let mut end = if trail.has_states() {
             prompt.len().min((start / interval + 1) * interval)
         } else {
             prompt.len()
         };
+        if drafts && end == prompt.len() {
+            // A draft starts from what the model knew after the last tokens of the prompt.
+            if prompt.len() - start > 2 * DRAFT_TOKENS {
+                end = prompt.len() - DRAFT_TOKENS;
+            } else {
+                sequence.keep_residual();
+            }
+        }
         let want = if end == prompt.len() { Logits::Last } else { Logits::None };
         let logits = sequence.prefill_observed(model, &prompt[start..end], want, &mut |progress| {
             emit(Event::Prefilling { done: start - first + progress.done, total })

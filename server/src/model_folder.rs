@@ -34,6 +34,7 @@ pub fn load_model(dir: &Path, format: KvFormat, block_tokens: u32) -> anyhow::Re
     for (name, bytes) in read_shards(dir)? {
         builder.shard(&name, bytes).with_context(unusable)?;
     }
+    builder.draft_if_present();
     let model = builder.finish().with_context(unusable)?;
     let tokenizer = Tokenizer::from_bytes(&read(&dir.join("tokenizer.json"))?).with_context(unusable)?;
     let template = chat_template(dir).with_context(unusable)?;

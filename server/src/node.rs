@@ -10,6 +10,7 @@ use esker_store::{Observer, Store, StoreSettings};
 use crate::audit::{Audit, Event};
 use crate::control::Control;
 use crate::events::Events;
+use crate::generate::Guessing;
 use crate::grant::Grants;
 use crate::history::History;
 use crate::ledger::storage::Sampler;
@@ -73,6 +74,10 @@ pub struct Node {
     /// The data folder.
     pub(crate) data: PathBuf,
     pub(crate) engine: Option<Engine>,
+    /// Of a sequence's rows that indexers pick among, most bytes in memory; `None` for all.
+    pub(crate) resident_bytes: Option<u64>,
+    /// Whether a draft block guesses.
+    pub(crate) guessing: Guessing,
 }
 
 /// The decoder of a node and the queue behind it.
@@ -137,7 +142,24 @@ impl Node {
             history: History::default(),
             data: data.clone(),
             engine,
+            resident_bytes: None,
+            guessing: Guessing::Never,
         })
+    }
+}
+
+impl Node {
+    /// The same node, which guesses so.
+    #[must_use]
+    pub(crate) fn with_guessing(self, guessing: Guessing) -> Self {
+        Self { guessing, ..self }
+    }
+
+    /// The same node, whose sequences keep at most so many bytes in memory of the rows that indexers pick among; what is
+    /// stored of the others stays there and is read as it is picked.
+    #[must_use]
+    pub fn with_resident_bytes(self, bytes: Option<u64>) -> Self {
+        Self { resident_bytes: bytes, ..self }
     }
 }
 

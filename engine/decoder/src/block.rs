@@ -37,8 +37,12 @@ impl Sequence {
     /// The rows of block `index`, which must be complete. Costs one copy of the block's bytes.
     pub fn block(&self, model: &Model, index: usize, identity: BlockIdentity) -> Result<BlockObject> {
         self.check_model(model)?;
+        self.check_arrived()?;
         let block_tokens = model.layout().block_tokens() as usize;
         let end = index.saturating_add(1).saturating_mul(block_tokens);
+        if let Some(parked) = self.supply.parked.as_ref().filter(|parked| end <= parked.tokens()) {
+            return Err(DecoderError::RowsMissing { layer: 0, tokens: parked.tokens() });
+        }
         if end > self.tokens {
             return Err(DecoderError::BlockIncomplete { block: index, end, tokens: self.tokens });
         }
@@ -96,6 +100,7 @@ impl Sequence {
     /// model has state groups, the sequence then [needs the state](Sequence::needs_state) after its last block.
     pub fn restore(&mut self, model: &Model, block: &BlockObject) -> Result<()> {
         self.check_model(model)?;
+        self.check_arrived()?;
         self.check_next(model, block)?;
         let block_tokens = model.layout().block_tokens() as usize;
         self.reserve(model, block_tokens);
@@ -105,10 +110,7 @@ impl Sequence {
             let row_bytes =
                 layer_bytes(spec) / model.layout().groups()[usize::from(spec.group)].rows as usize;
             for (bytes, layer) in plane.chunks_exact(layer_bytes(spec)).zip(layers) {
-                let rows = match &self.cache {
-                    Cache::Mla(_) => block_tokens,
-                    Cache::V4(cache) => cache.rows_of(layer, tokens.clone()).len(),
-                };
+                let rows = model.rows_in(layer, tokens.clone()).len();
                 let bytes = &bytes[..rows * row_bytes];
                 let place = match &mut self.cache {
                     Cache::Mla(cache) => cache.place(group, layer),
@@ -189,30 +191,40 @@ fn check_planes(model: &Model, kind: ObjectKind, planes: &[Bytes]) -> Result<()>
     if expected != got {
         return Err(PrefixError::PlaneCount { layout: layout.id(), expected, got }.into());
     }
-    for (plane, (spec, bytes)) in specs.iter().zip(planes).enumerate() {
-        if spec.len_bytes != bytes.len() as u64 {
-            return Err(PrefixError::PlaneSize {
-                layout: layout.id(),
-                plane,
-                group: layout.groups()[usize::from(spec.group)].name.clone(),
-                first_layer: spec.first_layer,
-                end_layer: spec.first_layer + spec.layers,
-                expected: spec.len_bytes,
-                got: bytes.len() as u64,
-            }
-            .into());
+    planes.iter().enumerate().try_for_each(|(plane, bytes)| check_plane(model, kind, plane, bytes).map(drop))
+}
+
+/// Refuses a plane that the layout does not have, or not of this length.
+pub(crate) fn check_plane(model: &Model, kind: ObjectKind, plane: usize, bytes: &[u8]) -> Result<PlaneSpec> {
+    let layout = model.layout();
+    let specs = layout.planes(kind);
+    let Some(spec) = specs.get(plane) else {
+        return Err(
+            PrefixError::PlaneCount { layout: layout.id(), expected: specs.len(), got: plane + 1 }.into()
+        );
+    };
+    if spec.len_bytes != bytes.len() as u64 {
+        return Err(PrefixError::PlaneSize {
+            layout: layout.id(),
+            plane,
+            group: layout.groups()[usize::from(spec.group)].name.clone(),
+            first_layer: spec.first_layer,
+            end_layer: spec.first_layer + spec.layers,
+            expected: spec.len_bytes,
+            got: bytes.len() as u64,
         }
+        .into());
     }
-    Ok(())
+    Ok(*spec)
 }
 
 /// Bytes of one layer in a plane.
-fn layer_bytes(spec: &PlaneSpec) -> usize {
+pub(crate) fn layer_bytes(spec: &PlaneSpec) -> usize {
     usize::try_from(spec.len_bytes).unwrap_or(0) / usize::from(spec.layers)
 }
 
 /// The group of a plane and its layers of the model.
-fn layers_of<'a>(
+pub(crate) fn layers_of<'a>(
     model: &'a Model,
     spec: &PlaneSpec,
 ) -> (&'a str, impl ExactSizeIterator<Item = usize> + use<'a>) {

@@ -112,6 +112,15 @@ impl Checkpoint {
     /// Takes one tensor out, as F32, if it has exactly this shape; that of FP4 is half as wide where two columns count
     /// as one byte.
     pub(crate) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let values = self.take_values(name, shape)?;
+        // One such number reaches every logit, and every row that would be stored.
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(values),
+            Some(at) => Err(DecoderError::NotFinite { tensor: name.to_owned(), at, value: values[at] }),
+        }
+    }
+
+    fn take_values(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let dtype = self.tensors.get(name).map(|tensor| tensor.dtype);
         match (dtype, shape) {
             (Some(Dtype::F8_E4M3), &[_, cols]) => {

@@ -74,6 +74,16 @@ pub enum DecoderError {
         /// Formats that are read.
         expected: &'static str,
     },
+    /// A weight that is no number, or none that counts.
+    #[error("tensor {tensor} holds {value} at element {at}: the checkpoint is damaged, or its scales are")]
+    NotFinite {
+        /// Name of the tensor.
+        tensor: String,
+        /// Position in the tensor.
+        at: usize,
+        /// What is there.
+        value: f32,
+    },
     /// A table that routes tokens to experts names one that does not exist.
     #[error("tensor {tensor} names expert {got} of {experts}")]
     ExpertTable {
@@ -139,6 +149,14 @@ pub enum DecoderError {
     #[error("the sequence holds the rows of {tokens} tokens, but not the state that continues them")]
     StateMissing {
         /// Tokens in the sequence.
+        tokens: usize,
+    },
+    /// Rows that were announced did not come, or have still to come.
+    #[error("the rows of layer {layer}, announced for {tokens} tokens, have not come")]
+    RowsMissing {
+        /// The first such layer.
+        layer: usize,
+        /// Tokens that the sequence held, or was to hold.
         tokens: usize,
     },
     /// A draft was asked for of a model that was loaded without a draft block.
@@ -216,6 +234,7 @@ impl DecoderError {
             | Self::TensorShape { .. }
             | Self::TensorDtype { .. }
             | Self::ExpertTable { .. }
+            | Self::NotFinite { .. }
             | Self::Golden(_) => ErrorKind::Model,
             Self::Tokenizer(_)
             | Self::UnknownToken { .. }
@@ -229,6 +248,7 @@ impl DecoderError {
             | Self::Sampling { .. } => ErrorKind::Request,
             Self::Prefix(_)
             | Self::BlockIncomplete { .. }
+            | Self::RowsMissing { .. }
             | Self::BlockPosition { .. }
             | Self::StateNotHeld { .. }
             | Self::StatePosition { .. }

@@ -10,6 +10,7 @@
 //! thread or many. So there is one code path for all of them, every sum has one order, and a block that was taken
 //! out and put back continues exactly as if it had never left.
 
+mod arrival;
 mod block;
 mod checkpoint;
 mod config;
@@ -25,6 +26,7 @@ mod moe;
 mod norm;
 mod panels;
 pub mod products;
+mod residency;
 mod rope;
 mod row_codec;
 mod sampler;
@@ -34,10 +36,12 @@ mod topk;
 mod v32;
 mod v4;
 
+pub use arrival::{Arrivals, Incoming, LayerRows};
 pub use block::BlockIdentity;
 pub use config::{Family, KvFormat, MlaConfig, ModelConfig, MoeConfig};
 pub use error::{DecoderError, ErrorKind, Result};
 pub use model::{Model, ModelBuilder};
+pub use residency::{Parked, PlaneSource, Residency};
 pub use sampler::Sampler;
 pub use sequence::{Logits, LogitsOut, Progress, Sequence, StateField};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -100,9 +100,9 @@ impl Mla {
             + self.indexer.as_ref().map_or(0, Indexer::parameters)
     }
 
-    /// Attention of a chunk that starts at position `first`: appends the chunk's rows to the cache, selects (unless
-    /// this layer shares the selection already in `selection`), attends. `x` and the result are `[tokens, hidden]`.
-    pub(crate) fn forward(
+    /// Begins the attention of a chunk that starts at position `first`: appends the chunk's rows to the cache, and selects,
+    /// unless this layer shares the selection already in `selection`. `x` is `[tokens, hidden]`; gives the queries.
+    pub(crate) fn select(
         &self,
         x: &[f32],
         angles: &Angles,
@@ -136,11 +136,16 @@ impl Mla {
             formats.round_queries(&mut queries, indexer.width());
             indexer.select(x, &queries, first, &cache.keys, selection);
         }
-        self.o_proj.apply(&self.attend(&queries, &cache.rows, selection))
+        queries
+    }
+
+    /// Ends it: attends to the selected `rows`. Gives `[tokens, hidden]`.
+    pub(crate) fn attend(&self, queries: &[f32], rows: &[f32], selection: &[Vec<u32>]) -> Vec<f32> {
+        self.o_proj.apply(&self.values(queries, rows, selection))
     }
 
     /// Values of each query, heads concatenated, `[tokens, heads * v]`.
-    fn attend(&self, queries: &[f32], rows: &[f32], selection: &[Vec<u32>]) -> Vec<f32> {
+    fn values(&self, queries: &[f32], rows: &[f32], selection: &[Vec<u32>]) -> Vec<f32> {
         let (query, value) = (self.heads * (self.nope + self.rope), self.heads * self.value);
         let mut out = vec![0.0; selection.len() * value];
         out.par_chunks_mut(TILE_QUERIES * value)

@@ -122,6 +122,7 @@ pub struct ModelBuilder {
     layout: KvLayout,
     checkpoint: Checkpoint,
     draft: bool,
+    draft_if_present: bool,
     digests: Vec<(String, blake3::Hash)>,
 }
 
@@ -137,6 +138,7 @@ impl ModelBuilder {
             format,
             layout,
             draft: false,
+            draft_if_present: false,
             digests: Vec::new(),
         })
     }
@@ -153,6 +155,11 @@ impl ModelBuilder {
     /// sequence, so the fingerprint does not depend on it.
     pub fn draft(&mut self) {
         self.draft = true;
+    }
+
+    /// As [`ModelBuilder::draft`], if the checkpoint holds one.
+    pub fn draft_if_present(&mut self) {
+        self.draft_if_present = true;
     }
 
     /// Adds one safetensors file, in any order. Its bytes are held, not copied, until [`ModelBuilder::finish`].
@@ -185,8 +192,10 @@ impl ModelBuilder {
             true => Linear::from_rows(&embedding, vocab, hidden),
             false => Linear::take(&mut checkpoint, head, vocab, hidden, false)?,
         };
-        let draft = match (&config.family, self.draft) {
+        let wanted = self.draft || (self.draft_if_present && checkpoint.has("mtp.0.e_proj.weight"));
+        let draft = match (&config.family, wanted) {
             (_, false) => None,
+            (Family::Mla(_), true) if !self.draft => None,
             (Family::V4(v4), true) => Some(DraftBlock::take(&mut checkpoint, &config, v4)?),
             (Family::Mla(_), true) => return Err(DecoderError::NoDraft),
         };

@@ -130,6 +130,14 @@ impl RowCodec {
         }
     }
 
+    /// Numbers of a row of `group`, whose codec this is.
+    pub(crate) fn width(&self, group: &Group) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => group.fields.iter().map(|field| field.count as usize).sum(),
+            Self::Mixed(mixed) => mixed.width,
+        }
+    }
+
     /// Appends the bytes of rows.
     pub(crate) fn encode(&self, rows: &[f32], bytes: &mut Vec<u8>) {
         match self {

@@ -7,8 +7,10 @@ use std::ops::ControlFlow;
 
 use esker_prefix::{BlockHash, TokenId};
 
+use crate::arrival::Supply;
 use crate::config::Family;
 use crate::model::Layers;
+use crate::residency::Parked;
 use crate::v4::Passage;
 use crate::v4::draft::Residual;
 use crate::{DecoderError, Model, Result, v4, v32};
@@ -16,6 +18,8 @@ use crate::{DecoderError, Model, Result, v4, v32};
 /// Tokens that go through the layers together: enough rows for the products to run at full rate, few enough that
 /// the intermediates stay in cache.
 pub(crate) const CHUNK_TOKENS: usize = 256;
+/// The same where rows are parked: what so many queries pick of a layer is gathered at once.
+const PARKED_CHUNK_TOKENS: usize = 32;
 
 /// The cache of one sequence: what its model's layers keep of its tokens. Rows are F32 in memory, rounded already where the model's format is narrower; [`Sequence::len_bytes`]
 /// says what it takes. It grows with its tokens, up to the model's `max_position_embeddings`.
@@ -25,8 +29,10 @@ pub struct Sequence {
     pub(crate) model: [u8; 32],
     /// Hash of the block restored last, while nothing else has been appended.
     pub(crate) restored: Option<BlockHash>,
+    /// Rows that are not here yet, or stay elsewhere.
+    pub(crate) supply: Supply,
     layers: usize,
-    recorded: Option<Vec<Vec<Vec<u32>>>>,
+    pub(crate) recorded: Option<Vec<Vec<Vec<u32>>>>,
     residual: Option<Residual>,
 }
 
@@ -125,6 +131,7 @@ impl Sequence {
             tokens: 0,
             model: model.fingerprint(),
             restored: None,
+            supply: Supply::default(),
             layers,
             recorded: None,
             residual: None,
@@ -136,17 +143,17 @@ impl Sequence {
         self.tokens
     }
 
-    /// Memory that the rows take.
+    /// Memory that the rows take, and the pool of parked ones.
     pub fn len_bytes(&self) -> usize {
         let numbers = match &self.cache {
             Cache::Mla(cache) => cache.len(),
             Cache::V4(cache) => cache.len(),
         };
-        numbers * size_of::<f32>()
+        numbers * size_of::<f32>() + self.supply.parked.as_ref().map_or(0, Parked::pool_bytes)
     }
 
     /// Appends `tokens` and gives the logits asked for. On an error that is not [`DecoderError::Cancelled`] the
-    /// sequence is unchanged. Computes on the current rayon pool; call it from a thread that may block.
+    /// sequence is unchanged, or empty if it is [`DecoderError::RowsMissing`]. Computes on the current rayon pool; call it from a thread that may block.
     pub fn prefill(&mut self, model: &Model, tokens: &[TokenId], want: Logits) -> Result<LogitsOut> {
         self.prefill_observed(model, tokens, want, &mut |_| ControlFlow::Continue(()))
     }
@@ -175,8 +182,8 @@ impl Sequence {
 
         let mut values = Vec::new();
         let mut done = 0;
-        for chunk in rows.chunks(CHUNK_TOKENS) {
-            let x = rayon::scope(|_| self.forward(model, chunk));
+        for chunk in rows.chunks(self.chunk_tokens()) {
+            let x = rayon::scope(|_| self.forward(model, chunk)).inspect_err(|_| self.clear(model))?;
             done += chunk.len();
             let wanted = match want {
                 Logits::None => &[],
@@ -225,6 +232,7 @@ impl Sequence {
     ) -> Result<()> {
         self.check_model(model)?;
         let (needed, got) = (self.replay_tokens(model), tokens.len());
+        let chunk_tokens = self.chunk_tokens();
         if got < needed || got > self.tokens {
             return Err(DecoderError::ReplayTokens { needed, tokens: self.tokens, got });
         }
@@ -241,9 +249,15 @@ impl Sequence {
         let plan = v4.replay_plan(self.tokens);
         cache.begin_replay(&plan, self.tokens);
         let mut done = 0;
-        for chunk in rows.chunks(CHUNK_TOKENS) {
-            let passage = Passage { tokens: chunk, first: plan[0] + done, formats: &model.formats };
-            rayon::scope(|_| layers.replay(&model.embed(chunk), &passage, cache, &plan));
+        for chunk in rows.chunks(chunk_tokens) {
+            let passage = Passage { tokens: chunk, first: plan[0] + done, model };
+            let supply = &mut self.supply;
+            let replayed =
+                rayon::scope(|_| layers.replay(&model.embed(chunk), &passage, cache, &plan, supply));
+            if let Err(missing) = replayed {
+                self.clear(model);
+                return Err(missing);
+            }
             done += chunk.len();
             if observer(Progress { done, total: rows.len() }).is_break() && done < rows.len() {
                 cache.drop_state(self.tokens);
@@ -251,6 +265,7 @@ impl Sequence {
             }
         }
         cache.resume(self.tokens);
+        self.end_arrivals();
         Ok(())
     }
 
@@ -260,6 +275,11 @@ impl Sequence {
     pub fn truncate(&mut self, tokens: usize) -> usize {
         if tokens >= self.tokens {
             return self.tokens;
+        }
+        // Of rows that have still to come none is kept.
+        let tokens = if self.supply.arriving.take().is_some() { 0 } else { tokens };
+        if let Some(parked) = &mut self.supply.parked {
+            parked.truncate(tokens);
         }
         self.tokens = match &mut self.cache {
             Cache::Mla(cache) => {
@@ -326,6 +346,10 @@ impl Sequence {
     /// Makes room for this many more tokens at once. Rows that are moved when a sequence grows, and memory that is
     /// touched anew, cost as much as restoring them.
     pub fn reserve(&mut self, model: &Model, tokens: usize) {
+        if self.supply.arriving.is_some() {
+            // The rows that come bring their room along.
+            return;
+        }
         let tokens = tokens.min(model.config.max_position_embeddings.saturating_sub(self.tokens));
         match &mut self.cache {
             Cache::Mla(cache) => cache.reserve(tokens),
@@ -333,20 +357,33 @@ impl Sequence {
         }
     }
 
+    fn chunk_tokens(&self) -> usize {
+        if self.supply.parked.is_some() { PARKED_CHUNK_TOKENS } else { CHUNK_TOKENS }
+    }
+
+    fn end_arrivals(&mut self) {
+        self.supply.arriving.take_if(|arriving| arriving.is_over());
+    }
+
     /// Takes one chunk through all layers. Gives the residual stream, `[tokens, hidden]`.
-    fn forward(&mut self, model: &Model, tokens: &[usize]) -> Vec<f32> {
+    fn forward(&mut self, model: &Model, tokens: &[usize]) -> Result<Vec<f32>> {
         let x = model.embed(tokens);
-        let (first, formats, recorded) = (self.tokens, &model.formats, self.recorded.as_mut());
+        let (first, recorded) = (self.tokens, self.recorded.as_mut());
+        let supply = &mut self.supply;
         let x = match (&model.layers, &mut self.cache) {
-            (Layers::Mla(layers), Cache::Mla(cache)) => layers.forward(x, first, formats, cache, recorded),
+            (Layers::Mla(layers), Cache::Mla(cache)) => {
+                layers.forward(model, x, first, cache, supply, recorded)?
+            }
             (Layers::V4(layers), Cache::V4(cache)) => {
                 let kept = self.residual.as_mut().map(|residual| &mut residual.values);
-                layers.forward(&x, &Passage { tokens, first, formats }, cache, recorded, kept)
+                let passage = Passage { tokens, first, model };
+                layers.forward(&x, &passage, cache, supply, recorded, kept)?
             }
             _ => unreachable!("a sequence is used with the model that it was made for"),
         };
         self.tokens += tokens.len();
         self.restored = None;
-        x
+        self.end_arrivals();
+        Ok(x)
     }
 }

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use crate::arrival::{LayerRows, Supply};
 use crate::block::Place;
 use crate::checkpoint::Checkpoint;
 use crate::config::MlaConfig;
@@ -13,8 +14,7 @@ use crate::moe::{Mlp, Moe};
 use crate::norm::RmsNorm;
 use crate::panels::KeyPanels;
 use crate::rope::{Angles, Rope};
-use crate::row_codec::RowFormats;
-use crate::{DecoderError, ModelConfig, Result, StateField};
+use crate::{DecoderError, Model, ModelConfig, Result, StateField};
 
 const KEY_GROUP: &str = "indexer_key";
 
@@ -23,6 +23,7 @@ pub(crate) struct Layers {
     rope: Rope,
     layers: Vec<Layer>,
     hidden: usize,
+    row_width: usize,
 }
 
 /// One layer: `x += attention(norm(x)); x += mlp(norm(x))`.
@@ -47,7 +48,7 @@ impl Layers {
         for index in 0..config.num_hidden_layers {
             layers.push(Layer::take(checkpoint, index, config, mla, &rope)?);
         }
-        Ok(Self { rope, layers, hidden: config.hidden_size })
+        Ok(Self { rope, layers, hidden: config.hidden_size, row_width: mla.row_width() })
     }
 
     pub(crate) fn parameters(&self) -> usize {
@@ -58,19 +59,32 @@ impl Layers {
     /// `[tokens, hidden]`; selections go to `recorded` by layer.
     pub(crate) fn forward(
         &self,
+        model: &Model,
         mut x: Vec<f32>,
         first: usize,
-        formats: &RowFormats,
         cache: &mut Cache,
+        supply: &mut Supply,
         mut recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>> {
         let tokens = x.len() / self.hidden;
         let angles: Angles = self.rope.angles(first, tokens);
         let mut selection = vec![Vec::new(); tokens];
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = layer.input_norm.apply(&x);
             let cache = &mut cache.layers[index];
-            let attended = layer.attention.forward(&normed, &angles, first, formats, cache, &mut selection);
+            if let Some(LayerRows { rows, keys }) = supply.arrived(index)? {
+                (cache.rows, cache.keys) = (rows, keys);
+            }
+            let normed = layer.input_norm.apply(&x);
+            let queries =
+                layer.attention.select(&normed, &angles, first, &model.formats, cache, &mut selection);
+            let attended = match &mut supply.parked {
+                Some(parked) if cache.parked > 0 => {
+                    let held = (cache.parked, &cache.rows[..]);
+                    let (rows, selection) = parked.gather(model, index, held, self.row_width, &selection)?;
+                    layer.attention.attend(&queries, &rows, &selection)
+                }
+                _ => layer.attention.attend(&queries, &cache.rows, &selection),
+            };
             add_scaled(&mut x, &attended, 1.0);
             let transformed = layer.mlp.forward(&layer.post_norm.apply(&x));
             add_scaled(&mut x, &transformed, 1.0);
@@ -78,7 +92,7 @@ impl Layers {
                 recorded[index].extend_from_slice(&selection);
             }
         }
-        x
+        Ok(x)
     }
 }
 
@@ -137,8 +151,10 @@ pub(crate) struct Cache {
 
 /// Rows of one layer.
 pub(crate) struct LayerCache {
-    /// `[tokens, kv_lora_rank + qk_rope_head_dim]`.
+    /// `[tokens, kv_lora_rank + qk_rope_head_dim]`, of the tokens behind those that are parked.
     pub(crate) rows: Vec<f32>,
+    /// Tokens whose rows are not here.
+    pub(crate) parked: usize,
     /// Empty where the layer shares a selection.
     pub(crate) keys: KeyPanels,
     indexed: bool,
@@ -147,8 +163,12 @@ pub(crate) struct LayerCache {
 impl Cache {
     pub(crate) fn new(config: &ModelConfig, mla: &MlaConfig) -> Self {
         let key_width = config.index_head_dim;
-        let layer =
-            |&indexed: &bool| LayerCache { rows: Vec::new(), keys: KeyPanels::new(key_width), indexed };
+        let layer = |&indexed: &bool| LayerCache {
+            rows: Vec::new(),
+            parked: 0,
+            keys: KeyPanels::new(key_width),
+            indexed,
+        };
         Self {
             layers: config.has_indexer.iter().map(layer).collect(),
             latent: mla.kv_lora_rank,
@@ -171,10 +191,16 @@ impl Cache {
         }
     }
 
+    /// The rows of a layer's first tokens stay elsewhere.
+    pub(crate) fn park(&mut self, layer: usize, tokens: usize) {
+        self.layers[layer].parked = tokens;
+    }
+
     /// Drops every token from `tokens` on.
     pub(crate) fn truncate(&mut self, tokens: usize) {
         for layer in &mut self.layers {
-            layer.rows.truncate(tokens * self.row_width);
+            layer.parked = layer.parked.min(tokens);
+            layer.rows.truncate((tokens - layer.parked) * self.row_width);
             layer.keys.truncate(tokens);
         }
     }
@@ -184,7 +210,10 @@ impl Cache {
         let layer = &self.layers[layer];
         match group {
             KEY_GROUP => layer.keys.rows(tokens).into(),
-            _ => layer.rows[tokens.start * self.row_width..tokens.end * self.row_width].into(),
+            _ => {
+                let held = |token: usize| (token - layer.parked) * self.row_width;
+                layer.rows[held(tokens.start)..held(tokens.end)].into()
+            }
         }
     }
 

@@ -15,11 +15,12 @@ mod moe;
 pub(crate) mod names;
 mod tail;
 
+use crate::arrival::Supply;
 use crate::checkpoint::Checkpoint;
 use crate::norm::RmsNorm;
+use crate::residency::Parked;
 use crate::rope::{Angles, Rope};
-use crate::row_codec::RowFormats;
-use crate::{DecoderError, ModelConfig, Result, StateField};
+use crate::{DecoderError, Model, ModelConfig, Result, StateField};
 use attention::{Attention, Chunk};
 use cache::{Cache, LayerCache};
 use config::{Compression, V4Config};
@@ -41,8 +42,8 @@ pub(crate) struct Passage<'a> {
     pub(crate) tokens: &'a [usize],
     /// Position of the first.
     pub(crate) first: usize,
-    /// What its rows are rounded to.
-    pub(crate) formats: &'a RowFormats,
+    /// The model that they go through.
+    pub(crate) model: &'a Model,
 }
 
 impl Passage<'_> {
@@ -92,22 +93,31 @@ impl Layers {
         embedded: &[f32],
         passage: &Passage<'_>,
         cache: &mut Cache,
+        supply: &mut Supply,
         recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
         kept: Option<&mut Vec<f32>>,
-    ) -> Vec<f32> {
-        let x = self.run(embedded, passage, cache, &[], recorded);
+    ) -> Result<Vec<f32>> {
+        let x = self.run(embedded, passage, cache, &[], supply, recorded)?;
         cache.trim(passage.end());
         if let Some(kept) = kept {
             kept.extend_from_slice(&x);
         }
-        self.head.apply(&x)
+        Ok(self.head.apply(&x))
     }
 
     /// Takes one chunk of tokens whose compressed rows the cache holds through the layers, as far as `plan` wants it, to
     /// rebuild windows and inputs of the compressors.
-    pub(crate) fn replay(&self, embedded: &[f32], passage: &Passage<'_>, cache: &mut Cache, plan: &[usize]) {
-        self.run(embedded, passage, cache, plan, None);
+    pub(crate) fn replay(
+        &self,
+        embedded: &[f32],
+        passage: &Passage<'_>,
+        cache: &mut Cache,
+        plan: &[usize],
+        supply: &mut Supply,
+    ) -> Result<()> {
+        self.run(embedded, passage, cache, plan, supply, None)?;
         cache.drop_windows(passage.end());
+        Ok(())
     }
 
     /// The streams of a chunk after all layers. Layer `l` is wanted from position `wanted[l]` on only, if that is given.
@@ -117,8 +127,9 @@ impl Layers {
         passage: &Passage<'_>,
         cache: &mut Cache,
         wanted: &[usize],
+        supply: &mut Supply,
         mut recorded: Option<&mut Vec<Vec<Vec<u32>>>>,
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>> {
         let tokens = passage.tokens;
         let [main, compress]: [Angles; 2] =
             [&self.main_rope, &self.compress_rope].map(|rope| rope.angles(passage.first, tokens.len()));
@@ -128,6 +139,9 @@ impl Layers {
         }
         let mut skipped = 0;
         for (index, layer) in self.layers.iter().enumerate() {
+            if let Some(rows) = supply.arrived(index)? {
+                cache.admit(index, rows);
+            }
             let (rope, angles) = match layer.compressed {
                 true => (&self.compress_rope, &compress),
                 false => (&self.main_rope, &main),
@@ -139,7 +153,8 @@ impl Layers {
             let skip = wanted.get(index + 1).map_or(0, |&wanted| wanted.saturating_sub(chunk.first));
             let tokens = &tokens[skipped..];
             let skip = skip.min(tokens.len());
-            let selection = layer.forward(&mut x, tokens, chunk, &mut cache.layers[index], skip);
+            let parked = supply.parked.as_mut().map(|parked| (passage.model, index, parked));
+            let selection = layer.forward(&mut x, tokens, chunk, &mut cache.layers[index], skip, parked)?;
             if let (Some(recorded), Some(selection)) = (&mut recorded, selection) {
                 recorded[index].extend(selection);
             }
@@ -148,7 +163,7 @@ impl Layers {
                 break;
             }
         }
-        x
+        Ok(x)
     }
 
     /// A field of a layer's state after `tokens` tokens, which the cache holds.
@@ -196,7 +211,8 @@ impl Layer {
         mut chunk: Chunk<'_>,
         cache: &mut LayerCache,
         skip: usize,
-    ) -> Option<Vec<Vec<u32>>> {
+        parked: Option<(&Model, usize, &mut Parked)>,
+    ) -> Result<Option<Vec<Vec<u32>>>> {
         let (input, mut mixing) = self.around_attention.enter(x);
         let mut normed = self.attention_norm.apply(&input);
         self.attention.append(&normed, &chunk, cache);
@@ -207,14 +223,14 @@ impl Layer {
             chunk.skip(skip, tokens.len());
         }
         if x.is_empty() {
-            return None;
+            return Ok(None);
         }
-        let (attended, selection) = self.attention.forward(&normed, &chunk, cache);
+        let (attended, selection) = self.attention.forward(&normed, &chunk, cache, parked)?;
         self.around_attention.leave(x, &attended, &mixing);
         let (input, mixing) = self.around_experts.enter(x);
         let transformed = self.experts.forward(&self.experts_norm.apply(&input), &tokens[skip..]);
         self.around_experts.leave(x, &transformed, &mixing);
-        selection
+        Ok(selection)
     }
 
     fn parameters(&self) -> usize {

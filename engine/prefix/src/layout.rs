@@ -239,6 +239,16 @@ impl KvLayout {
         self.table.groups.iter().find(|group| group.optional)
     }
 
+    /// For each plane of an object of this kind the first model layer that it serves: who computes layer after layer needs
+    /// planes in this order, which is not that of the planes where a group of later layers comes before one of earlier ones.
+    pub fn plane_ranks(&self, kind: ObjectKind) -> Vec<u16> {
+        let rank = |plane: &PlaneSpec| {
+            let layers = &self.groups()[usize::from(plane.group)].layers;
+            layers.get(usize::from(plane.first_layer)).copied().unwrap_or(0)
+        };
+        self.planes(kind).iter().map(rank).collect()
+    }
+
     /// Raw bytes of one object of this kind that has every plane.
     pub fn object_bytes(&self, kind: ObjectKind) -> u64 {
         self.planes(kind).iter().map(|plane| plane.len_bytes).sum()
@@ -304,10 +314,12 @@ fn check(table: &Table) -> std::result::Result<(), String> {
     }
     let always =
         |family| table.groups.iter().any(|g| g.family == family && !g.optional && g.grain_blocks == 1);
-    if !always(Family::History) {
+    // A model of windows alone has blocks of nothing, behind which its states stand.
+    let has_history = table.groups.iter().any(|group| group.family == Family::History);
+    if has_history && !always(Family::History) {
         return Err("has no history group with rows in every block, so some could hold nothing".into());
     }
-    if table.groups.iter().any(|group| group.optional) && !always(Family::State) {
+    if (!has_history || table.groups.iter().any(|group| group.optional)) && !always(Family::State) {
         return Err("has no state group but an optional one, so a state could hold nothing".into());
     }
     Ok(())

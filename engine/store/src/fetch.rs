@@ -14,9 +14,9 @@ mod verifying;
 use std::collections::VecDeque;
 use std::iter::FusedIterator;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -55,12 +55,29 @@ pub enum PlaneSelection {
 }
 
 /// Order of delivery.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FetchOrder {
     /// All planes of the first object, then all of the second, and so on.
     ByObject,
     /// The first plane of all objects, then the second of all, and so on: the order of a restore.
     ByPlane,
+    /// As by plane, but planes of the lowest rank first, whatever their place: a rank for each plane of an object, and
+    /// the highest for those behind. Planes of one rank come object after object. The first plane may come before its rank.
+    ByRank(Arc<[u16]>),
+}
+
+impl FetchOrder {
+    /// Where a part of an object stands, lowest first.
+    fn key(&self, item: &Item) -> (u16, Part, usize) {
+        match (self, item.part) {
+            // Together with the object's others of that rank.
+            (Self::ByRank(ranks), Part::Plane(plane)) => {
+                let rank = ranks.get(plane).copied().unwrap_or(u16::MAX);
+                (rank, Part::Head, item.object)
+            }
+            _ => (0, item.part, item.object),
+        }
+    }
 }
 
 /// A step of a fetch.
@@ -145,8 +162,8 @@ impl Fetch {
         let FetchRequest { objects, planes, order, deadline } = request;
         let target = |found: Found| Target {
             generation: shared.segments.get(found.located.spot.segment).map(|segment| segment.generation),
+            header: found.header.clone().unwrap_or_default(),
             found,
-            header: OnceLock::new(),
         };
         let whole = planes == PlaneSelection::All && (order == FetchOrder::ByObject || objects.len() < 2);
         let context = Arc::new(Context {
@@ -189,18 +206,36 @@ impl Fetch {
             arrivals,
             misses: VecDeque::new(),
         };
-        let items = |objects: Range<usize>, part| objects.map(|object| Item { object, part }).collect();
-        fetch.plan(match fetch.phase {
+        let items = |objects: Range<usize>, part| -> Vec<Item> {
+            objects.map(|object| Item { object, part }).collect()
+        };
+        let first = match fetch.phase {
             Phase::Head => items(0..1, Part::Head),
             Phase::Records => items(0..count, Part::Record),
-            _ => items(0..count, Part::Header),
-        });
+            _ if fetch.reads_heads() => items(0..count, Part::Head),
+            _ => {
+                // Those that are known need no reading.
+                let mut unknown = items(0..count, Part::Header);
+                unknown.retain(|item| fetch.context.targets[item.object].header.get().is_none());
+                for (object, fate) in fetch.fates.iter_mut().enumerate() {
+                    let known = fetch.context.targets[object].header.get();
+                    fate.planes_left = known.map(|_| fetch.context.selected(object).count());
+                }
+                unknown
+            }
+        };
+        fetch.plan(first);
         fetch
     }
 
     /// Bytes being read ahead for this fetch.
     pub fn in_flight_bytes(&self) -> usize {
         self.held_bytes
+    }
+
+    /// Whether the first plane of all objects comes first and is read along with the header.
+    fn reads_heads(&self) -> bool {
+        self.order != FetchOrder::ByObject && self.context.planes == PlaneSelection::All
     }
 
     fn plan(&mut self, items: Vec<Item>) {
@@ -379,18 +414,21 @@ impl Fetch {
             let planes = self.context.selected(object).map(Part::Plane);
             planes.map(move |part| Item { object, part })
         };
+        let behind_head = |item: &Item| {
+            let target = &self.context.targets[item.object];
+            match (item.part, target.header.get()) {
+                (Part::Plane(plane), Some(header)) => {
+                    header.planes[plane].range().end > target.found.located.head_bytes as usize
+                }
+                _ => false,
+            }
+        };
         let mut items: Vec<Item> = Vec::new();
         match self.phase {
             Phase::Head => {
                 self.phase = Phase::Records;
-                let first = &self.context.targets[0];
-                let (header, head_bytes) = (first.header.get(), first.found.located.head_bytes as usize);
-                let behind = |item: &Item| match (item.part, header) {
-                    (Part::Plane(plane), Some(header)) => header.planes[plane].range().end > head_bytes,
-                    _ => false,
-                };
                 if !self.fates[0].missed {
-                    items.extend(planes_of(0).filter(behind));
+                    items.extend(planes_of(0).filter(behind_head));
                 }
                 items.extend((1..self.fates.len()).map(|object| Item { object, part: Part::Record }));
             }
@@ -398,8 +436,12 @@ impl Fetch {
                 self.phase = Phase::Planes;
                 let open = (0..self.fates.len()).filter(|&object| !self.fates[object].missed);
                 items.extend(open.flat_map(planes_of));
-                if self.order == FetchOrder::ByPlane {
-                    items.sort_by_key(|item| (item.part, item.object));
+                if self.reads_heads() {
+                    items.retain(behind_head);
+                }
+                if self.order != FetchOrder::ByObject {
+                    // Stable: planes of one rank and object stay as they lie in the record.
+                    items.sort_by_key(|item| self.order.key(item));
                 }
             }
             Phase::Records | Phase::Planes | Phase::Over => {

@@ -350,7 +350,8 @@ impl Worker<'_> {
     fn blank_seal(&self, found: &Found) -> std::io::Result<()> {
         let mut buf = self.shared.pool.take(PAGE);
         buf.fill(0);
-        wait(self.shared.disk.as_ref(), |reply| Op::write(found.file, found.last_page(), buf, 0, reply)).map(drop)
+        wait(self.shared.disk.as_ref(), |reply| Op::write(found.file, found.last_page(), buf, 0, reply))
+            .map(drop)
     }
 
     /// Adds what a scan found to the index. Which of two records with one name holds is decided when the table is

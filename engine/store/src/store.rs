@@ -3,7 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,6 +18,7 @@ use crate::index::{Entry, Index};
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
+use crate::record::RecordHeader;
 use crate::recovery;
 use crate::scrub::Scrubber;
 use crate::segment::{RECORDS_AT, SegmentTable};
@@ -54,6 +55,8 @@ pub struct Found {
     /// Scope it belongs to.
     pub scope: ScopeTag,
     pub(crate) located: Located,
+    /// The record's header once it was read, if it is to be remembered.
+    pub(crate) header: Option<Arc<OnceLock<RecordHeader>>>,
 }
 
 /// Prefixes kept by [`Store::pin`] until this is dropped.
@@ -508,7 +511,14 @@ impl Found {
             namespace: located.namespace,
             scope: located.scope,
             located,
+            header: None,
         }
+    }
+
+    /// The same, for planes that will be fetched again and again: this value and its clones read the record's header once.
+    #[must_use]
+    pub fn remembering(self) -> Self {
+        Self { header: Some(self.header.unwrap_or_default()), ..self }
     }
 }
 

@@ -127,7 +127,7 @@ fn fetch_some(store: &Store, model: &HashMap<ObjectId, Vec<Bytes>>, random: &mut
         assert_eq!(found.is_some(), model.contains_key(id));
     }
     let objects: Vec<_> = found.into_iter().flatten().collect();
-    let order = [FetchOrder::ByObject, FetchOrder::ByPlane][random.below(2) as usize];
+    let order = if random.below(2) == 0 { FetchOrder::ByObject } else { FetchOrder::ByPlane };
     let request =
         FetchRequest { objects: objects.clone(), planes: PlaneSelection::All, order, deadline: None };
     for (got, found) in fetch(store, request).into_iter().zip(&objects) {

@@ -2,6 +2,8 @@
 
 mod decoder;
 mod replay;
+mod residency;
+pub(crate) mod restore;
 mod store;
 
 /// Measure this machine
@@ -17,6 +19,10 @@ enum Bench {
     Decoder(decoder::Args),
     /// Replay a trace of requests: token hit ratio and bytes written, beside other policies and the best possible
     Replay(replay::Args),
+    /// Decoding with most rows left on SSD: figures per step for shares of them in memory, and where it stops paying
+    Residency(residency::Args),
+    /// Time to first token of a stored prefix: layer after layer, as a whole, and computed
+    Restore(restore::Args),
     /// The store against the drive itself: puts, fetches, lookups, opening; ratios of one run
     Store(store::Args),
 }
@@ -26,6 +32,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.bench {
         Bench::Decoder(args) => decoder::run(&args),
         Bench::Replay(args) => replay::run(args),
+        Bench::Residency(args) => residency::run(&args),
+        Bench::Restore(args) => restore::run(&args),
         Bench::Store(args) => store::run(&args),
     }
 }

@@ -11,6 +11,7 @@ use esker_decoder::KvFormat;
 use esker_store::io::IoEngine;
 use esker_store::{OpenReport, StoreSettings};
 
+use crate::generate::Guessing;
 use crate::ledger::LedgerSettings;
 use crate::model_folder::load_model;
 use crate::node::{Node, NodeSettings};
@@ -100,6 +101,14 @@ pub struct Args {
     /// Number format of the decoder's KV cache
     #[arg(long, value_enum, default_value_t = Kv::Bf16)]
     kv: Kv,
+    /// Of a stored conversation, most bytes kept in memory of the rows that sparse attention picks among; the others stay on
+    /// SSD and are read as they are picked, with the same answer [default: all in memory]
+    #[arg(long, value_name = "BYTES")]
+    resident_bytes: Option<u64>,
+    /// Whether the model's draft block, if it has one, guesses tokens ahead; the answer is the same. Measured: while it is
+    /// faster
+    #[arg(long, value_enum, default_value_t = Guessing::Never)]
+    speculate: Guessing,
     /// Tokens per block of the decoder's KV cache; a power of two
     #[arg(long, default_value_t = 128, value_parser = block_tokens)]
     block_tokens: u32,
@@ -183,7 +192,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ..defaults
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    let node = Arc::new(Node::open(
+    let node = Node::open(
         &NodeSettings {
             data: args.data.clone(),
             store,
@@ -202,7 +211,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             warmup_share: args.warmup_share,
         },
         model,
-    )?);
+    )?;
+    let node = Arc::new(node.with_resident_bytes(args.resident_bytes).with_guessing(args.speculate));
     tell(&args.data, node.store.open_report());
     runtime.block_on(async {
         let running = serve::start(node.clone(), &listen, stop_signal()?).await?;

@@ -4,22 +4,30 @@
 //! missing, it is rebuilt by an exact replay of the last tokens over the rows that are stored. Whichever leaves less to
 //! compute is taken.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, channel, sync_channel};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use esker_decoder::{Model, Sequence};
-use esker_prefix::{BlockObject, ObjectId, ObjectKind, StateObject, TokenId};
+use bytes::Bytes;
+use esker_decoder::{DecoderError, Incoming, LayerRows, Model, Parked, Sequence};
+use esker_prefix::{BlockObject, ObjectId, ObjectKind, PlaneSpec, StateObject, TokenId};
 use esker_store::{Fetch, FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection};
 
+use super::parked::StoredPlanes;
 use super::trail::Trail;
-use super::{Event, GenerateError, listen};
+use super::{Event, GenerateError, RestoreMode, listen};
 use crate::node::{Engine, Node};
 
 /// Longest wait for the store during a restore. What has not arrived by then is computed instead.
 const RESTORE_DEADLINE: Duration = Duration::from_secs(10);
 /// Longest search for further damage, on the way to the first token.
 const DAMAGE_SEARCH: Duration = Duration::from_millis(250);
+/// From so many bytes on a prefix is worth reading in the order of its layers, which takes a read per plane, not per block.
+pub(super) const ORDERED_FROM_BYTES: u64 = 1 << 20;
 /// Blocks proven and not yet put back.
 const RESTORE_AHEAD_BLOCKS: usize = 8;
 
@@ -36,49 +44,218 @@ enum Restored {
     State(StateObject),
 }
 
-/// Puts back what is stored of the prompt, all but its last token at most, and returns the bytes read for it. A hole,
-/// damage or a late disk shortens the prefix; it is not an error.
-pub(super) fn resume(
-    node: &Node,
-    engine: &Engine,
-    trail: &Trail<'_>,
-    prompt: &[TokenId],
-    sequence: &mut Sequence,
-    emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
-) -> Result<u64, GenerateError> {
-    let model = &engine.loaded.model;
-    let plan = plan(node, model, trail, prompt.len());
-    let total = plan.blocks.len() * trail.block_tokens();
-    if plan.blocks.is_empty() {
-        return Ok(0);
+/// What was found of a prompt and is in the sequence, or on its way there.
+#[derive(Default)]
+pub(super) struct Resumed {
+    /// Bytes of the records.
+    pub(super) bytes_read: u64,
+    /// Tokens that were computed although their rows are stored, because their state is not.
+    pub(super) replayed_tokens: usize,
+    /// Time that was waited for parked rows, in microseconds; counted on as they are read.
+    pub(super) parked_us: Option<Arc<AtomicU64>>,
+    /// Set when nobody waits for rows any more.
+    over: Arc<AtomicBool>,
+}
+
+impl Drop for Resumed {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
     }
-    listen(emit(Event::Restoring { done: 0, total }))?;
-    sequence.reserve(model, prompt.len());
-    let mut bytes_read = 0;
-    let (verified, parts) = sync_channel(RESTORE_AHEAD_BLOCKS);
-    // Reading and proving one block while the one before it is put back: each costs about as much as the other.
-    std::thread::scope(|scope| {
-        scope.spawn(move || read(node, trail, plan, &verified));
-        for (part, record_bytes) in parts {
-            let restored = match part {
-                Restored::Block(block) => sequence.restore(model, &block),
-                Restored::State(state) => sequence.restore_state(model, &state),
-            };
-            // Proven bytes of the right key that do not fit: a store written by other code. Compute instead.
-            if let Err(error) = restored {
-                tracing::warn!(%error, "what is stored does not fit the model");
-                break;
-            }
-            bytes_read += record_bytes;
-            listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+}
+
+/// What a resumption takes from its surroundings.
+#[derive(Clone, Copy)]
+pub(super) struct Resumption<'a> {
+    pub(super) node: &'a Node,
+    pub(super) engine: &'a Engine,
+    pub(super) prompt: &'a [TokenId],
+    /// Most bytes of the rows that indexers pick among to be kept in memory; the others stay parked. `None` for all.
+    pub(super) resident_bytes: Option<u64>,
+}
+
+impl<'a> Resumption<'a> {
+    /// Puts back what is stored of the prompt, all but its last token at most. A hole, damage or a late disk shortens the
+    /// prefix; it is not an error. In order, rows may come after this returns, on a thread of `scope`; a prefill that they
+    /// do not reach in time fails with [`DecoderError::RowsMissing`](esker_decoder::DecoderError).
+    pub(super) fn resume<'scope>(
+        self,
+        mode: RestoreMode,
+        trail: &Trail<'_>,
+        scope: &'scope Scope<'scope, 'a>,
+        sequence: &mut Sequence,
+        emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Resumed, GenerateError> {
+        let Self { node, engine, prompt, .. } = self;
+        let model = &engine.loaded.model;
+        if mode == RestoreMode::Nothing {
+            return Ok(Resumed::default());
         }
-        Ok::<_, GenerateError>(())
-    })?;
-    // Does nothing where the state was restored, or none is needed.
-    let replayed = sequence.replay_tokens(model);
-    sequence.replay(model, &prompt[..sequence.tokens()])?;
-    tracing::debug!(tokens = sequence.tokens(), replayed, "resumed");
-    Ok(bytes_read)
+        let plan = plan(node, model, trail, prompt.len());
+        let total = plan.blocks.len() * trail.block_tokens();
+        if plan.blocks.is_empty() {
+            return Ok(Resumed::default());
+        }
+        listen(emit(Event::Restoring { done: 0, total }))?;
+        let raw_bytes: u64 = plan.blocks.iter().map(|block| block.raw_bytes).sum();
+        let parkable_bytes = plan.blocks.len() as u64 * model.parkable_block_bytes();
+        let pool_bytes = self.resident_bytes.filter(|&bytes| bytes < parkable_bytes);
+        let mut resumed = match mode {
+            RestoreMode::Ordered if raw_bytes >= ORDERED_FROM_BYTES || pool_bytes.is_some() => {
+                self.in_order(plan, pool_bytes, trail, scope, sequence)?
+            }
+            _ => self.whole(plan, trail, sequence, emit)?,
+        };
+        listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+        // Does nothing where the state was restored, or none is needed.
+        resumed.replayed_tokens = sequence.replay_tokens(model);
+        sequence.replay(model, &prompt[..sequence.tokens()])?;
+        tracing::debug!(tokens = sequence.tokens(), replayed = resumed.replayed_tokens, ?mode, "resumed");
+        Ok(resumed)
+    }
+
+    /// Block after block, and all of them before this returns.
+    fn whole(
+        self,
+        plan: Plan,
+        trail: &Trail<'_>,
+        sequence: &mut Sequence,
+        emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<Resumed, GenerateError> {
+        let Self { node, engine, prompt, .. } = self;
+        let model = &engine.loaded.model;
+        let total = plan.blocks.len() * trail.block_tokens();
+        sequence.reserve(model, prompt.len());
+        let mut resumed = Resumed::default();
+        let (verified, parts) = sync_channel(RESTORE_AHEAD_BLOCKS);
+        // Reading and proving one block while the one before it is put back: each costs about as much as the other.
+        std::thread::scope(|scope| {
+            scope.spawn(move || read(node, trail, plan, &verified));
+            for (part, record_bytes) in parts {
+                let restored = match part {
+                    Restored::Block(block) => sequence.restore(model, &block),
+                    Restored::State(state) => sequence.restore_state(model, &state),
+                };
+                // Proven bytes of the right key that do not fit: a store written by other code. Compute instead.
+                if let Err(error) = restored {
+                    tracing::warn!(%error, "what is stored does not fit the model");
+                    break;
+                }
+                resumed.bytes_read += record_bytes;
+                listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+            }
+            Ok::<_, GenerateError>(())
+        })?;
+        Ok(resumed)
+    }
+
+    /// The state now, and the rows layer after layer while the first are computed with. With a pool, rows that indexers pick
+    /// among do not come at all.
+    fn in_order<'scope>(
+        self,
+        plan: Plan,
+        pool_bytes: Option<u64>,
+        trail: &Trail<'_>,
+        scope: &'scope Scope<'scope, 'a>,
+        sequence: &mut Sequence,
+    ) -> Result<Resumed, GenerateError> {
+        let Self { node, engine, prompt, .. } = self;
+        let model = &engine.loaded.model;
+        let (count, tokens) = (plan.blocks.len(), plan.blocks.len() * trail.block_tokens());
+        let (blocks, pool) = match pool_bytes {
+            None => (plan.blocks, None),
+            Some(bytes) => {
+                let blocks: Vec<Found> = plan.blocks.into_iter().map(Found::remembering).collect();
+                let source =
+                    StoredPlanes::new(&node.store, &blocks, model.layout().planes(ObjectKind::Block));
+                let source = source.map_err(GenerateError::Thread)?;
+                let pool_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                (blocks, Some((source, pool_bytes)))
+            }
+        };
+        let mut resumed = Resumed::default();
+        let stays = |plane: &&PlaneSpec| pool.is_some() && model.is_parkable(plane);
+        let planes = model.layout().planes(ObjectKind::Block).iter();
+        let read_raw: u64 = planes.clone().filter(|plane| !stays(plane)).map(|plane| plane.len_bytes).sum();
+        let all_raw = model.layout().object_bytes(ObjectKind::Block).max(1);
+        // What a part of a record takes is told from its share of the whole.
+        let of_blocks = blocks.iter().map(|found| found.stored_bytes * read_raw / all_raw).sum::<u64>();
+        resumed.bytes_read = of_blocks + plan.state.as_ref().map_or(0, |state| state.stored_bytes);
+        let wanted = planes.filter(|plane| !stays(plane));
+        let wanted = wanted.map(|plane| (plane.group, plane.first_layer..plane.first_layer + plane.layers));
+        let request = FetchRequest {
+            objects: blocks,
+            planes: if pool.is_some() {
+                PlaneSelection::Layers(wanted.collect())
+            } else {
+                PlaneSelection::All
+            },
+            order: FetchOrder::ByRank(model.layout().plane_ranks(ObjectKind::Block).into()),
+            deadline: Some(Instant::now() + RESTORE_DEADLINE),
+        };
+        let (complete, layers) = channel();
+        let (over, room) = (Arc::clone(&resumed.over), prompt.len());
+        let is_parked = pool.is_some();
+        scope.spawn(move || {
+            let mut incoming = match is_parked {
+                true => Incoming::without_parked(model, count, room),
+                false => Incoming::new(model, count, room),
+            };
+            let mut fetch = node.store.fetch(request);
+            while !over.load(Ordering::Relaxed)
+                && let Some(event) = fetch.next()
+            {
+                let FetchEvent::Plane { object, plane, bytes, .. } = event else { return find_damage(fetch) };
+                match incoming.put(model, object, plane, &bytes) {
+                    // Whoever does not take them has gone.
+                    Ok(rows) => rows.into_iter().for_each(|rows| drop(complete.send(rows))),
+                    Err(error) => return tracing::warn!(%error, "what is stored does not fit the model"),
+                }
+            }
+        });
+        let mut early = BTreeMap::new();
+        let arrivals = move |layer| loop {
+            if let Some(rows) = early.remove(&layer) {
+                return Some(rows);
+            }
+            let (layer, rows): (usize, LayerRows) = layers.recv().ok()?;
+            early.insert(layer, rows);
+        };
+        let last = trail.hashes_within(tokens)[count - 1];
+        match pool {
+            None => sequence.expect(model, tokens, last, Box::new(arrivals))?,
+            Some((source, pool_bytes)) => {
+                resumed.parked_us = Some(source.waited_us());
+                let parked = Parked::new(model, tokens, pool_bytes, Box::new(source));
+                sequence.expect_parked(model, parked, last, Box::new(arrivals))?;
+            }
+        }
+        if let Some(state) = plan.state {
+            let planes = whole_object(node, state, trail.planes(ObjectKind::State));
+            let state = planes.and_then(|planes| trail.state(count - 1, planes).ok());
+            let restored = state.map(|state| sequence.restore_state(model, &state));
+            if !matches!(restored, Some(Ok(()))) {
+                // Another state, or a replay, is chosen anew.
+                sequence.truncate(0);
+                return Err(DecoderError::RowsMissing { layer: 0, tokens }.into());
+            }
+        }
+        Ok(resumed)
+    }
+}
+
+/// All planes of one object, or nothing.
+fn whole_object(node: &Node, object: Found, planes: usize) -> Option<Vec<Bytes>> {
+    let fetch = node.store.fetch(FetchRequest {
+        objects: vec![object],
+        planes: PlaneSelection::All,
+        order: FetchOrder::ByObject,
+        deadline: Some(Instant::now() + RESTORE_DEADLINE),
+    });
+    let bytes = fetch.map_while(|event| match event {
+        FetchEvent::Plane { bytes, .. } => Some(bytes),
+        FetchEvent::Miss { .. } => None,
+    });
+    Some(bytes.collect::<Vec<_>>()).filter(|all| all.len() == planes)
 }
 
 /// Chooses what to put back: everything up to the newest state, or all blocks and a replay.

@@ -9,8 +9,9 @@ use esker_decoder::{Logits, Sequence};
 use esker_prefix::{KvLayout, ObjectId, ObjectKind, ScopeKey, TokenId};
 use esker_store::{FetchOrder, FetchRequest, PlaneSelection, PutOutcome, TtlClass};
 
+use super::resume::Resumption;
 use super::trail::Trail;
-use super::{GenerateError, STATE_INTERVAL_BLOCKS, listen, resume};
+use super::{GenerateError, RestoreMode, STATE_INTERVAL_BLOCKS, listen};
 use crate::node::{Engine, Node};
 
 /// Tokens computed between two questions whether to go on; whole blocks. It is what a live request may have to wait for.
@@ -66,7 +67,11 @@ pub(crate) fn warm(
     let (block_bytes, state_bytes) = (object_bytes(ObjectKind::Block), object_bytes(ObjectKind::State));
     listen(observe(Step::Next { tokens: 0, bytes: 0 }))?;
     let mut sequence = Sequence::new(model);
-    resume::resume(node, engine, &trail, tokens, &mut sequence, &mut |_| ControlFlow::Continue(()))?;
+    std::thread::scope(|scope| {
+        let resumption = Resumption { node, engine, prompt: tokens, resident_bytes: None };
+        let quiet = &mut |_| ControlFlow::Continue(());
+        resumption.resume(RestoreMode::Whole, &trail, scope, &mut sequence, quiet).map(drop)
+    })?;
     sequence.reserve(model, whole - sequence.tokens());
     trail.stored = trail.hashes_to(sequence.tokens());
     listen(observe(Step::Found { tokens: sequence.tokens() }))?;

@@ -47,6 +47,7 @@ pub(super) struct Completion {
 }
 
 /// What comes of it, in this order.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and the large one is the last")]
 pub(super) enum Step {
     /// The prompt is computed: its tokens, and those of them that came from the cache.
     Prompt(v1::PromptDone),

@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status};
 use super::bill::{Bill, Served};
 use super::put::ttl_class;
 use super::status::{from_generate, from_wire};
-use crate::generate::{Account, Event, GenerateError, Job, generate};
+use crate::generate::{Account, Event, GenerateError, Job, RestoreMode, generate};
 use crate::ledger::sums;
 use crate::metrics::Watched;
 use crate::node::{Engine, Node};
@@ -94,6 +94,12 @@ impl DecoderService {
             scope,
             class,
             stores,
+            restore: RestoreMode::default(),
+            guessing: self.node.guessing,
+            resident_bytes: match request.resident_bytes {
+                0 => self.node.resident_bytes,
+                bytes => Some(bytes),
+            },
         })
     }
 }
@@ -263,6 +269,7 @@ fn wire(
 
 /// What is billed, and what it took this time.
 fn usage(account: &Account, record: &v1::UsageRecord) -> v1::GenerateUsage {
+    let parked = account.parked.unwrap_or_default().total;
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     v1::GenerateUsage {
         usage_id: record.usage_id.clone(),
@@ -271,7 +278,13 @@ fn usage(account: &Account, record: &v1::UsageRecord) -> v1::GenerateUsage {
         prompt_cache_miss_tokens: record.miss_tokens,
         cache_write_tokens: sums::written(&record.write_tokens.unwrap_or_default()),
         completion_tokens: account.completion_tokens as u64,
+        replay_tokens: account.replayed_tokens as u64,
         bytes_read: account.bytes_read,
+        guessed_tokens: account.guessed_tokens as u64,
+        accepted_tokens: account.accepted_tokens as u64,
+        parked_rows_picked: parked.rows_picked,
+        parked_rows_in_pool: parked.pool_hits,
+        parked_bytes_read: parked.bytes_fetched,
         restore_us: micros(account.restore),
         prefill_us: micros(account.prefill),
         rest_of_text: account.rest_of_text.clone(),

@@ -38,6 +38,7 @@ pub(super) fn from_generate(error: &GenerateError) -> Status {
         GenerateError::Decoder(decoder) => from_decoder(decoder),
         GenerateError::Store(store) => from_store(store),
         GenerateError::Cancelled => Status::cancelled(error.to_string()),
+        GenerateError::Thread(_) => Status::resource_exhausted(error.to_string()),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::kernel::shared::attend_shared;
 use crate::kernel::sparse::Scratch;
 use crate::linear::Linear;
 use crate::norm::{RmsNorm, rms_norm};
+use crate::residency::Parked;
 use crate::rope::{Angles, Rope};
 use crate::row_codec::RowFormats;
 use crate::v4::Passage;
@@ -21,7 +22,7 @@ use crate::v4::cache::{KeyCache, LayerCache, RowCache};
 use crate::v4::compressor::Compressor;
 use crate::v4::config::{Compression, V4Config};
 use crate::v4::indexer::Indexer;
-use crate::{ModelConfig, Result};
+use crate::{Model, ModelConfig, Result};
 
 /// Queries that one task takes through the attention.
 const TILE_QUERIES: usize = 16;
@@ -51,6 +52,9 @@ pub(super) struct Attention {
     eps: f32,
 }
 
+/// For each query of a chunk the rows that the indexer selected, ascending.
+type Selection = Vec<Vec<u32>>;
+
 /// Where a chunk stands.
 pub(super) struct Chunk<'a> {
     /// Position of its first token.
@@ -63,7 +67,7 @@ pub(super) struct Chunk<'a> {
 
 impl<'a> Chunk<'a> {
     pub(super) fn new(passage: &Passage<'a>, rope: &'a Rope, angles: &'a Angles) -> Self {
-        Self { first: passage.first, rope, angles: Cow::Borrowed(angles), formats: passage.formats }
+        Self { first: passage.first, rope, angles: Cow::Borrowed(angles), formats: &passage.model.formats }
     }
 
     /// Leaves out the first `count` of its `tokens`.
@@ -146,7 +150,8 @@ impl Attention {
         x: &[f32],
         chunk: &Chunk<'_>,
         cache: &LayerCache,
-    ) -> (Vec<f32>, Option<Vec<Vec<u32>>>) {
+        parked: Option<(&Model, usize, &mut Parked)>,
+    ) -> Result<(Vec<f32>, Option<Selection>)> {
         let latents = self.q_norm.apply(&self.wq_a.apply(x));
         let mut queries = self.wq_b.apply(&latents);
         queries.par_chunks_mut(self.heads * self.width).enumerate().with_min_len(TILE_QUERIES).for_each(
@@ -162,8 +167,18 @@ impl Attention {
             .as_ref()
             .zip(cache.keys.as_ref())
             .map(|(indexer, cache)| indexer.select(x, &latents, chunk, &cache.keys));
-        let attended = self.attend(&queries, chunk, cache, selection.as_deref());
-        (self.wo_b.apply(&attended), selection)
+        let attended = match (parked, &cache.rows, &selection) {
+            (Some((model, layer, parked)), Some(own), Some(picked)) if own.parked > 0 => {
+                let held = (own.parked, &own.rows[..]);
+                let (rows, picked) = parked.gather(model, layer, held, self.width, picked)?;
+                self.attend(&queries, chunk, cache, &rows, Some(&picked))
+            }
+            _ => {
+                let rows = cache.rows.as_ref().map_or(&[][..], |cache| &cache.rows);
+                self.attend(&queries, chunk, cache, rows, selection.as_deref())
+            }
+        };
+        Ok((self.wo_b.apply(&attended), selection))
     }
 
     /// Appends what the cache does not hold yet of the chunk's window rows, the inputs of the compressors, and the
@@ -182,9 +197,9 @@ impl Attention {
 
         let end = cache.window.end();
         if let Some((compressor, cache)) = self.compressor.as_ref().zip(cache.rows.as_mut()) {
-            let RowCache { inputs, rows } = cache;
+            let RowCache { inputs, rows, parked } = cache;
             compressor.extend(inputs, x, chunk.first);
-            let new = rows.len() / self.width..end / self.ratio;
+            let new = *parked + rows.len() / self.width..end / self.ratio;
             let mut new = compressor.rows(new, inputs, chunk.rope);
             chunk.formats.round_rows(&mut new);
             rows.extend_from_slice(&new);
@@ -205,6 +220,7 @@ impl Attention {
         queries: &[f32],
         chunk: &Chunk<'_>,
         cache: &LayerCache,
+        rows: &[f32],
         selection: Option<&[Vec<u32>]>,
     ) -> Vec<f32> {
         let query = self.heads * self.width;
@@ -219,7 +235,8 @@ impl Attention {
                 for (token, (query_row, attended)) in
                     (first..).zip(queries.chunks_exact(query).zip(attended.chunks_exact_mut(query)))
                 {
-                    self.keys(chunk.first + token, cache, selection.map(|all| &all[token][..]), keys);
+                    let selected = selection.map(|all| &all[token][..]);
+                    self.keys(chunk.first + token, cache, rows, selected, keys);
                     let scale = 1.0 / (self.width as f32).sqrt();
                     attend_shared(query_row, keys, &self.sinks, scale, scratch, attended);
                     for head in attended.chunks_exact_mut(self.width) {
@@ -230,19 +247,23 @@ impl Attention {
         self.project(&attended)
     }
 
-    /// The rows that a query at `position` attends to, in the order of their sums. A window that is not held in full
+    /// The rows that a query at `position` attends to, its window and of the compressed `rows` those selected, or all that
+    /// it sees, in the order of their sums. A window that is not held in full
     /// is that of a draft: a sequence has all that a query needs.
     fn keys<'a>(
         &self,
         position: usize,
         cache: &'a LayerCache,
+        rows: &'a [f32],
         selected: Option<&[u32]>,
         keys: &mut Vec<&'a [f32]>,
     ) {
         let first = (position + 1).saturating_sub(self.window).max(cache.window.first());
         keys.clear();
         keys.extend(cache.window.rows(first..position + 1).chunks_exact(self.width));
-        let Some(RowCache { rows, .. }) = &cache.rows else { return };
+        if cache.rows.is_none() {
+            return;
+        }
         match selected {
             Some(selected) => {
                 keys.extend(selected.iter().map(|&row| &rows[row as usize * self.width..][..self.width]))

@@ -8,6 +8,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use crate::arrival::LayerRows;
 use crate::block::Place;
 use crate::panels::KeyPanels;
 use crate::v4::config::{Compression, V4Config};
@@ -36,8 +37,10 @@ pub(super) struct LayerCache {
 /// Compressed rows, and values and gates of the tokens that are not yet compressed or needed again.
 pub(super) struct RowCache {
     pub(super) inputs: Tail,
-    /// `[rows, head_dim]`.
+    /// `[rows, head_dim]`, those behind the parked ones.
     pub(super) rows: Vec<f32>,
+    /// Rows at the beginning that are not here.
+    pub(super) parked: usize,
 }
 
 /// The same for the indexer.
@@ -55,6 +58,7 @@ impl Cache {
             rows: compression.map(|compression| RowCache {
                 inputs: Tail::new(2 * compression.channels(width)),
                 rows: Vec::new(),
+                parked: 0,
             }),
             keys: compression.filter(|compression| compression.sparse).map(|compression| KeyCache {
                 inputs: Tail::new(2 * compression.channels(key_width)),
@@ -137,7 +141,8 @@ impl Cache {
         for layer in &mut self.layers {
             let ratio = layer.ratio();
             if let Some(cache) = &mut layer.rows {
-                cache.rows.truncate(end / ratio * self.width);
+                cache.parked = cache.parked.min(end / ratio);
+                cache.rows.truncate((end / ratio - cache.parked) * self.width);
             }
             if let Some(cache) = &mut layer.keys {
                 cache.keys.truncate(end / ratio);
@@ -168,13 +173,35 @@ impl Cache {
         tokens.start / ratio..tokens.end / ratio
     }
 
+    /// The rows that a layer completes in the first `tokens` tokens stay elsewhere.
+    pub(crate) fn park(&mut self, layer: usize, tokens: usize) {
+        let ratio = self.layers[layer].ratio();
+        if let Some(cache) = &mut self.layers[layer].rows {
+            cache.parked = tokens / ratio;
+        }
+    }
+
+    /// Takes in the rows of a layer that comes with a prefix.
+    pub(super) fn admit(&mut self, layer: usize, arrived: LayerRows) {
+        let LayerCache { rows, keys, .. } = &mut self.layers[layer];
+        if let Some(cache) = rows {
+            cache.rows = arrived.rows;
+        }
+        if let Some(cache) = keys {
+            cache.keys = arrived.keys;
+        }
+    }
+
     /// A layer's rows of one group of the layout, of those that it completes in a run of tokens.
     pub(crate) fn rows(&self, group: &str, layer: usize, tokens: Range<usize>) -> Cow<'_, [f32]> {
         let range = self.rows_of(layer, tokens);
         let LayerCache { rows, keys, .. } = &self.layers[layer];
         match (rows, keys, group) {
             (_, Some(cache), KEY_GROUP) => cache.keys.rows(range).into(),
-            (Some(cache), ..) => cache.rows[range.start * self.width..range.end * self.width].into(),
+            (Some(cache), ..) => {
+                let held = |row: usize| (row - cache.parked) * self.width;
+                cache.rows[held(range.start)..held(range.end)].into()
+            }
             _ => unreachable!("the layout lists compressed rows only for layers that have a compressor"),
         }
     }

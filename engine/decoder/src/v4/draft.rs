@@ -72,7 +72,7 @@ impl DraftBlock {
         streams: &[f32],
         passage: &Passage<'_>,
         cache: &mut LayerCache,
-    ) -> Vec<f32> {
+    ) -> Result<Vec<f32>> {
         let hidden = embedded.len() / passage.tokens.len();
         let embedded = self.embedding_projection.apply(&self.embedding_norm.apply(embedded));
         let mut x = self.streams_projection.apply(&self.streams_norm.apply(streams));
@@ -83,8 +83,8 @@ impl DraftBlock {
         }
         let angles = self.rope.angles(passage.first, passage.tokens.len());
         let chunk = Chunk::new(passage, &self.rope, &angles);
-        self.layer.forward(&mut x, passage.tokens, chunk, cache, 0);
-        self.norm.apply(&self.head.apply(&x))
+        self.layer.forward(&mut x, passage.tokens, chunk, cache, 0, None)?;
+        Ok(self.norm.apply(&self.head.apply(&x)))
     }
 }
 
@@ -101,6 +101,12 @@ impl Residual {
     /// Position of the first token.
     pub fn first(&self) -> usize {
         self.first
+    }
+
+    /// Forgets the last token.
+    pub fn pop(&mut self, model: &Model) {
+        let tokens = self.tokens(model);
+        self.values.truncate(self.values.len() / tokens.max(1) * tokens.saturating_sub(1));
     }
 
     /// Rows, one per token.
@@ -145,8 +151,8 @@ impl Draft {
         let wide = residual.values.len() / rows.len();
         let mut values = Vec::new();
         for (tokens, streams) in rows.chunks(CHUNK_TOKENS).zip(residual.values.chunks(CHUNK_TOKENS * wide)) {
-            let passage = Passage { tokens, first: self.tokens(), formats: &model.formats };
-            let out = block.forward(&model.embed(tokens), streams, &passage, &mut self.cache);
+            let passage = Passage { tokens, first: self.tokens(), model };
+            let out = block.forward(&model.embed(tokens), streams, &passage, &mut self.cache)?;
             values.extend(model.head.apply(&out));
             // A cut goes back by some guessed tokens; twice the window leaves whole windows for as many.
             self.cache.window.drop_before(self.tokens().saturating_sub(2 * block.window));

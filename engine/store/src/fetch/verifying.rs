@@ -41,7 +41,7 @@ pub(super) struct Target {
     /// Of its segment; `None` if there is none.
     pub(super) generation: Option<u64>,
     /// Set when it is read and proven.
-    pub(super) header: OnceLock<RecordHeader>,
+    pub(super) header: Arc<OnceLock<RecordHeader>>,
 }
 
 /// What came of a read, in order.

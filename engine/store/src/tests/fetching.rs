@@ -91,3 +91,53 @@ fn a_selection_reads_less_than_the_whole() {
     let none = FetchRequest { planes: PlaneSelection::Layers(vec![(0, 5..9)]), ..all(found) };
     assert_eq!(store.fetch(none).count(), 0);
 }
+
+#[test]
+fn ranks_say_which_planes_come_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, found) = store(dir.path(), settings());
+    let plain = fetch(&store, all(found.clone()));
+    for (ranks, expected) in [
+        (vec![5, 2, 1], vec![vec![0], vec![2], vec![1]]),
+        (vec![0, 1, 1], vec![vec![0], vec![1, 2]]),
+        // Those without a rank come last.
+        (vec![3, 2], vec![vec![0], vec![1], vec![2]]),
+        (vec![], vec![vec![0], vec![1, 2]]),
+    ] {
+        let order = FetchOrder::ByRank(ranks.clone().into());
+        let mut events = store.fetch(FetchRequest { order, ..all(found.clone()) });
+        for planes in expected {
+            for wanted in 0..found.len() {
+                for &position in &planes {
+                    let Some(FetchEvent::Plane { object, plane, bytes, .. }) = events.next() else {
+                        panic!("{ranks:?}: a plane is missing");
+                    };
+                    assert_eq!((object, plane), (wanted, position), "{ranks:?}");
+                    assert_eq!(bytes, plain[object].as_ref().unwrap()[plane], "{ranks:?}");
+                }
+            }
+        }
+        assert!(events.next().is_none());
+    }
+}
+
+#[test]
+fn a_remembered_header_is_read_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, found) = store(dir.path(), settings());
+    let found: Vec<crate::Found> = found.into_iter().map(crate::Found::remembering).collect();
+    let read = |planes: Vec<(u16, std::ops::Range<u16>)>| {
+        let before = store.stats().read_bytes;
+        let request = FetchRequest { planes: PlaneSelection::Layers(planes), ..all(found.clone()) };
+        let planes: Vec<_> = store.fetch(request).collect();
+        (planes, store.stats().read_bytes - before)
+    };
+    let (first, with_headers) = read(vec![(2, 0..1)]);
+    let (again, without) = read(vec![(2, 0..1)]);
+    assert_eq!((first.len(), &first), (60, &again));
+    assert!(without < with_headers, "{without} of {with_headers}");
+    // Other planes of the same records, and nothing of them.
+    assert_eq!(read(vec![(0, 0..1), (1, 0..1)]).0.len(), 120);
+    assert_eq!(read(vec![(7, 0..1)]), (Vec::new(), 0));
+    assert_eq!(store.stats().misses.total(), 0);
+}

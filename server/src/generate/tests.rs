@@ -1,0 +1,175 @@
+//! However a prefix is put back, the answer is the same.
+
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use esker_decoder::{KvFormat, ModelBuilder, Sampler};
+use esker_prefix::{RootSecret, ScopeKey, ScopeKind, TokenId};
+use esker_store::{StoreSettings, TtlClass};
+
+use super::{Account, Event, Guessing, Job, RestoreMode, generate};
+use crate::bundled;
+use crate::model_folder::LoadedModel;
+use crate::node::{Node, NodeSettings};
+
+#[path = "../../../engine/decoder/tests/support/mod.rs"]
+mod support;
+
+/// Large enough to be read layer after layer.
+const PROMPT_TOKENS: u32 = 3_000;
+const NEW_TOKENS: usize = 5;
+
+fn open(data: &Path) -> Node {
+    let store = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
+    let settings = NodeSettings { data: data.to_owned(), store, ..NodeSettings::default() };
+    Node::open(&settings, Some(bundled::load(KvFormat::Bf16, 128).unwrap())).unwrap()
+}
+
+fn job(prompt: &[TokenId], restore: RestoreMode) -> Job {
+    Job {
+        prompt: prompt.to_vec(),
+        max_new_tokens: NEW_TOKENS,
+        sampler: Sampler::seeded(0.0, 1.0, 0).unwrap(),
+        logits_digest: true,
+        stop: Vec::new(),
+        scope: ScopeKey::derive(&RootSecret::new([7; 32]), ScopeKind::Private, "test", 0),
+        class: TtlClass::default(),
+        stores: restore == RestoreMode::Nothing,
+        restore,
+        resident_bytes: None,
+        guessing: Guessing::default(),
+    }
+}
+
+/// A token, and the digest of the logits that it was drawn from.
+type Emitted = (TokenId, Option<[u8; 32]>);
+
+/// What was emitted, and the account.
+fn run(node: &Node, job: Job) -> (Vec<Emitted>, Account) {
+    let (mut tokens, mut account) = (Vec::new(), None);
+    generate(node, node.engine.as_ref().unwrap(), job, &mut |event| {
+        match event {
+            Event::Token { id, logits_digest, .. } => tokens.push((id, logits_digest)),
+            Event::Done(done) => account = Some(done),
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    (tokens, account.unwrap())
+}
+
+fn prompt(vocab: usize) -> Vec<TokenId> {
+    let vocab = u32::try_from(vocab).unwrap();
+    (0..PROMPT_TOKENS).map(|at| TokenId(at.wrapping_mul(2_654_435_761) / 7 % vocab)).collect()
+}
+
+#[test]
+fn in_order_at_once_and_computed_give_the_same_also_where_a_later_plane_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = open(dir.path());
+    let model = &node.engine.as_ref().unwrap().loaded.model;
+    let prompt = prompt(model.config().vocab_size);
+    assert!(
+        f64::from(PROMPT_TOKENS) * model.layout().bytes_per_token()
+            > 1.2 * super::resume::ORDERED_FROM_BYTES as f64,
+        "the prompt is too short to be read in order"
+    );
+    let (expected, account) = run(&node, job(&prompt, RestoreMode::Nothing));
+    assert_eq!((account.hit_tokens, account.bytes_read), (0, 0));
+    // Dropping the node stores what waits.
+    drop(node);
+    let node = open(dir.path());
+    let mut whole_hit = 0;
+    for mode in [RestoreMode::Whole, RestoreMode::Ordered] {
+        let (got, account) = run(&node, job(&prompt, mode));
+        assert_eq!(got, expected, "{mode:?}");
+        assert_eq!(account.hit_tokens, 2_944, "{mode:?}");
+        assert!(account.bytes_read > 256 << 10, "{mode:?}");
+        whole_hit = account.hit_tokens;
+    }
+
+    // With most rows left on SSD, none or some of them in memory.
+    for resident_bytes in [0, 512 << 10] {
+        let job = Job { resident_bytes: Some(resident_bytes), ..job(&prompt, RestoreMode::Ordered) };
+        let (got, account) = run(&node, job);
+        assert_eq!(got, expected, "{resident_bytes}");
+        assert_eq!(account.hit_tokens, whole_hit);
+        let parked = account.parked.unwrap();
+        assert!(parked.prefill.rows_picked > 0 && parked.total.rows_picked > parked.prefill.rows_picked);
+        assert!(parked.total.bytes_fetched > 0 && parked.total.pool_hits < parked.total.rows_picked);
+        assert_eq!(parked.total.pool_hits > 0, resident_bytes > 0);
+    }
+    let (_, all) = run(&node, Job { resident_bytes: Some(u64::MAX), ..job(&prompt, RestoreMode::Ordered) });
+    assert!(all.parked.is_none(), "what fits is not parked");
+
+    // One byte in every 64 KiB of the last third is another one.
+    let used = node.store.stats().record_bytes;
+    let segments = std::fs::read_dir(dir.path().join("store/segments")).unwrap();
+    let largest = segments.map(|entry| entry.unwrap().path()).max_by_key(|path| {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(path).unwrap().blocks()
+    });
+    let file = std::fs::File::options().read(true).write(true).open(largest.unwrap()).unwrap();
+    for at in (used * 2 / 3..used).step_by(64 << 10) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+    }
+    file.sync_all().unwrap();
+    // Keys that are read at once may be sound where a row is not that is picked later, or the other way round.
+    let (got, account) =
+        run(&node, Job { resident_bytes: Some(256 << 10), ..job(&prompt, RestoreMode::Ordered) });
+    assert_eq!(got, expected);
+    assert!(account.hit_tokens < whole_hit);
+    let (got, account) = run(&node, job(&prompt, RestoreMode::Ordered));
+    assert_eq!(got, expected);
+    assert!((1..whole_hit).contains(&account.hit_tokens), "{} of {whole_hit}", account.hit_tokens);
+}
+
+/// A random model of four words with a draft block: small enough that it guesses right now and then.
+fn drafting() -> LoadedModel {
+    let config = support::with(
+        support::v4(),
+        serde_json::json!({"vocab_size": 4, "num_nextn_predict_layers": 1, "max_position_embeddings": 1024}),
+    );
+    let checkpoint = support::Checkpoint::random(config, 11);
+    let mut builder = ModelBuilder::new(&checkpoint.config_text(), KvFormat::F32, 16).unwrap();
+    builder.shard("model.safetensors", checkpoint.shard()).unwrap();
+    builder.draft_if_present();
+    let model = builder.finish().unwrap();
+    assert!(model.has_draft());
+    LoadedModel { name: "drafting".into(), model, ..bundled::load(KvFormat::F32, 16).unwrap() }
+}
+
+#[test]
+fn guessing_changes_nothing_but_the_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = NodeSettings { data: dir.path().to_owned(), ..NodeSettings::default() };
+    let node = Node::open(&settings, Some(drafting())).unwrap();
+    for (seed, temperature, prompt_tokens) in [(1, 0.0, 37), (2, 0.0, 300), (3, 0.9, 5), (4, 1.3, 127)] {
+        let prompt = support::Random(seed).tokens(prompt_tokens, 4);
+        let job = |guessing, restore| Job {
+            max_new_tokens: 150,
+            sampler: Sampler::seeded(temperature, 0.95, seed).unwrap(),
+            guessing,
+            ..job(&prompt, restore)
+        };
+        let (expected, plain) = run(&node, job(Guessing::Never, RestoreMode::Nothing));
+        assert_eq!((expected.len(), plain.guessed_tokens), (150, 0));
+        for guessing in [Guessing::Always, Guessing::Measured] {
+            // Everything computed, and stored with guesses cut off in between; then resumed from what was stored.
+            for restore in [RestoreMode::Nothing, RestoreMode::Ordered] {
+                let (got, account) = run(&node, job(guessing, restore));
+                assert!(got == expected, "{guessing:?}, {restore:?}, seed {seed}");
+                let (guessed, accepted) = (account.guessed_tokens, account.accepted_tokens);
+                assert!(guessed > accepted && (accepted > 0 || guessing != Guessing::Always), "{accepted}");
+            }
+        }
+    }
+    // At the end of the context there is no room for a guess.
+    let prompt = support::Random(9).tokens(1000, 4);
+    let all = |guessing| Job { max_new_tokens: 24, guessing, ..job(&prompt, RestoreMode::Nothing) };
+    assert_eq!(run(&node, all(Guessing::Always)).0, run(&node, all(Guessing::Never)).0);
+}
