@@ -169,6 +169,7 @@ impl Fetch {
         let context = Arc::new(Context {
             targets: objects.into_iter().map(target).collect(),
             planes,
+            one_of_head: order != FetchOrder::ByObject,
             pool: Arc::clone(&shared.pool),
             skip_verification: shared.settings.skips_verification(),
             breaker: Arc::clone(&shared.breaker),
@@ -417,9 +418,7 @@ impl Fetch {
         let behind_head = |item: &Item| {
             let target = &self.context.targets[item.object];
             match (item.part, target.header.get()) {
-                (Part::Plane(plane), Some(header)) => {
-                    header.planes[plane].range().end > target.found.located.head_bytes as usize
-                }
+                (Part::Plane(plane), Some(header)) => !self.context.in_head(target, header, plane),
                 _ => false,
             }
         };

@@ -101,9 +101,10 @@ impl Cache {
         }
     }
 
-    /// Drops what neither a later token nor the state at the last block boundary needs. The sequence holds `tokens`.
+    /// Drops what neither a later token nor the state at the last block boundary needs, nor who takes the last token back:
+    /// it may have been a guess. The sequence holds `tokens`, at least one.
     pub(super) fn trim(&mut self, tokens: usize) {
-        let boundary = tokens / self.block_tokens * self.block_tokens;
+        let boundary = (tokens - 1) / self.block_tokens * self.block_tokens;
         if self.holds_state(boundary) && self.resumable_from != Some(boundary) {
             self.resumable_from = Some(boundary);
             self.drop_windows(boundary);

@@ -199,7 +199,8 @@ fn unusable_layouts_are_named() {
     group.family = Family::State;
     group.rows = 1;
     let windows = KvLayout::new("x", 128, vec![group]).unwrap();
-    assert_eq!((windows.object_bytes(ObjectKind::Block), windows.planes(ObjectKind::State).len()), (0, 1));
+    assert_eq!(windows.object_bytes(ObjectKind::Block), 0);
+    assert!(windows.object_bytes(ObjectKind::State) > 0);
     let config = KvLayout::from_config(r#"{"model_type":"gpt2","num_hidden_layers":1}"#, RowFormat::F32, 128);
     assert!(config.unwrap_err().to_string().contains("gpt2"));
 }

@@ -27,6 +27,8 @@ use crate::{Found, MissKind, verify};
 pub(super) struct Context {
     pub(super) targets: Vec<Target>,
     pub(super) planes: PlaneSelection,
+    /// Of a record's start that is read alone only the first plane is given: others that lie in it come in their turn.
+    pub(super) one_of_head: bool,
     pub(super) pool: Arc<BufferPool>,
     pub(super) skip_verification: bool,
     pub(super) breaker: Arc<Breaker>,
@@ -180,12 +182,18 @@ impl Context {
         }
         let target = &self.targets[item.object];
         for plane in self.selected(item.object) {
-            let end = target.header.get().map_or(0, |header| header.planes[plane].range().end);
-            if item.part == Part::Record || end <= target.found.located.head_bytes as usize {
+            let in_head = target.header.get().is_some_and(|header| self.in_head(target, header, plane));
+            if item.part == Part::Record || in_head {
                 let part = Item { object: item.object, part: Part::Plane(plane) };
                 steps.push_back((part, self.plane(item.object, plane, piece)));
             }
         }
+    }
+
+    /// Whether a plane is given from the start of its record.
+    pub(super) fn in_head(&self, target: &Target, header: &RecordHeader, plane: usize) -> bool {
+        let end = header.planes[plane].range().end;
+        end <= target.found.located.head_bytes as usize && !(self.one_of_head && plane > 0)
     }
 
     fn header(&self, object: usize, piece: Piece<'_>) -> Result<Step, MissKind> {
