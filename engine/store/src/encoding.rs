@@ -2,11 +2,10 @@
 
 use std::cell::RefCell;
 
-use esker_prefix::ObjectId;
-
 use crate::fields::narrow;
 use crate::io::{AlignedBuf, BufferPool};
 use crate::record::{self, Codec, ContentDigest, MAX_PLANES, Plane, RecordHeader};
+use crate::sealing::{self, Named, Seal, Sealer, TAG_BYTES};
 use crate::segment::RECORDS_AT;
 use crate::{PutObject, PutPlane, Result, StoreError, StoreSettings, codec};
 
@@ -19,6 +18,7 @@ const WORTH_COMPRESSING_PERCENT: usize = 97;
 pub(crate) struct Hashed {
     object: PutObject,
     digests: Vec<[u8; 32]>,
+    seal: Option<Seal>,
 }
 
 /// A record that lacks only its place.
@@ -32,14 +32,10 @@ pub(crate) struct Encoded {
 
 impl Hashed {
     /// Checks an object against its specs and against what a segment holds, and hashes its planes.
-    pub(crate) fn new(object: PutObject, settings: &StoreSettings) -> Result<Self> {
-        check(&object, settings.segment_bytes_of(object.class))?;
+    pub(crate) fn new(object: PutObject, settings: &StoreSettings, seal: Option<Seal>) -> Result<Self> {
+        check(&object, settings.segment_bytes_of(object.class), seal.is_some())?;
         let digests = object.planes.iter().map(|plane| *blake3::hash(&plane.bytes).as_bytes()).collect();
-        Ok(Self { object, digests })
-    }
-
-    pub(crate) fn id(&self) -> ObjectId {
-        self.object.id
+        Ok(Self { object, digests, seal })
     }
 
     pub(crate) fn digest(&self) -> ContentDigest {
@@ -48,56 +44,79 @@ impl Hashed {
 
     /// Bytes of the record if nothing is compressed.
     pub(crate) fn max_record_bytes(&self) -> usize {
-        max_record_bytes(&self.object)
+        max_record_bytes(&self.object, self.seal.is_some())
     }
 
-    /// Lays the record out.
-    pub(crate) fn encode(self, pool: &Arc<BufferPool>, zstd_level: Option<i32>) -> Encoded {
+    /// Lays the record out, and seals it if it is to be sealed.
+    pub(crate) fn encode(
+        self,
+        pool: &Arc<BufferPool>,
+        zstd_level: Option<i32>,
+        sealer: Option<&dyn Sealer>,
+    ) -> Result<Encoded> {
+        let seal = self.seal;
+        let sealing = seal.zip(sealer);
+        let tag_bytes = if sealing.is_some() { TAG_BYTES } else { 0 };
         let mut record = pool.take(self.max_record_bytes());
         let mut end = record::header_bytes(self.digests.len());
         let mut planes = Vec::with_capacity(self.digests.len());
-        SCRATCH.with_borrow_mut(|scratch| {
+        let named = Named {
+            id: &self.object.id,
+            namespace: &self.object.namespace,
+            scope: &self.object.scope,
+            tokens: self.object.tokens,
+        };
+        SCRATCH.with_borrow_mut(|scratch| -> Result<()> {
             for (plane, &digest) in self.object.planes.iter().zip(&self.digests) {
                 let raw = &plane.bytes[..];
                 let codec = zstd_level.map_or(Codec::Raw, |level| scratch.compress(plane, level));
                 let stored = if codec == Codec::Raw { raw } else { &scratch.out[..] };
                 let offset = record::plane_offset(end);
                 record[end..offset].fill(0);
-                end = offset + stored.len();
-                record[offset..end].copy_from_slice(stored);
-                let stored_checksum = match codec {
-                    Codec::Raw => 0,
-                    Codec::Zstd | Codec::Columns => xxhash_rust::xxh3::xxh3_64(stored),
-                };
-                planes.push(Plane {
+                end = offset + stored.len() + tag_bytes;
+                record[offset..end - tag_bytes].copy_from_slice(stored);
+                let mut laid = Plane {
                     group: plane.spec.group,
                     first_layer: plane.spec.first_layer,
                     layers: plane.spec.layers,
                     codec,
                     offset: narrow(offset),
-                    stored_bytes: narrow(stored.len()),
+                    stored_bytes: narrow(end - offset),
                     raw_bytes: narrow(raw.len()),
-                    stored_checksum,
+                    stored_checksum: 0,
                     digest,
-                });
+                };
+                if let Some((seal, sealer)) = &sealing {
+                    let (index, failed) =
+                        (narrow(planes.len()), |error| StoreError::Sealing { id: self.object.id, error });
+                    let about = sealing::about(&named, index, &laid);
+                    let content = &mut record[offset..end - tag_bytes];
+                    let tag = sealer.seal(seal, index, &about, content).map_err(failed)?;
+                    record[end - tag_bytes..end].copy_from_slice(&tag);
+                }
+                if codec != Codec::Raw || sealing.is_some() {
+                    laid.stored_checksum = xxhash_rust::xxh3::xxh3_64(&record[offset..end]);
+                }
+                planes.push(laid);
             }
-        });
+            Ok(())
+        })?;
         record.truncate(end);
         record[end..].fill(0);
         let PutObject { id, parent, namespace, scope, class, tokens, .. } = self.object;
-        let header = RecordHeader { id, parent, namespace, scope, class, tokens, planes };
-        Encoded { digest: header.content_digest(), header, record }
+        let header = RecordHeader { id, parent, namespace, scope, class, tokens, seal, planes };
+        Ok(Encoded { digest: header.content_digest(), header, record })
     }
 }
 
-fn check(object: &PutObject, segment_bytes: u64) -> Result<()> {
+fn check(object: &PutObject, segment_bytes: u64, sealed: bool) -> Result<()> {
     for (plane, put) in object.planes.iter().enumerate() {
         let (expected, got) = (put.spec.len_bytes, put.bytes.len() as u64);
         if expected != got {
             return Err(StoreError::PlaneLength { id: object.id, plane, expected, got });
         }
     }
-    let (needed_bytes, max_bytes) = (max_record_bytes(object) as u64, max_record_in(segment_bytes));
+    let (needed_bytes, max_bytes) = (max_record_bytes(object, sealed) as u64, max_record_in(segment_bytes));
     if object.planes.len() > MAX_PLANES || needed_bytes > max_bytes {
         return Err(StoreError::TooLarge {
             id: object.id,
@@ -115,9 +134,10 @@ pub(crate) fn max_record_in(segment_bytes: u64) -> u64 {
     segment_bytes - 2 * RECORDS_AT
 }
 
-fn max_record_bytes(object: &PutObject) -> usize {
+fn max_record_bytes(object: &PutObject, sealed: bool) -> usize {
+    let tag_bytes = if sealed { TAG_BYTES } else { 0 };
     let end = object.planes.iter().fold(record::header_bytes(object.planes.len()), |end, plane| {
-        record::plane_offset(end) + plane.bytes.len()
+        record::plane_offset(end) + plane.bytes.len() + tag_bytes
     });
     crate::io::page_ceil(end)
 }

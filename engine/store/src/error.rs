@@ -136,6 +136,14 @@ pub enum StoreError {
         /// Ends of a lease.
         limit: usize,
     },
+    /// An object cannot be encrypted, and is to be stored in no other way.
+    #[error("{id:?} cannot be encrypted: {error}")]
+    Sealing {
+        /// The object.
+        id: ObjectId,
+        /// What the keeper of the keys says.
+        error: crate::SealError,
+    },
     /// The store is closing.
     #[error("store is closed")]
     Closed,

@@ -174,6 +174,7 @@ impl Fetch {
             skip_verification: shared.settings.skips_verification(),
             breaker: Arc::clone(&shared.breaker),
             read_us: Arc::clone(&shared.counters.read_us),
+            sealer: shared.sealer.clone(),
             cancelled: AtomicBool::new(false),
         });
         let (reply, arrivals) = mpsc::channel();

@@ -36,6 +36,7 @@ mod retention;
 mod room;
 mod scan;
 mod scrub;
+mod sealing;
 mod segment;
 mod settings;
 mod shared;
@@ -64,6 +65,7 @@ pub use observer::{Change, Observer, Removal};
 pub use recovery::SCANS as REBUILD_SCANS;
 pub use retention::{Candidate, Context, Retention, RetentionSettings};
 pub use room::room;
+pub use sealing::{OpenError, SALT_BYTES, Seal, SealError, Sealer, TAG_BYTES};
 #[cfg(any(test, feature = "testing"))]
 pub use settings::Sabotage;
 pub use settings::StoreSettings;

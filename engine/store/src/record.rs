@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!   0   8  magic "EskrRec\0"            first, so that a scan can pass over other pages at once
-//!   8   2  version, 1
+//!   8   2  version, 1; 2 if it is sealed (sealing.rs)
 //!  10   1  kind of the object
 //!  11   1  kind of the parent, 0 for a root
 //!  12   1  TTL class
@@ -26,7 +26,8 @@
 //! 144  32  namespace
 //! 176  16  scope tag
 //! 192  32  content digest: BLAKE3 of the plane digests in order
-//! 224  16  zero
+//! 224   4  number of the key by which the planes are sealed, 0 if they are not
+//! 228  12  salt of the seal, zero if there is none
 //! 240  16  header checksum: first 16 bytes of BLAKE3 over 0..240 and the plane table
 //! 256      plane table, 64 bytes a plane:
 //!   0   2  group
@@ -38,7 +39,7 @@
 //!  12   4  stored length in bytes
 //!  16   4  raw length in bytes
 //!  20   4  zero
-//!  24   8  XXH3-64 of the stored bytes; zero if raw, where the digest covers the very same bytes
+//!  24   8  XXH3-64 of the stored bytes; zero if raw and not sealed, where the digest covers the very same bytes
 //!  32  32  BLAKE3 of the raw bytes
 //! ```
 //!
@@ -52,10 +53,12 @@ use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, Scop
 use crate::TtlClass;
 use crate::fields::{Reader, Writer, narrow};
 use crate::io::{PAGE, page_ceil};
+use crate::sealing::{Seal, TAG_BYTES};
 use crate::segment::{Place, SegmentId};
 
 pub(crate) const MAGIC: &[u8; 8] = b"EskrRec\0";
 const VERSION: u16 = 1;
+const SEALED_VERSION: u16 = 2;
 pub(crate) const FIXED_BYTES: usize = 256;
 pub(crate) const CHECKSUM_AT: usize = 240;
 const PLANE_BYTES: usize = 64;
@@ -92,6 +95,8 @@ pub(crate) struct RecordHeader {
     pub(crate) scope: ScopeTag,
     pub(crate) class: TtlClass,
     pub(crate) tokens: u64,
+    /// By what its planes are sealed.
+    pub(crate) seal: Option<Seal>,
     pub(crate) planes: Vec<Plane>,
 }
 
@@ -170,14 +175,16 @@ impl RecordHeader {
         let record_pages = narrow(self.record_bytes() / PAGE);
         let planes = u16::try_from(self.planes.len()).expect("checked against MAX_PLANES");
         let mut writer = Writer::new(out);
-        writer.bytes(MAGIC).u16(VERSION).u8(self.id.kind as u8);
+        let version = if self.seal.is_some() { SEALED_VERSION } else { VERSION };
+        let Seal { key, salt } = self.seal.unwrap_or(Seal { key: 0, salt: [0; 12] });
+        writer.bytes(MAGIC).u16(version).u8(self.id.kind as u8);
         writer.u8(self.parent.map_or(0, |parent| parent.kind as u8)).u8(self.class.0).u8(0);
         writer.u16(planes).u32(narrow(self.header_bytes())).u32(record_pages);
         writer.u64(sequence).u64(place.segment.0).u64(place.generation).u64(place.offset);
         writer.u64(self.tokens).u64(self.raw_bytes()).u32(time_s).u32(0);
         writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
         writer.bytes(&self.namespace.0).bytes(&self.scope.0).bytes(&self.content_digest().0);
-        writer.bytes(&[0; 16]).bytes(&[0; 16]);
+        writer.u32(key).bytes(&salt).bytes(&[0; 16]);
         for plane in &self.planes {
             writer.u16(plane.group).u16(plane.first_layer).u16(plane.layers).u8(plane.codec as u8).u8(0);
             writer.u32(plane.offset).u32(plane.stored_bytes).u32(plane.raw_bytes).u32(0);
@@ -204,7 +211,8 @@ impl PlacedHeader {
         let [kind, parent_kind, class, _] = reader.bytes();
         let planes = usize::from(reader.u16());
         let (header_len, record_pages) = (reader.u32() as usize, reader.u32());
-        if version != VERSION || planes > MAX_PLANES || header_len != header_bytes(planes) {
+        let sealed = version == SEALED_VERSION;
+        if !(sealed || version == VERSION) || planes > MAX_PLANES || header_len != header_bytes(planes) {
             return Err(NotAHeader::Damaged);
         }
         if bytes.len() < header_len {
@@ -222,7 +230,12 @@ impl PlacedHeader {
         let (hash, parent_hash) = (BlockHash(reader.bytes()), BlockHash(reader.bytes()));
         let (namespace, scope) = (NamespaceId(reader.bytes()), ScopeTag(reader.bytes()));
         let digest = ContentDigest(reader.bytes());
-        reader.bytes::<32>();
+        let seal = Seal { key: reader.u32(), salt: reader.bytes() };
+        reader.bytes::<16>();
+        let seal = sealed.then_some(seal);
+        if seal.is_some_and(|seal| seal.key == 0) {
+            return Err(NotAHeader::Damaged);
+        }
         let record_bytes = record_pages as usize * PAGE;
         let planes = (0..planes)
             .map(|_| decode_plane(&mut reader))
@@ -231,8 +244,10 @@ impl PlacedHeader {
         let mut end = header_len;
         for plane in &planes {
             let range = plane.range();
-            let raw = plane.codec == Codec::Raw && plane.stored_bytes != plane.raw_bytes;
-            if range.start < end || range.end > record_bytes || raw {
+            let tag_bytes = if sealed { TAG_BYTES as u64 } else { 0 };
+            let content_bytes = u64::from(plane.stored_bytes).checked_sub(tag_bytes);
+            let raw = plane.codec == Codec::Raw && content_bytes != Some(u64::from(plane.raw_bytes));
+            if range.start < end || range.end > record_bytes || raw || content_bytes.is_none() {
                 return Err(NotAHeader::Damaged);
             }
             end = range.end;
@@ -246,7 +261,7 @@ impl PlacedHeader {
             }
         };
         let (id, class) = (ObjectId { kind, hash }, TtlClass(class));
-        let header = RecordHeader { id, parent, namespace, scope, class, tokens, planes };
+        let header = RecordHeader { id, parent, namespace, scope, class, tokens, seal, planes };
         if header.raw_bytes() != raw_bytes
             || header.content_digest() != digest
             || header.record_bytes() != record_bytes

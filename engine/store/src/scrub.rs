@@ -207,12 +207,12 @@ impl Shared {
         for plane in &header.planes {
             let range = plane.range();
             if whole {
-                verify::plane(plane, &read[range], &self.pool)?;
+                verify::stored(&header, plane, &read[range], &self.pool)?;
                 continue;
             }
             let start = range.start / crate::io::PAGE * crate::io::PAGE;
             let read = self.read(located, start, crate::io::page_ceil(range.end - start))?;
-            verify::plane(plane, &read[range.start - start..range.end - start], &self.pool)?;
+            verify::stored(&header, plane, &read[range.start - start..range.end - start], &self.pool)?;
         }
         Ok(())
     }

@@ -15,6 +15,7 @@ use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_c
 use crate::lease::Leases;
 use crate::observer::{Observed, Removal};
 use crate::record::ContentDigest;
+use crate::sealing::Sealer;
 use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot};
 use crate::stats::Counters;
 use crate::table::{Located, Table};
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) pool: Arc<BufferPool>,
     pub(crate) verifiers: Verifiers,
+    /// Encrypts what is secret, where this store keeps secrets.
+    pub(crate) sealer: Option<Arc<dyn Sealer>>,
     pub(crate) index: Index,
     pub(crate) table: Table,
     pub(crate) time: StoreTime,

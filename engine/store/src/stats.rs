@@ -33,11 +33,13 @@ pub enum MissKind {
     Deadline = 8,
     /// Its device failed so many reads that nothing is read from it for a while.
     Unavailable = 9,
+    /// It is sealed by a key that was destroyed, or that this store was not given.
+    NoKey = 10,
 }
 
 impl MissKind {
     /// All kinds.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Absent,
         Self::ReadError,
         Self::Truncated,
@@ -48,11 +50,12 @@ impl MissKind {
         Self::Digest,
         Self::Deadline,
         Self::Unavailable,
+        Self::NoKey,
     ];
 
     /// Whether the record itself is at fault, so that it is worth a second read and then quarantine.
     pub fn is_damage(self) -> bool {
-        !matches!(self, Self::Absent | Self::Deadline | Self::Unavailable)
+        !matches!(self, Self::Absent | Self::Deadline | Self::Unavailable | Self::NoKey)
     }
 
     /// Name for logs and metric labels.
@@ -68,6 +71,7 @@ impl MissKind {
             Self::Digest => "digest",
             Self::Deadline => "deadline",
             Self::Unavailable => "unavailable",
+            Self::NoKey => "no_key",
         }
     }
 }

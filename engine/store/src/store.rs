@@ -21,6 +21,7 @@ use crate::observer::{Observed, Observer};
 use crate::record::RecordHeader;
 use crate::recovery;
 use crate::scrub::Scrubber;
+use crate::sealing::{self, Sealer};
 use crate::segment::{RECORDS_AT, SegmentTable};
 use crate::shared::Shared;
 use crate::stats::Counters;
@@ -82,8 +83,13 @@ impl Store {
     /// Opens or makes the store in `dir`: takes the lock, chooses an I/O engine by trying, brings the index to what
     /// the segments hold. Damaged data never prevents that; [`Store::open_report`] tells what was found.
     pub fn open(dir: &Path, settings: StoreSettings) -> Result<Self> {
+        Self::open_sealed(dir, settings, None)
+    }
+
+    /// As [`Store::open`]; what is secret is encrypted by `sealer` from now on. Without one, what was encrypted is a miss.
+    pub fn open_sealed(dir: &Path, settings: StoreSettings, sealer: Option<Arc<dyn Sealer>>) -> Result<Self> {
         let engines = settings.io_engines.clone();
-        Self::open_with(dir, settings, None, |segments| {
+        Self::open_with(dir, settings, None, sealer, |segments| {
             let (disk, refused) =
                 io::choose(segments, &engines).map_err(StoreError::io("no I/O engine works in", segments))?;
             Ok((disk, refused.into_iter().map(|(engine, error)| (engine, error.to_string())).collect()))
@@ -92,13 +98,13 @@ impl Store {
 
     /// As [`Store::open`], with a disk of the caller's for the segments. Lock and index stay in `dir`.
     pub fn open_on(dir: &Path, settings: StoreSettings, disk: Arc<dyn Disk>) -> Result<Self> {
-        Self::open_with(dir, settings, None, |_| Ok((disk, Vec::new())))
+        Self::open_with(dir, settings, None, None, |_| Ok((disk, Vec::new())))
     }
 
     /// As [`Store::open`], with a clock of the caller's.
     pub fn open_at(dir: &Path, settings: StoreSettings, clock: Arc<dyn Clock>) -> Result<Self> {
         let engines = settings.io_engines.clone();
-        Self::open_with(dir, settings, Some(clock), |segments| {
+        Self::open_with(dir, settings, Some(clock), None, |segments| {
             let chosen =
                 io::choose(segments, &engines).map_err(StoreError::io("no I/O engine works in", segments));
             chosen.map(|(disk, _)| (disk, Vec::new()))
@@ -112,13 +118,14 @@ impl Store {
         disk: Arc<dyn Disk>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self> {
-        Self::open_with(dir, settings, Some(clock), |_| Ok((disk, Vec::new())))
+        Self::open_with(dir, settings, Some(clock), None, |_| Ok((disk, Vec::new())))
     }
 
     fn open_with(
         dir: &Path,
         settings: StoreSettings,
         clock: Option<Arc<dyn Clock>>,
+        sealer: Option<Arc<dyn Sealer>>,
         disk: impl FnOnce(&Path) -> Result<(Arc<dyn Disk>, Vec<(IoEngine, String)>)>,
     ) -> Result<Self> {
         settings.check()?;
@@ -139,6 +146,7 @@ impl Store {
                 pool: Arc::clone(&pool),
                 verifiers: Verifiers::start(settings.verify_threads)
                     .map_err(StoreError::io("starting the verifying threads of", dir))?,
+                sealer: sealer.clone(),
                 reading: ByteGate::new(settings.read_bytes_in_flight),
                 putting: ByteGate::new(settings.put_bytes_in_flight),
                 settings: settings.clone(),
@@ -202,9 +210,15 @@ impl Store {
                 Ok(Prepared::New(hashed)) => {
                     let settings = &self.shared.settings;
                     let permit = self.shared.putting.acquire(hashed.max_record_bytes());
-                    let encoded = hashed.encode(&self.shared.pool, settings.zstd_level);
-                    self.committer.submit(Submission { encoded, position, reply: reply.clone(), permit });
-                    continue;
+                    let sealer = self.shared.sealer.as_deref();
+                    match hashed.encode(&self.shared.pool, settings.zstd_level, sealer) {
+                        Ok(encoded) => {
+                            let reply = reply.clone();
+                            self.committer.submit(Submission { encoded, position, reply, permit });
+                            continue;
+                        }
+                        Err(error) => outcomes[position] = Some(Err(error)),
+                    }
                 }
                 Err(error) => outcomes[position] = Some(Err(error)),
             }
@@ -481,8 +495,11 @@ impl Store {
 
     /// Hashes an object and skips it if these very bytes are known.
     fn prepare(&self, object: PutObject) -> Result<Prepared> {
-        let hashed = Hashed::new(object, &self.shared.settings)?;
-        let id = hashed.id();
+        let id = object.id;
+        let sealer = self.shared.sealer.as_ref().filter(|_| sealing::is_secret(id.kind));
+        let seal = sealer.map(|sealer| sealer.begin(object.scope)).transpose();
+        let seal = seal.map_err(|error| StoreError::Sealing { id, error })?.flatten();
+        let hashed = Hashed::new(object, &self.shared.settings, seal)?;
         match self.shared.stored_digest(id) {
             None => Ok(Prepared::New(hashed)),
             Some(digest) if digest == hashed.digest() => Ok(Prepared::Known(PutOutcome::Present)),

@@ -13,6 +13,7 @@ use crate::MissKind;
 use crate::codec;
 use crate::io::{AlignedBuf, BufferPool};
 use crate::record::{Codec, PlacedHeader, Plane, RecordHeader};
+use crate::sealing::{self, OpenError, Sealer, TAG_BYTES};
 use crate::table::Located;
 
 /// The header at the start of `bytes`, if it is the one that the table means by `located` for `id`, in a segment of
@@ -53,6 +54,55 @@ pub(crate) fn plane(
         return Err(MissKind::Digest);
     }
     Ok(decoded)
+}
+
+/// The content of a plane of a sealed record.
+pub(crate) fn sealed_plane(
+    header: &RecordHeader,
+    index: usize,
+    stored: &[u8],
+    pool: &Arc<BufferPool>,
+    sealer: Option<&dyn Sealer>,
+) -> Result<AlignedBuf, MissKind> {
+    let (plane, seal) = (&header.planes[index], header.seal.ok_or(MissKind::WrongRecord)?);
+    let sealer = sealer.ok_or(MissKind::NoKey)?;
+    let index = u32::try_from(index).map_err(|_| MissKind::WrongRecord)?;
+    let mut buf = pool.take(stored.len());
+    let bytes = &mut buf[..stored.len()];
+    bytes.copy_from_slice(stored);
+    // The tag proves more than the checksum does, which is for those who have no key.
+    sealer.open(&seal, index, &sealing::about(&header.into(), index, plane), bytes).map_err(|error| {
+        match error {
+            OpenError::NoKey => MissKind::NoKey,
+            OpenError::Forged => MissKind::PlaneChecksum,
+        }
+    })?;
+    let content = match plane.codec {
+        Codec::Raw => buf,
+        Codec::Zstd | Codec::Columns => decode(plane, &buf[..stored.len() - TAG_BYTES], pool)?,
+    };
+    if *blake3::hash(&content[..plane.raw_bytes as usize]).as_bytes() != plane.digest {
+        return Err(MissKind::Digest);
+    }
+    Ok(content)
+}
+
+/// Whether the stored bytes of a plane are those that were written. Needs no key: of a sealed plane the checksum is all that is
+/// looked at.
+pub(crate) fn stored(
+    header: &RecordHeader,
+    plane: &Plane,
+    stored: &[u8],
+    pool: &Arc<BufferPool>,
+) -> Result<(), MissKind> {
+    if header.seal.is_none() {
+        return self::plane(plane, stored, pool).map(drop);
+    }
+    if xxhash_rust::xxh3::xxh3_64(stored) == plane.stored_checksum {
+        Ok(())
+    } else {
+        Err(MissKind::PlaneChecksum)
+    }
 }
 
 thread_local! {

@@ -20,6 +20,7 @@ use crate::breaker::Breaker;
 use crate::io::{BufferPool, Completion, Deliver, Permit};
 use crate::latency::LatencyCounter;
 use crate::record::{Codec, RecordHeader};
+use crate::sealing::Sealer;
 use crate::shared::miss_of;
 use crate::{Found, MissKind, verify};
 
@@ -33,6 +34,7 @@ pub(super) struct Context {
     pub(super) skip_verification: bool,
     pub(super) breaker: Arc<Breaker>,
     pub(super) read_us: Arc<LatencyCounter>,
+    pub(super) sealer: Option<Arc<dyn Sealer>>,
     /// Nobody waits for planes any more.
     pub(super) cancelled: AtomicBool,
 }
@@ -209,11 +211,14 @@ impl Context {
 
     fn plane(&self, object: usize, index: usize, piece: Piece<'_>) -> Result<Step, MissKind> {
         let target = &self.targets[object];
-        let plane = target.header.get().and_then(|header| header.planes.get(index));
-        let plane = plane.ok_or(MissKind::WrongRecord)?;
+        let header = target.header.get().ok_or(MissKind::WrongRecord)?;
+        let plane = header.planes.get(index).ok_or(MissKind::WrongRecord)?;
         let start = target.found.located.spot.offset + u64::from(plane.offset);
         let stored = piece.slice(start, plane.stored_bytes as usize)?;
         let decoded = match plane.codec {
+            _ if header.seal.is_some() => {
+                Some(verify::sealed_plane(header, index, &stored, &self.pool, self.sealer.as_deref())?)
+            }
             Codec::Raw if self.skip_verification => None,
             Codec::Zstd | Codec::Columns if self.skip_verification => {
                 Some(verify::decode(plane, &stored, &self.pool)?)

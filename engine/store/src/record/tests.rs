@@ -19,6 +19,7 @@ fn header() -> RecordHeader {
         class: crate::TtlClass(0),
         scope: ScopeTag([0x44; 16]),
         tokens: 256,
+        seal: None,
         planes: vec![
             plane(0, Codec::Raw, 384, 100, 100, 0, 0x55),
             plane(1, Codec::Zstd, 4096, 70_000, 90_000, 0x0102_0304_0506_0708, 0x66),
@@ -113,5 +114,27 @@ fn authenticated_nonsense_is_refused() {
         let mut record = vec![0; 1 << 20];
         header.encode(PLACE, 9, 10, &mut record);
         assert_eq!(PlacedHeader::decode(&record), Err(NotAHeader::Damaged), "{header:?}");
+    }
+}
+
+#[test]
+fn a_sealed_header_is_of_its_own_version_and_says_by_what() {
+    let plain = header();
+    let seal = Some(Seal { key: 0x0a0b_0c0d, salt: [0x77; 12] });
+    let mut planes = plain.planes.clone();
+    planes[0].stored_bytes += 16;
+    let sealed = RecordHeader { seal, planes, ..plain };
+    let mut record = vec![0; sealed.record_bytes()];
+    sealed.encode(PLACE, 9, 10, &mut record);
+    assert_eq!(record[8..10], [2, 0]);
+    assert_eq!(record[224..240], [[0x0d, 0x0c, 0x0b, 0x0a].as_slice(), &[0x77; 12]].concat());
+    assert_eq!(PlacedHeader::decode(&record).unwrap().header, sealed);
+    // A key of 0, or a raw plane without room for its tag, is no sealed record.
+    for broken in [
+        RecordHeader { seal: Some(Seal { key: 0, salt: [0; 12] }), ..sealed.clone() },
+        RecordHeader { planes: header().planes, ..sealed },
+    ] {
+        broken.encode(PLACE, 9, 10, &mut record);
+        assert_eq!(PlacedHeader::decode(&record), Err(NotAHeader::Damaged));
     }
 }
