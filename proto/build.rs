@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["cache", "decoder", "sessions", "warmup", "usage", "admin", "events"]
+    let files = ["cache", "decoder", "sessions", "warmup", "usage", "admin", "events", "local"]
         .map(|name| format!("esker/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

@@ -11,7 +11,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 mod floor;
-mod measure;
+pub mod measure;
 mod page_cache;
 pub mod replay;
 pub mod store;

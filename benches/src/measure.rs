@@ -4,18 +4,21 @@ use std::time::{Duration, Instant};
 
 /// Bytes, and the time and CPU they took.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Rate {
+pub struct Rate {
     /// Bytes moved.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
     /// Time it took, in seconds.
-    pub(crate) wall_s: f64,
+    pub wall_s: f64,
     /// User and system time of all threads, in seconds.
-    pub(crate) cpu_s: f64,
+    pub cpu_s: f64,
 }
 
 impl Rate {
     /// Adds a piece of work that tells how many bytes it moved.
-    pub(crate) fn measure<E>(&mut self, work: impl FnOnce() -> Result<u64, E>) -> Result<(), E> {
+    ///
+    /// # Errors
+    /// That of the work; what it moved does not count then.
+    pub fn measure<E>(&mut self, work: impl FnOnce() -> Result<u64, E>) -> Result<(), E> {
         let (started, cpu) = (Instant::now(), cpu_s());
         self.bytes += work()?;
         self.wall_s += started.elapsed().as_secs_f64();
@@ -24,18 +27,18 @@ impl Rate {
     }
 
     /// Megabytes a second.
-    pub(crate) fn mb_s(&self) -> f64 {
+    pub fn mb_s(&self) -> f64 {
         self.bytes as f64 / self.wall_s / 1e6
     }
 
     /// Core-seconds for each GiB.
-    pub(crate) fn cpu_s_per_gib(&self) -> f64 {
+    pub fn cpu_s_per_gib(&self) -> f64 {
         self.cpu_s / (self.bytes as f64 / f64::from(1 << 30))
     }
 }
 
 /// The value below which `share` of the times lie, in microseconds.
-pub(crate) fn percentile_us(times: &mut [Duration], share: f64) -> f64 {
+pub fn percentile_us(times: &mut [Duration], share: f64) -> f64 {
     times.sort_unstable();
     let last = times.len().saturating_sub(1);
     let at = (share * last as f64).round();
@@ -43,7 +46,10 @@ pub(crate) fn percentile_us(times: &mut [Duration], share: f64) -> f64 {
 }
 
 /// The time of each of `rounds` calls.
-pub(crate) fn times<E>(rounds: usize, mut call: impl FnMut() -> Result<(), E>) -> Result<Vec<Duration>, E> {
+///
+/// # Errors
+/// That of the first call that fails.
+pub fn times<E>(rounds: usize, mut call: impl FnMut() -> Result<(), E>) -> Result<Vec<Duration>, E> {
     (0..rounds)
         .map(|_| {
             let started = Instant::now();

@@ -187,7 +187,8 @@ impl From<ObjectKind> for v1::ObjectKind {
     }
 }
 
-fn object_kind(kind: v1::ObjectKind) -> Result<ObjectKind, WireError> {
+/// The kind of an object that a message names.
+pub fn object_kind(kind: v1::ObjectKind) -> Result<ObjectKind, WireError> {
     match kind {
         v1::ObjectKind::Block => Ok(ObjectKind::Block),
         v1::ObjectKind::State => Ok(ObjectKind::State),

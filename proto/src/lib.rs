@@ -18,7 +18,7 @@ mod check;
 mod error;
 mod limits;
 
-pub use assemble::{Assembled, PlaneAssembler, PlaneReader, WholePlane, chunks};
+pub use assemble::{Assembled, PlaneAssembler, PlaneReader, WholePlane, chunks, object_kind};
 pub use check::{PrefixNames, check_name, check_namespace_id, check_prefix, check_tokens, namespace_of};
 pub use error::WireError;
 pub use limits::{

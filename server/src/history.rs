@@ -239,7 +239,7 @@ fn words(kind: MissKind) -> &'static str {
         MissKind::WrongRecord => "another record was in their place",
         MissKind::PlaneChecksum | MissKind::Digest => "their bytes are damaged",
         MissKind::Decode => "their bytes do not decompress",
-        MissKind::Absent | MissKind::Deadline | MissKind::Unavailable => "not damaged",
+        MissKind::Absent | MissKind::Deadline | MissKind::Unavailable | MissKind::NoKey => "not damaged",
     }
 }
 

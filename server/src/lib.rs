@@ -16,8 +16,10 @@ mod generate;
 mod grant;
 mod history;
 mod http;
+mod keys;
 mod ledger;
 mod live;
+mod local;
 mod lookup;
 mod metrics;
 mod model_folder;
@@ -37,6 +39,7 @@ mod warmups;
 mod write_behind;
 
 pub use ledger::LedgerSettings;
+pub use local::LocalSettings;
 pub use model_folder::{LoadedModel, load_model};
 pub use node::{Node, NodeSettings};
 pub use principal::{Principal, Role, Roles, TenantId};

@@ -16,7 +16,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Serve the prefix cache and the bundled decoder over gRPC
-    Serve(command::serve::Args),
+    Serve(Box<command::serve::Args>),
     /// Continue a text on a running node
     Generate(command::generate::Args),
     /// Show how much of a text a running node has stored
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
         },
         Command::Top(args) => command::top::run(&args),
         Command::Stat(args) => command::stat::run(&args),
-        Command::Serve(args) => command::serve::run(args),
+        Command::Serve(args) => command::serve::run(*args),
         Command::Generate(args) => command::generate::run(args),
         Command::Lookup(args) => command::lookup::run(args),
         Command::Warmup(args) => command::warmup::run(args),

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use esker_prefix::{Namespace, NamespaceId};
-use esker_store::{Observer, Store, StoreSettings};
+use esker_store::{Observer, Sealer, Store, StoreSettings};
 
 use crate::audit::{Audit, Event};
 use crate::control::Control;
@@ -13,9 +13,11 @@ use crate::events::Events;
 use crate::generate::Guessing;
 use crate::grant::Grants;
 use crate::history::History;
+use crate::keys::Keys;
 use crate::ledger::storage::Sampler;
 use crate::ledger::{Ledger, LedgerSettings};
 use crate::live::Live;
+use crate::local::Arenas;
 use crate::metrics::Metrics;
 use crate::model_folder::LoadedModel;
 use crate::namespaces::Namespaces;
@@ -48,6 +50,8 @@ pub struct NodeSettings {
     pub policy: Option<PathBuf>,
     /// Part of the time, in percent, that warm-up jobs take while live requests run.
     pub warmup_share: u32,
+    /// The file of the root key; with it what tenants store is encrypted.
+    pub root_key: Option<PathBuf>,
 }
 
 /// Everything one process serves. All methods may block on the disk.
@@ -73,6 +77,7 @@ pub struct Node {
     pub(crate) history: History,
     /// The data folder.
     pub(crate) data: PathBuf,
+    pub(crate) arenas: Arc<Arenas>,
     pub(crate) engine: Option<Engine>,
     /// Of a sequence's rows that indexers pick among, most bytes in memory; `None` for all.
     pub(crate) resident_bytes: Option<u64>,
@@ -94,7 +99,9 @@ impl Node {
         let data = &settings.data;
         std::fs::create_dir_all(data)
             .with_context(|| format!("cannot make the data folder {}", data.display()))?;
-        let store = Store::open(&data.join("store"), settings.store.clone())
+        let keys = keys(data, settings.root_key.as_deref())?;
+        let sealer = keys.clone().map(|keys| keys as Arc<dyn Sealer>);
+        let store = Store::open_sealed(&data.join("store"), settings.store.clone(), sealer)
             .with_context(|| format!("cannot open the data folder {}", data.display()))?;
         let secret = root_secret(data)?;
         let store = Arc::new(store);
@@ -104,7 +111,7 @@ impl Node {
         let policy = Arc::new(PolicyFile::open(settings.policy.as_deref())?);
         let control = Arc::new(Control::open(&data.join("control"))?);
         let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
-        let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), &store)?;
+        let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), keys, &store)?;
         let cluster = settings.cluster.clone().unwrap_or_else(|| tenants.deployment());
         let ledger = Ledger::open(&data.join("ledger"), settings.ledger, &cluster)?;
         if let Some(gap) = ledger.gap() {
@@ -119,6 +126,7 @@ impl Node {
         let engine = model.map(|model| Engine::start(model, &store, &namespaces, &events)).transpose()?;
         let warmups = Warmups::open(Arc::clone(&control), settings.warmup_share)?;
         let grants = Grants::new(&grant_seed(data));
+        let arenas = Arc::new(Arenas::new(&random_seed().context("cannot read /dev/urandom")?));
         let sampler = Sampler::default();
         let prices = settings.prices.as_deref().map(PriceFile::read).transpose()?;
         Ok(Self {
@@ -134,6 +142,7 @@ impl Node {
             metrics: Metrics::default(),
             events,
             audit,
+            arenas,
             ledger,
             _exporting: exporting,
             sampler,
@@ -192,4 +201,24 @@ impl Engine {
 fn grant_seed(data: &Path) -> Vec<u8> {
     let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     format!("{} {} {}", data.display(), std::process::id(), started.as_nanos()).into_bytes()
+}
+
+/// The keys of a node that encrypts. One that has encrypted before needs its root key.
+fn keys(data: &Path, root_key: Option<&Path>) -> anyhow::Result<Option<Arc<Keys>>> {
+    match root_key {
+        Some(root_key) => Ok(Some(Arc::new(Keys::open(data, root_key)?))),
+        None if Keys::exist(data) => bail!(
+            "what {} holds is encrypted: give its root key, --root-key FILE; without that nothing of it can be read",
+            data.display()
+        ),
+        None => Ok(None),
+    }
+}
+
+/// For names that nobody may guess.
+fn random_seed() -> std::io::Result<[u8; 32]> {
+    use std::io::Read;
+    let mut seed = [0; 32];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut seed)?;
+    Ok(seed)
 }

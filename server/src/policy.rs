@@ -21,6 +21,9 @@
 //!
 //! [tenants.acme.service_accounts]       # spiffe://fleet.example/tenant/acme/sa/engine
 //! engine = ["reader", "writer"]
+//!
+//! [tenants.acme.local_uids]             # who on this host speaks for an account, over the socket of `--local`
+//! engine = [1001]
 //! ```
 
 use std::collections::BTreeMap;
@@ -68,6 +71,8 @@ pub(crate) struct TenantPolicy {
     pub(crate) warmups: Option<u64>,
     #[serde(default)]
     pub(crate) service_accounts: BTreeMap<String, Vec<Role>>,
+    #[serde(default)]
+    pub(crate) local_uids: BTreeMap<String, Vec<u32>>,
 }
 
 impl Policy {
@@ -84,11 +89,33 @@ impl Policy {
             toml::from_str(&text).with_context(|| format!("the policy {} is not usable", path.display()))?;
         for (tenant, rules) in &policy.tenants {
             let names = std::iter::once(&tenant.0).chain(&rules.org).chain(rules.service_accounts.keys());
+            let unknown = rules.local_uids.keys().find(|name| !rules.service_accounts.contains_key(*name));
+            if let Some(account) = unknown {
+                bail!(
+                    "the policy {} gives local uids to {tenant}/{account}, which is not among its service_accounts",
+                    path.display()
+                );
+            }
             if let Some(bad) = names.into_iter().find(|name| !is_name(name)) {
                 bail!(
                     "the policy {} names {bad:?}: names are 1 to 128 ASCII letters, digits, '-', '_', '.', '@' or ':'",
                     path.display()
                 );
+            }
+        }
+        let mut uids = BTreeMap::new();
+        for (tenant, rules) in &policy.tenants {
+            for (account, uid) in
+                rules.local_uids.iter().flat_map(|(account, uids)| uids.iter().map(move |uid| (account, uid)))
+            {
+                if let Some(other) = uids.insert(uid, (tenant, account)) {
+                    bail!(
+                        "the policy {} gives uid {uid} to {}/{} and to {tenant}/{account}: it can speak for one only",
+                        path.display(),
+                        other.0,
+                        other.1
+                    );
+                }
             }
         }
         if let Some(jwt) = &mut policy.jwt
@@ -211,6 +238,12 @@ mod tests {
             ("[tenants.a]\nstored_byte = 3", "stored_byte"),
             ("[tenants.\"a/b\"]", "a/b"),
             ("[tenants.a.service_accounts]\nx = [\"root\"]", "root"),
+            ("[tenants.a.local_uids]\nx = [7]", "a/x"),
+            (
+                "[tenants.a]\nservice_accounts = { x = [] }\nlocal_uids = { x = [7] }\n\
+                 [tenants.b]\nservice_accounts = { y = [] }\nlocal_uids = { y = [7] }",
+                "uid 7",
+            ),
         ] {
             let error = format!("{:#}", policy(text).unwrap_err());
             assert!(error.contains(named), "{error}");

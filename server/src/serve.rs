@@ -12,6 +12,7 @@ use esker_proto::v1::FILE_DESCRIPTOR_SET;
 use esker_proto::v1::admin_server::AdminServer;
 use esker_proto::v1::decoder_server::DecoderServer;
 use esker_proto::v1::events_server::EventsServer;
+use esker_proto::v1::local_server::LocalServer;
 use esker_proto::v1::prefix_cache_server::PrefixCacheServer;
 use esker_proto::v1::sessions_server::SessionsServer;
 use esker_proto::v1::usage_server::UsageServer;
@@ -19,16 +20,18 @@ use esker_proto::v1::warmup_server::WarmupServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::service::Routes;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::auth::{AuthLayer, Authenticator};
 use crate::http::{self, Site};
+use crate::local::{LocalSettings, LocalSockets};
 use crate::metrics::MetricsLayer;
 use crate::node::Node;
 use crate::service::{
-    AdminService, CacheService, DecoderService, EventsService, SessionsService, UsageService, WarmupService,
-    close_unsettled,
+    AdminService, Admission, CacheService, DecoderService, EventsService, LocalService, SessionsService,
+    UsageService, WarmupService, close_unsettled,
 };
 use crate::warmups::Runner;
 
@@ -36,6 +39,9 @@ const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_PENDING_RESETS: usize = 32;
 /// Connections are closed in good order after this long, so that load balancers can move clients.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(3600);
+/// Largest HTTP/2 frame that we take. Small ones cost a putter a system call every 16 KiB; what may be under way is bounded by the
+/// window of the connection, 1 MiB, which is left as it is.
+const FRAME_BYTES: u32 = 256 << 10;
 const KEEPALIVE: Duration = Duration::from_secs(20);
 /// After a stop signal, streams get this long to end by themselves.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -69,6 +75,8 @@ pub struct ListenSettings {
     pub insecure: bool,
     /// TLS, if any.
     pub tls: Option<TlsFiles>,
+    /// Unix sockets beside it, for clients on this host.
+    pub local: Option<LocalSettings>,
 }
 
 /// PEM files of TLS.
@@ -85,7 +93,7 @@ pub struct TlsFiles {
 impl ListenSettings {
     /// Plain, on this address.
     pub fn plain(address: SocketAddr) -> Self {
-        Self { address, http: None, insecure: false, tls: None }
+        Self { address, http: None, insecure: false, tls: None, local: None }
     }
 
     /// Beyond loopback only with TLS and a policy, or with `insecure`.
@@ -133,9 +141,8 @@ pub async fn start(
     listen: &ListenSettings,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<Running> {
-    let authenticator = Authenticator::new(Arc::clone(&node.policy), node.policy.is_file())?;
+    let authenticator = Arc::new(Authenticator::new(Arc::clone(&node.policy), node.policy.is_file())?);
     listen.check(authenticator.asks())?;
-    let authenticator = Arc::new(authenticator);
     let auth = AuthLayer::new(Arc::clone(&authenticator), Arc::clone(&node.audit));
     let listener = TcpListener::bind(listen.address)
         .await
@@ -145,14 +152,19 @@ pub async fn start(
     let http = match listen.http {
         Some(address) => {
             let site = Site::new(node.clone(), Arc::clone(&decoding));
-            Some(http::bind(site, authenticator, address, listen.tls.as_ref()).await?)
+            Some(http::bind(site, Arc::clone(&authenticator), address, listen.tls.as_ref()).await?)
         }
         None => None,
     };
     let http_address = http.as_ref().map(|http| http.address);
 
-    let cache =
-        PrefixCacheServer::new(CacheService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let asks = authenticator.asks();
+    let local = listen.local.as_ref().map(|local| LocalSockets::bind(local, asks)).transpose()?;
+
+    let admission = Admission::new();
+    let cache = PrefixCacheServer::new(CacheService::new(node.clone(), admission.clone()))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let arenas = LocalServer::new(LocalService::new(node.clone(), admission));
     let decoder = DecoderServer::from_arc(Arc::clone(&decoding)).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<PrefixCacheServer<CacheService>>().await;
@@ -175,20 +187,15 @@ pub async fn start(
     let events = EventsServer::new(EventsService::new(node.clone()));
     let warming = Runner::start(&node).context("cannot start the thread of warm-up jobs")?;
     let housekeeping = tokio::spawn(keep_house(Arc::clone(&node)));
-    let mut server = Server::builder();
-    if let Some(tls) = &listen.tls {
-        server = server.tls_config(tls.config()?).context("the TLS files cannot be used")?;
-    }
-    let router = server
+    let server = Server::builder()
         .tcp_nodelay(true)
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
+        .max_frame_size(FRAME_BYTES)
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
-        .max_connection_age(MAX_CONNECTION_AGE)
-        .layer(MetricsLayer(node.clone()))
-        .layer(auth)
-        .add_service(health_service)
+        .max_connection_age(MAX_CONNECTION_AGE);
+    let routes = Routes::new(health_service)
         .add_service(reflection)
         .add_service(cache)
         .add_service(decoder)
@@ -196,9 +203,23 @@ pub async fn start(
         .add_service(usage)
         .add_service(warmup)
         .add_service(events)
+        .add_service(arenas)
         .add_service(admin);
+    let local = local.map(|sockets| {
+        let (calls, handing_out) = sockets.serve(Arc::clone(&node.arenas), authenticator);
+        let router =
+            server.clone().layer(MetricsLayer(node.clone())).layer(auth.clone()).add_routes(routes.clone());
+        let calls = tokio::spawn(router.serve_with_incoming(UnixListenerStream::new(calls)));
+        [AbortOnDrop(handing_out.abort_handle()), AbortOnDrop(calls.abort_handle())]
+    });
+    let server = match &listen.tls {
+        Some(tls) => server.tls_config(tls.config()?).context("the TLS files cannot be used")?,
+        None => server,
+    };
+    let router = server.layer(MetricsLayer(node.clone())).layer(auth).add_routes(routes);
     let serving = tokio::spawn(async move {
-        let _housekeeping = AbortOnDrop(housekeeping);
+        let _housekeeping = AbortOnDrop(housekeeping.abort_handle());
+        let _local = local;
         let (draining, drained) = watch::channel(false);
         let signal = async move {
             stop.await;
@@ -249,7 +270,7 @@ async fn keep_house(node: Arc<Node>) {
 }
 
 /// A task that lives no longer than this.
-struct AbortOnDrop(JoinHandle<()>);
+struct AbortOnDrop(tokio::task::AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

@@ -2,11 +2,13 @@
 
 mod admin;
 mod bill;
+mod admission;
 mod cache;
 mod deadline;
 mod decoder;
 mod events;
 mod fetch;
+mod local;
 mod put;
 mod sessions;
 mod settle;
@@ -15,9 +17,12 @@ mod usage;
 mod warmup;
 
 pub(crate) use admin::AdminService;
+pub(crate) use admission::Admission;
 pub(crate) use cache::CacheService;
 pub(crate) use decoder::DecoderService;
 pub(crate) use events::EventsService;
+pub(crate) use fetch::{Delivery, Fetching};
+pub(crate) use local::LocalService;
 pub(crate) use put::ttl_class;
 pub(crate) use sessions::SessionsService;
 pub(crate) use settle::close_unsettled;

@@ -2,7 +2,7 @@
 //!
 //! A scope key comes from the root secret, the authenticated tenant (and a user below it) and the tenant's epoch, never from
 //! a field of a request. Erasing a tenant gives its epoch up first, durably: from then on nobody can name what it stored; then
-//! the records go.
+//! its keys are destroyed, where there are any (keys.rs); then the records go.
 
 use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroU32;
@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tonic::Status;
 
 use crate::control::{Control, Table};
+use crate::keys::Keys;
 use crate::policy::{PolicyFile, TenantPolicy};
 use crate::principal::{Principal, Role, TenantId, is_name};
 
@@ -29,6 +30,7 @@ pub(crate) struct Tenants {
     root: RootSecret,
     policy: Arc<PolicyFile>,
     control: Arc<Control>,
+    keys: Option<Arc<Keys>>,
     known: RwLock<HashMap<TenantId, Arc<Tenant>>>,
 }
 
@@ -69,9 +71,10 @@ impl Tenants {
         root: RootSecret,
         policy: Arc<PolicyFile>,
         control: Arc<Control>,
+        keys: Option<Arc<Keys>>,
         store: &Store,
     ) -> anyhow::Result<Self> {
-        let tenants = Self { root, policy, control, known: RwLock::default() };
+        let tenants = Self { root, policy, control, keys, known: RwLock::default() };
         for (name, record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
             let unfinished = !record.erasing.is_empty();
             let tenant = tenants.insert(TenantId(name), record);
@@ -172,7 +175,7 @@ impl Tenants {
         }
         let tenant = self.get(tenant);
         let epoch = tenant.record().epoch;
-        Ok(self.private_at(&tenant.id, user, epoch))
+        Ok(self.owned(self.private_at(&tenant.id, user, epoch), || private_owner(&tenant.id, epoch)))
     }
 
     /// '/' is in no name, so a user's scope is never another tenant's.
@@ -183,11 +186,20 @@ impl Tenants {
 
     fn org(&self, tenant: &TenantId) -> Option<ScopeKey> {
         let org = self.rules(tenant).org?;
-        Some(ScopeKey::derive(&self.root, ScopeKind::Org, &org, 0))
+        let key = ScopeKey::derive(&self.root, ScopeKind::Org, &org, 0);
+        Some(self.owned(key, || format!("org/{org}")))
     }
 
     fn public(&self) -> ScopeKey {
-        ScopeKey::derive(&self.root, ScopeKind::Public, "public", 0)
+        self.owned(ScopeKey::derive(&self.root, ScopeKind::Public, "public", 0), || "public".into())
+    }
+
+    /// Tells the keeper of the keys whose scope this is.
+    fn owned(&self, key: ScopeKey, owner: impl Fn() -> String) -> ScopeKey {
+        if let Some(keys) = &self.keys {
+            keys.own(key.tag(), &owner());
+        }
+        key
     }
 
     /// The public name of the scope that a tenant shares with its org, if it has one.
@@ -285,6 +297,10 @@ impl Tenants {
         let erasing = tenant.record().erasing.clone();
         let (mut objects, mut epochs) = (0, Vec::new());
         for (epoch, users) in &erasing {
+            // First the keys: from here on nothing of it can be read, whatever becomes of the rest.
+            if let Some(keys) = &self.keys {
+                keys.destroy(&private_owner(&tenant.id, *epoch)).context("keys cannot be destroyed")?;
+            }
             for tag in self.tags(&tenant.id, *epoch, users) {
                 objects += store.erase(Erase::Scope(tag)).context("a scope cannot be erased")?;
             }
@@ -368,6 +384,11 @@ fn charge(
             "{count} at once are more than this tenant's {quota} of {limit} allows in a whole second"
         ))),
     }
+}
+
+/// Whose keys encrypt what a tenant stores. '/' and '#' are in no name.
+fn private_owner(tenant: &TenantId, epoch: u32) -> String {
+    format!("private/{tenant}#{epoch}")
 }
 
 /// Over a quota: which, and when to come again. The pushback is in the metadata that gRPC clients honour.

@@ -16,6 +16,21 @@ pub enum ClientError {
         #[source]
         source: tonic::transport::Error,
     },
+    /// No arena.
+    #[error("cannot attach to {path}: is `esker serve --local {path}` running here?")]
+    Attach {
+        /// Where to.
+        path: String,
+        /// What the system says.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The arena cannot be mapped, read or written.
+    #[error("the arena failed")]
+    Arena(#[source] std::io::Error),
+    /// A slot was written again before it was read: its lease was over.
+    #[error("the slot's lease was over before it was read: look the prefix up again")]
+    LeaseOver,
     /// The node refused, or the connection broke.
     #[error("{}: {}", .0.code(), .0.message())]
     Refused(#[source] Box<tonic::Status>),

@@ -6,6 +6,7 @@
 mod cache;
 mod decode;
 mod error;
+mod local;
 mod usage;
 mod warmup;
 
@@ -13,6 +14,7 @@ pub use cache::{Fetched, Found, Object, PutResult};
 pub use decode::{Event, Events, Prompt, Request};
 pub use error::{ClientError, Result};
 pub use esker_proto::v1;
+pub use local::{Filled, LocalClient, LocalEvent, LocalFetch};
 pub use warmup::Watched;
 
 use std::time::Duration;
@@ -26,6 +28,11 @@ use v1::usage_client::UsageClient;
 use v1::warmup_client::WarmupClient;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a node may send before it has been taken: in one stream, which is a few chunks of a fetch, and over the connection.
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+/// Largest HTTP/2 frame: a chunk of a fetch and what is around it. Small ones cost the node a system call every 16 KiB.
+const FRAME_BYTES: u32 = (1 << 20) + (4 << 10);
 
 /// A connection to one node. Cheap to clone; all clones share the connection.
 #[derive(Clone)]
@@ -37,16 +44,16 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to `address`, such as `127.0.0.1:7410` or `http://node-3:7410`.
+    /// Connects to `address`, such as `127.0.0.1:7410`, `http://node-3:7410` or `unix:///run/esker.sock`.
     pub async fn connect(address: &str) -> Result<Self> {
-        let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+        let whole = address.contains("://") || address.starts_with("unix:");
+        let url = if whole { address.to_owned() } else { format!("http://{address}") };
         let fail = |source| ClientError::Connect { address: address.to_owned(), source };
-        let endpoint =
-            Endpoint::from_shared(url).map_err(fail)?.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+        let endpoint = tuned(Endpoint::from_shared(url).map_err(fail)?);
         Ok(Self::over(endpoint.connect().await.map_err(fail)?))
     }
 
-    /// Over a channel that the caller has set up: with TLS, a certificate of its own, other time-outs.
+    /// Over a channel that the caller has set up: with TLS, a certificate of its own, other time-outs. [`tuned`] makes it fast.
     pub fn over(channel: Channel) -> Self {
         Self {
             cache: PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
@@ -55,4 +62,14 @@ impl Client {
             usage: UsageClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
         }
     }
+}
+
+/// An endpoint with the windows and frames that fetches of many megabytes need.
+pub fn tuned(endpoint: Endpoint) -> Endpoint {
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
 }

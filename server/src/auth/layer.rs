@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use futures_util::future::Either;
 use http::{Request, Response};
 use tonic::Status;
-use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo};
 use tower::{Layer, Service};
 
 use super::Authenticator;
@@ -43,9 +43,10 @@ impl AuthLayer {
         }
         let tls = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
         let certificates = tls.and_then(TlsConnectInfo::peer_certs);
-        let principal = self.authenticator.principal(
+        let principal = self.authenticator.principal_of_peer(
             request.headers(),
             certificates.as_ref().map(|certificates| certificates.as_slice()),
+            request.extensions().get::<UdsConnectInfo>().map(|peer| peer_uid(peer.peer_cred)).transpose()?,
         )?;
         let allowed = match rule {
             Some(access::Rule::Anyone | access::Rule::Known) => true,
@@ -92,4 +93,9 @@ where
             Err(status) => Either::Right(std::future::ready(Ok(status.into_http()))),
         }
     }
+}
+
+/// Who connected to a Unix socket. One whom the kernel does not name is nobody.
+fn peer_uid(peer: Option<tokio::net::unix::UCred>) -> Result<u32, Status> {
+    peer.map(|peer| peer.uid()).ok_or_else(|| Status::unauthenticated("the peer's uid cannot be told"))
 }

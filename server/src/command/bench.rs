@@ -4,6 +4,7 @@ mod decoder;
 mod replay;
 mod residency;
 pub(crate) mod restore;
+mod serve;
 mod store;
 
 /// Measure this machine
@@ -23,6 +24,8 @@ enum Bench {
     Residency(residency::Args),
     /// Time to first token of a stored prefix: layer after layer, as a whole, and computed
     Restore(restore::Args),
+    /// The service against the store below it: fetches over gRPC, TLS and shared memory, lookups, settles, overload
+    Serve(serve::Args),
     /// The store against the drive itself: puts, fetches, lookups, opening; ratios of one run
     Store(store::Args),
 }
@@ -34,6 +37,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Bench::Replay(args) => replay::run(args),
         Bench::Residency(args) => residency::run(&args),
         Bench::Restore(args) => restore::run(&args),
+        Bench::Serve(args) => serve::run(&args),
         Bench::Store(args) => store::run(&args),
     }
 }

@@ -13,6 +13,7 @@ use esker_store::{OpenReport, StoreSettings};
 
 use crate::generate::Guessing;
 use crate::ledger::LedgerSettings;
+use crate::local::LocalSettings;
 use crate::model_folder::load_model;
 use crate::node::{Node, NodeSettings};
 use crate::serve::{ListenSettings, TlsFiles};
@@ -46,6 +47,9 @@ pub struct Args {
     /// What tokens cost, as TOML: the page and `esker top` then tell savings in money
     #[arg(long, value_name = "FILE")]
     prices: Option<PathBuf>,
+    /// Root key, 32 bytes or 64 hexadecimal digits; with it what tenants store is encrypted, each by keys of its own
+    #[arg(long, value_name = "FILE")]
+    root_key: Option<PathBuf>,
     /// Certificate chain of this server, PEM
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -55,6 +59,12 @@ pub struct Args {
     /// Authorities whose client certificates are accepted, PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
+    /// Unix socket for clients on this host: gRPC, and payload through shared memory, which PATH.arena hands out
+    #[arg(long, value_name = "PATH")]
+    local: Option<PathBuf>,
+    /// How long a local client may hold a piece of shared memory that was filled for it, in seconds
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    local_lease_s: u64,
     /// Space for stored blocks, such as 500GiB; beyond it what is worth least goes first [default: what it takes now and nineteen
     /// twentieths of what is free]
     #[arg(long, value_name = "SIZE")]
@@ -156,7 +166,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         key,
         client_ca: args.tls_client_ca.clone(),
     });
-    let listen = ListenSettings { address: args.listen, http: args.http, insecure: args.insecure, tls };
+    let listen = ListenSettings {
+        address: args.listen,
+        http: args.http,
+        insecure: args.insecure,
+        tls,
+        local: args
+            .local
+            .clone()
+            .map(|path| LocalSettings { path, lease: Duration::from_secs(args.local_lease_s) }),
+    };
     anyhow::ensure!(args.ttl_s.len() == 4, "--ttl-s takes four numbers of seconds, got {}", args.ttl_s.len());
     // Before anything is made or loaded.
     listen.check(args.policy.is_some())?;
@@ -209,6 +228,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             prices: args.prices.clone(),
             policy: args.policy.clone(),
             warmup_share: args.warmup_share,
+            root_key: args.root_key.clone(),
         },
         model,
     )?;

@@ -7,47 +7,40 @@ use bytes::Bytes;
 use esker_prefix::{KvLayout, NamespaceId};
 use esker_proto::v1::{self, put_request};
 use esker_proto::{MAX_CHAIN_BLOCKS, MAX_LOOKUPS, check_namespace_id, check_prefix, namespace_of};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::admission::Admission;
 use super::deadline::deadline_of;
-use super::fetch::{Fetching, unknown_grant};
-use super::put::{PUT_MEMORY_BYTES, Put, next_step};
+use super::fetch::{Chunks, Fetching, Replies, unknown_grant};
+use super::put::{Answers, Chunked, Put, next_step};
 use super::settle::settle;
 use super::status::{from_join, from_ledger, from_register, from_wire};
 use crate::grant::{GRANT_TTL, Granted};
 use crate::lookup::Question;
 use crate::node::Node;
 use crate::principal::{Principal, principal_of};
-use crate::tenants::over;
 
-/// Most fetches at a time. Each holds at most a few planes in memory.
-const MAX_FETCHES: usize = 64;
 /// Chunks buffered between the disk and a client: 8 of at most 1 MiB.
 const FETCH_BUFFER_CHUNKS: usize = 8;
 /// Results buffered for a client that puts.
-const PUT_REPLIES: usize = 64;
+pub(super) const PUT_REPLIES: usize = 64;
 /// What a fetch of any length has in flight at most: chunks and the store's read-ahead.
-const FETCH_HOLDS_BYTES: u64 = 24 << 20;
-/// Lookups of so many blocks are answered where they arrive; longer ones on a thread of their own.
-const SHORT_LOOKUP_BLOCKS: usize = 256;
+pub(super) const FETCH_HOLDS_BYTES: u64 = 24 << 20;
+/// Lookups of so many blocks, 260,000 tokens, are answered where they arrive: a few hundred microseconds at most, which a change of
+/// threads costs as well. Longer ones have a thread of their own.
+const SHORT_LOOKUP_BLOCKS: usize = 2048;
 
 /// The service.
 pub(crate) struct CacheService {
     node: Arc<Node>,
-    fetches: Arc<Semaphore>,
-    put_memory: Arc<Semaphore>,
+    admission: Admission,
 }
 
 impl CacheService {
-    pub(crate) fn new(node: Arc<Node>) -> Self {
-        let put_kib = usize::try_from(PUT_MEMORY_BYTES >> 10).unwrap_or(usize::MAX);
-        Self {
-            node,
-            fetches: Arc::new(Semaphore::new(MAX_FETCHES)),
-            put_memory: Arc::new(Semaphore::new(put_kib)),
-        }
+    pub(crate) fn new(node: Arc<Node>, admission: Admission) -> Self {
+        Self { node, admission }
     }
 
     fn question(&self, principal: &Principal, request: v1::LookupRequest) -> Result<Asked, Status> {
@@ -133,22 +126,19 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
 
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
         let principal = principal_of(&request)?;
-        let permit = self
-            .fetches
-            .clone()
-            .try_acquire_owned()
-            .map_err(|_| over("fetches of this node", MAX_FETCHES as u64, MAX_FETCHES as u64, 50))?;
         let deadline = deadline_of(&request);
         self.node.ledger.admit().map_err(|error| from_ledger(&error))?;
+        let turn = self.admission.fetch(deadline).await?;
         let fetching = Fetching::plan(&self.node, &principal.tenant, request.get_ref(), deadline)?;
         let tenant = self.node.tenants.of(&principal);
         let in_flight = self.node.tenants.fly(&tenant, fetching.bytes().min(FETCH_HOLDS_BYTES))?;
         let node = self.node.clone();
         let (sender, receiver) = mpsc::channel(FETCH_BUFFER_CHUNKS);
         let busy = node.live.enter();
+        let mut delivery = Chunks(Replies::new(sender, turn));
         tokio::task::spawn_blocking(move || {
-            fetching.run(&node, &sender);
-            drop((permit, in_flight, busy));
+            fetching.run(&node, &mut delivery);
+            drop((in_flight, busy));
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -165,13 +155,14 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
             Some(put_request::Step::Prefix(prefix)) => prefix,
             _ => return Err(Status::invalid_argument("the first message of a put must be `prefix`")),
         };
-        let (node, memory) = (self.node.clone(), self.put_memory.clone());
-        let put = blocking(move || Put::open(&node, &memory, &principal, prefix)).await?;
+        let (node, admission) = (self.node.clone(), self.admission.clone());
+        let put = blocking(move || Put::open(&node, &admission, &principal, prefix)).await?;
         let (sender, receiver) = mpsc::channel(PUT_REPLIES);
         let busy = self.node.live.enter();
         tokio::spawn(async move {
             let _busy = busy;
-            if let Err(status) = put.run(steps, &sender).await {
+            let answers = Answers { replies: &sender, wrap: |reply| reply };
+            if let Err(status) = put.run(Chunked(steps), &answers).await {
                 // Nobody listens any more if this fails; whole objects were stored or refused all the same.
                 let _ = sender.send(Err(status)).await;
             }

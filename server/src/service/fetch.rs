@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use esker_prefix::{KvLayout, ObjectKind};
 use esker_proto::chunks;
 use esker_proto::v1::{self, fetch_reply};
@@ -13,12 +14,15 @@ use esker_store::{FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection};
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use super::admission::Turn;
 use crate::grant::Granted;
 use crate::node::Node;
 use crate::principal::TenantId;
 
 /// Longest time the store may take for one fetch; a caller's own deadline may be earlier.
 const FETCH_DEADLINE: Duration = Duration::from_secs(120);
+/// A client that makes a fetch wait for this long lets another have its turn.
+const TURN_PATIENCE: Duration = Duration::from_millis(200);
 /// A client that takes nothing for this long is let go.
 const IDLE_PROGRESS: Duration = Duration::from_secs(30);
 
@@ -95,37 +99,25 @@ impl Fetching {
         self.request.objects.iter().map(|found| found.raw_bytes).sum()
     }
 
-    /// Streams on a blocking thread; ends when the client has everything, leaves, or stops taking.
-    pub(crate) fn run(self, node: &Node, replies: &mpsc::Sender<Result<v1::FetchReply, Status>>) {
+    /// Delivers on a blocking thread; ends when the caller has everything, leaves, or stops taking.
+    pub(crate) fn run(self, node: &Node, delivery: &mut impl Delivery) {
         let Self { granted, request, labels } = self;
-        let runtime = tokio::runtime::Handle::current();
-        let send = |event| {
-            let reply = Ok(v1::FetchReply { event: Some(event) });
-            match replies.try_send(reply) {
-                Ok(()) => true,
-                Err(mpsc::error::TrySendError::Full(reply)) => {
-                    runtime.block_on(replies.send_timeout(reply, IDLE_PROGRESS)).is_ok()
-                }
-                Err(mpsc::error::TrySendError::Closed(_)) => false,
-            }
-        };
         let block_tokens = u64::from(granted.answer.layout.block_tokens());
         let mut usable_tokens = labels.iter().map(|label| label.tokens).max().unwrap_or(0);
         let mut done = v1::FetchDone::default();
         let mut planes_of = vec![0_u16; granted.answer.blocks.len()];
         for event in node.store.fetch(request) {
-            let sent = match event {
+            let taken = match event {
                 FetchEvent::Plane { object, plane, bytes, .. } => {
                     let Label { kind, tokens, position } = labels[object];
                     let len = bytes.len() as u64;
-                    let mut parts = chunks(kind, tokens, u32::try_from(plane).unwrap_or(u32::MAX), bytes);
-                    let sent = parts.all(|chunk| send(fetch_reply::Event::Chunk(chunk)));
-                    if sent {
+                    let taken = delivery.plane(kind, tokens, u32::try_from(plane).unwrap_or(u32::MAX), bytes);
+                    if taken {
                         done.planes += 1;
                         done.bytes += len;
                         position.into_iter().for_each(|position| planes_of[position] += 1);
                     }
-                    sent
+                    taken
                 }
                 FetchEvent::Miss { object, kind: reason } => {
                     granted.miss(reason);
@@ -133,20 +125,86 @@ impl Fetching {
                     let ends = if kind == ObjectKind::State { 0 } else { tokens - block_tokens };
                     usable_tokens = usable_tokens.min(ends);
                     let kind = v1::ObjectKind::from(kind).into();
-                    send(fetch_reply::Event::Missing(v1::Missing {
-                        kind,
-                        tokens,
-                        reason: reason.to_string(),
-                    }))
+                    delivery.missing(v1::Missing { kind, tokens, reason: reason.to_string() })
                 }
             };
-            if !sent {
+            if !taken {
                 break;
             }
         }
         granted.deliver(done.bytes, &planes_of);
         done.usable_tokens = usable_tokens;
-        send(fetch_reply::Event::Done(done));
+        delivery.done(done);
+    }
+}
+
+/// How planes reach the caller.
+pub(crate) trait Delivery {
+    /// A proven plane; those of a fetch come in restore order. `false`: nobody takes any more.
+    fn plane(&mut self, kind: ObjectKind, tokens: u64, plane: u32, bytes: Bytes) -> bool;
+    /// An object that cannot be had. `false` as above.
+    fn missing(&mut self, missing: v1::Missing) -> bool;
+    /// The closing account.
+    fn done(&mut self, done: v1::FetchDone);
+}
+
+/// Planes as chunks in a gRPC stream.
+pub(super) struct Chunks(pub(super) Replies<v1::FetchReply>);
+
+impl Chunks {
+    fn send(&mut self, event: fetch_reply::Event) -> bool {
+        self.0.send(Ok(v1::FetchReply { event: Some(event) }))
+    }
+}
+
+impl Delivery for Chunks {
+    fn plane(&mut self, kind: ObjectKind, tokens: u64, plane: u32, bytes: Bytes) -> bool {
+        chunks(kind, tokens, plane, bytes).all(|chunk| self.send(fetch_reply::Event::Chunk(chunk)))
+    }
+
+    fn missing(&mut self, missing: v1::Missing) -> bool {
+        self.send(fetch_reply::Event::Missing(missing))
+    }
+
+    fn done(&mut self, done: v1::FetchDone) {
+        self.send(fetch_reply::Event::Done(done));
+    }
+}
+
+/// The bounded queue between a blocking thread and a stream of replies.
+pub(super) struct Replies<T> {
+    queue: mpsc::Sender<Result<T, Status>>,
+    runtime: tokio::runtime::Handle,
+    turn: Option<Turn>,
+}
+
+impl<T> Replies<T> {
+    /// From within the runtime.
+    pub(super) fn new(queue: mpsc::Sender<Result<T, Status>>, turn: Turn) -> Self {
+        Self { queue, runtime: tokio::runtime::Handle::current(), turn: Some(turn) }
+    }
+
+    /// Everything was read: what is left is the client's time.
+    pub(super) fn end_turn(&mut self) {
+        self.turn = None;
+    }
+
+    /// Waits for room on this thread. `false`: the client has left, or takes nothing for too long.
+    pub(super) fn send(&mut self, reply: Result<T, Status>) -> bool {
+        use mpsc::error::{SendTimeoutError, TrySendError};
+        let reply = match self.queue.try_send(reply) {
+            Ok(()) => return true,
+            Err(TrySendError::Full(reply)) => reply,
+            Err(TrySendError::Closed(_)) => return false,
+        };
+        match self.runtime.block_on(self.queue.send_timeout(reply, TURN_PATIENCE)) {
+            Ok(()) => true,
+            Err(SendTimeoutError::Timeout(reply)) => {
+                self.turn.iter_mut().for_each(Turn::yield_now);
+                self.runtime.block_on(self.queue.send_timeout(reply, IDLE_PROGRESS)).is_ok()
+            }
+            Err(SendTimeoutError::Closed(_)) => false,
+        }
     }
 }
 

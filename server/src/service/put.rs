@@ -14,9 +14,10 @@ use esker_proto::{
     Assembled, PlaneAssembler, PlaneReader, PrefixNames, WholePlane, check_namespace_id, check_prefix,
 };
 use esker_store::{PutObject, PutOutcome, StoreError, TtlClass};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tonic::{Status, Streaming};
 
+use super::admission::{Admission, PUT_MEMORY_BYTES};
 use super::cache::layout;
 use super::status::{from_join, from_store, from_wire};
 use crate::audit::Event;
@@ -30,8 +31,6 @@ const IDLE_PROGRESS: Duration = Duration::from_secs(30);
 /// Raw bytes gathered before a commit, and the longest a whole object waits for company.
 const PUT_BATCH_BYTES: usize = 4 << 20;
 const PUT_LINGER: Duration = Duration::from_millis(2);
-/// Memory of all puts together. Each takes what it can come to need when it begins, so that none waits for another half-way.
-pub(super) const PUT_MEMORY_BYTES: u64 = 160 << 20;
 
 /// An object, and its tokens as the caller counts them.
 struct Numbered {
@@ -70,7 +69,7 @@ impl Put {
     /// Checks the first message and takes what the put may use.
     pub(super) fn open(
         node: &Arc<Node>,
-        memory: &Arc<Semaphore>,
+        admission: &Admission,
         principal: &Principal,
         prefix: v1::PutPrefix,
     ) -> Result<Self, Status> {
@@ -85,8 +84,7 @@ impl Put {
         let held = held.max(2 * PUT_BATCH_BYTES as u64);
         let in_flight = node.tenants.fly(&tenant, held)?;
         let kib = u32::try_from(held >> 10).unwrap_or(u32::MAX);
-        let permit = memory
-            .clone()
+        let permit = Arc::clone(&admission.put_memory)
             .try_acquire_many_owned(kib)
             .map_err(|_| over("put memory of this node", PUT_MEMORY_BYTES, PUT_MEMORY_BYTES, 200))?;
         let key = node.tenants.writable(principal, &prefix.user, scope)?;
@@ -128,11 +126,15 @@ impl Put {
         })
     }
 
+    pub(super) fn layout(&self) -> &Arc<KvLayout> {
+        &self.layout
+    }
+
     /// Gathers whole objects and commits them in batches: when enough has come, or when nothing more comes.
-    pub(super) async fn run(
+    pub(super) async fn run<R>(
         self,
-        mut steps: Streaming<v1::PutRequest>,
-        replies: &mpsc::Sender<Result<v1::PutReply, Status>>,
+        mut source: impl Source,
+        answers: &Answers<'_, R>,
     ) -> Result<(), Status> {
         let layout = self.layout.clone();
         let mut gathering = match self.in_parts {
@@ -142,42 +144,40 @@ impl Put {
         let mut waiting: Vec<Numbered> = Vec::new();
         let mut waiting_bytes = 0;
         loop {
-            let step = if waiting.is_empty() {
-                next_step(&mut steps).await?
+            let next = if waiting.is_empty() {
+                source.next().await?
             } else {
-                match tokio::time::timeout(PUT_LINGER, next_step(&mut steps)).await {
-                    Ok(step) => step?,
+                match tokio::time::timeout(PUT_LINGER, source.next()).await {
+                    Ok(next) => next?,
                     Err(_) => {
-                        self.commit(std::mem::take(&mut waiting), replies).await?;
+                        self.commit(std::mem::take(&mut waiting), answers).await?;
                         waiting_bytes = 0;
                         continue;
                     }
                 }
             };
-            let chunk = match step {
-                Some(put_request::Step::Chunk(chunk)) => chunk,
-                Some(put_request::Step::Prefix(_)) => {
-                    return Err(Status::invalid_argument("a put has one `prefix`, its first message"));
-                }
+            let object = match next {
+                Some(Next::Chunk(chunk)) => self.gather(&mut gathering, chunk)?,
+                Some(Next::Object(whole)) => Some(self.object(whole)?),
                 None => break,
             };
-            if let Some(object) = self.gather(&mut gathering, chunk)? {
+            if let Some(object) = object {
                 waiting_bytes += object.object.planes.iter().map(|plane| plane.bytes.len()).sum::<usize>();
                 waiting.push(object);
             }
             if waiting_bytes >= PUT_BATCH_BYTES {
-                self.commit(std::mem::take(&mut waiting), replies).await?;
+                self.commit(std::mem::take(&mut waiting), answers).await?;
                 waiting_bytes = 0;
             }
         }
         // What is whole is kept even when the stream ends inside the next object.
-        self.commit(waiting, replies).await?;
+        self.commit(waiting, answers).await?;
         match gathering {
             Gathering::Whole(assembler) => assembler.finish().map_err(from_wire),
             Gathering::Parts(reader, open) => {
                 for (kind, tokens) in open {
                     let reason = format!("it lacks planes, for which it waits {} s", WAIT.as_secs());
-                    send(replies, waiting_reply(kind, tokens, reason)).await?;
+                    answers.send(waiting_reply(kind, tokens, reason)).await?;
                 }
                 reader.finish().map_err(from_wire)
             }
@@ -271,11 +271,7 @@ impl Put {
         }
     }
 
-    async fn commit(
-        &self,
-        objects: Vec<Numbered>,
-        replies: &mpsc::Sender<Result<v1::PutReply, Status>>,
-    ) -> Result<(), Status> {
+    async fn commit<R>(&self, objects: Vec<Numbered>, answers: &Answers<'_, R>) -> Result<(), Status> {
         if objects.is_empty() {
             return Ok(());
         }
@@ -289,7 +285,8 @@ impl Put {
             for (kind, tokens) in named {
                 let (kind, outcome) = (v1::ObjectKind::from(kind).into(), v1::Outcome::Stored.into());
                 let durability = v1::Durability::Buffered.into();
-                send(replies, v1::PutReply { kind, tokens, outcome, durability, reason: String::new() })
+                answers
+                    .send(v1::PutReply { kind, tokens, outcome, durability, reason: String::new() })
                     .await?;
             }
             // What is accepted is stored before more is taken: memory stays bounded.
@@ -329,9 +326,51 @@ impl Put {
                     v1::PutReply { kind, tokens, outcome, durability: 0, reason: error.to_string() }
                 }
             };
-            send(replies, reply).await?;
+            answers.send(reply).await?;
         }
         Ok(())
+    }
+}
+
+/// What a put takes.
+pub(super) enum Next {
+    /// A chunk of an object.
+    Chunk(v1::PlaneChunk),
+    /// A whole object.
+    Object(Assembled),
+}
+
+/// Where a put takes it from.
+pub(super) trait Source {
+    /// What comes next, `None` after the last. May be given up while it waits, and asked again: nothing is lost.
+    fn next(&mut self) -> impl Future<Output = Result<Option<Next>, Status>> + Send;
+}
+
+/// Chunks of a gRPC stream.
+pub(super) struct Chunked(pub(super) Streaming<v1::PutRequest>);
+
+impl Source for Chunked {
+    async fn next(&mut self) -> Result<Option<Next>, Status> {
+        match next_step(&mut self.0).await? {
+            Some(put_request::Step::Chunk(chunk)) => Ok(Some(Next::Chunk(chunk))),
+            Some(put_request::Step::Prefix(_)) => {
+                Err(Status::invalid_argument("a put has one `prefix`, its first message"))
+            }
+            None => Ok(None),
+        }
+    }
+}
+
+/// Where the results of a put go, and how they look there.
+pub(super) struct Answers<'a, R> {
+    pub(super) replies: &'a mpsc::Sender<Result<R, Status>>,
+    pub(super) wrap: fn(v1::PutReply) -> R,
+}
+
+impl<R> Answers<'_, R> {
+    async fn send(&self, reply: v1::PutReply) -> Result<(), Status> {
+        let sent = self.replies.send_timeout(Ok((self.wrap)(reply)), IDLE_PROGRESS).await;
+        sent.map_err(|_| Status::cancelled("the client stopped taking results"))
     }
 }
 
@@ -371,36 +410,32 @@ fn store(
     results.into_iter().zip(kept).map(settle).collect()
 }
 
-async fn send(
-    replies: &mpsc::Sender<Result<v1::PutReply, Status>>,
-    reply: v1::PutReply,
-) -> Result<(), Status> {
-    let sent = replies.send_timeout(Ok(reply), IDLE_PROGRESS).await;
-    sent.map_err(|_| Status::cancelled("the client stopped taking results"))
-}
-
 fn waiting_reply(kind: ObjectKind, tokens: u64, reason: String) -> v1::PutReply {
     let (kind, outcome) = (v1::ObjectKind::from(kind).into(), v1::Outcome::Waiting.into());
     v1::PutReply { kind, tokens, outcome, durability: 0, reason }
 }
 
-/// The next message of a put, `None` at its end.
+/// The next step of a put, `None` at its end.
 pub(super) async fn next_step(
     steps: &mut Streaming<v1::PutRequest>,
 ) -> Result<Option<put_request::Step>, Status> {
-    let message = tokio::time::timeout(IDLE_PROGRESS, steps.message()).await.map_err(|_| {
-        Status::deadline_exceeded(format!(
-            "nothing came for {} s: the put is closed",
-            IDLE_PROGRESS.as_secs()
-        ))
-    })??;
-    match message {
+    match next_message(steps, "put").await? {
         None => Ok(None),
         Some(message) => message
             .step
             .map(Some)
             .ok_or_else(|| Status::invalid_argument("a put message needs `prefix` or `chunk`")),
     }
+}
+
+/// The next message of a client that must not fall silent.
+pub(super) async fn next_message<T>(steps: &mut Streaming<T>, what: &str) -> Result<Option<T>, Status> {
+    tokio::time::timeout(IDLE_PROGRESS, steps.message()).await.map_err(|_| {
+        Status::deadline_exceeded(format!(
+            "nothing came for {} s: the {what} is closed",
+            IDLE_PROGRESS.as_secs()
+        ))
+    })?
 }
 
 /// The store's class; they are in the order of [`StoreSettings::ttl_classes`](esker_store::StoreSettings).

@@ -1,0 +1,72 @@
+//! `esker bench serve`: the service against what it stands on, in one run on the same node.
+//!
+//! Server and clients share this machine and this process, each with a runtime of its own, so every figure is a ratio to something
+//! measured beside it, in turn with it, or says how many clients there were. A client looks at a word of every page that it
+//! receives, whichever way the page came.
+
+mod bed;
+mod fetching;
+mod looking;
+mod overload;
+mod settling;
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use bed::Bed;
+
+/// What to measure
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// A folder on the drive to be used; some 2 GB are written to a folder of its own in it, and removed
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    dir: PathBuf,
+    /// Only these parts: fetch, lookup, settle, overload, encryption
+    #[arg(long, value_delimiter = ',', value_name = "PART")]
+    only: Vec<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<()> {
+    let wanted = |part: &str| args.only.is_empty() || args.only.iter().any(|only| only == part);
+    let mut figures = Map::new();
+    eprintln!("prefixes of 100,096 tokens");
+    let bed = Bed::new(&args.dir)?;
+    if wanted("fetch") {
+        eprintln!("fetch: in process, gRPC, shared memory, mTLS");
+        fetching::run(&bed, &mut figures)?;
+    }
+    if wanted("lookup") {
+        eprintln!("lookup, 64 clients");
+        looking::run(&bed, &mut figures)?;
+    }
+    if wanted("settle") {
+        eprintln!("settle, 64 clients");
+        settling::run(&bed, &mut figures)?;
+    }
+    if wanted("overload") {
+        eprintln!("overload");
+        overload::run(&bed, &mut figures)?;
+    }
+    if wanted("encryption") {
+        eprintln!("encryption");
+        let encrypted = Bed::encrypted(&args.dir)?;
+        fetching::encrypted(&bed, &encrypted, &mut figures)?;
+        encrypted.close()?;
+    }
+    bed.close()?;
+    if args.json {
+        println!("{}", Value::Object(figures));
+        return Ok(());
+    }
+    for (key, value) in figures {
+        match value.as_f64() {
+            Some(number) => println!("{key:<36} {number:>14.3}"),
+            None => println!("{key:<36} {value}"),
+        }
+    }
+    Ok(())
+}
