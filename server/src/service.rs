@@ -1,8 +1,8 @@
 //! The gRPC services: from messages to calls on the node and back.
 
 mod admin;
-mod bill;
 mod admission;
+mod bill;
 mod cache;
 mod deadline;
 mod decoder;

@@ -117,7 +117,7 @@ pub struct Args {
     resident_bytes: Option<u64>,
     /// Whether the model's draft block, if it has one, guesses tokens ahead; the answer is the same. Measured: while it is
     /// faster
-    #[arg(long, value_enum, default_value_t = Guessing::Never)]
+    #[arg(long, value_enum, default_value_t = Guessing::Measured)]
     speculate: Guessing,
     /// Tokens per block of the decoder's KV cache; a power of two
     #[arg(long, default_value_t = 128, value_parser = block_tokens)]
