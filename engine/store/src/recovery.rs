@@ -109,7 +109,7 @@ fn examine_all(
         .unzip();
     let (next, taken_in, moved_on) = (AtomicUsize::new(0), Mutex::new(0_usize), Condvar::new());
     std::thread::scope(|threads| {
-        for _ in 0..SCANS.min(all.len()) {
+        let scan = || {
             threads.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
@@ -125,8 +125,9 @@ fn examine_all(
                     let sender = senders[number].lock().unwrap_or_else(PoisonError::into_inner).take();
                     sender.into_iter().for_each(|sender| found.examine(shared, dir, &sender));
                 }
-            });
-        }
+            })
+        };
+        let scans: Vec<_> = (0..SCANS.min(all.len())).map(|_| scan()).collect();
         let advance = |to: usize| {
             *taken_in.lock().unwrap_or_else(PoisonError::into_inner) = to;
             moved_on.notify_all();
@@ -136,6 +137,13 @@ fn examine_all(
             // After an error the others are only let go of: a scan that nobody listens to ends soon.
             result = result.and_then(|()| take_in(found, &messages));
             advance(if result.is_ok() { number + 1 } else { usize::MAX });
+        }
+        // Not left to the scope: glibc's pthread_detach looks at a thread that may have freed itself (its bug 19951), and
+        // these end at once where there is little to examine.
+        for scan in scans {
+            if let Err(panicked) = scan.join() {
+                std::panic::resume_unwind(panicked);
+            }
         }
         result
     })

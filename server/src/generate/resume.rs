@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, channel, sync_channel};
-use std::thread::Scope;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -46,7 +46,7 @@ enum Restored {
 
 /// What was found of a prompt and is in the sequence, or on its way there.
 #[derive(Default)]
-pub(super) struct Resumed {
+pub(super) struct Resumed<'scope> {
     /// Bytes of the records.
     pub(super) bytes_read: u64,
     /// Tokens that were computed although their rows are stored, because their state is not.
@@ -55,11 +55,24 @@ pub(super) struct Resumed {
     pub(super) parked_us: Option<Arc<AtomicU64>>,
     /// Set when nobody waits for rows any more.
     over: Arc<AtomicBool>,
+    /// Reads the rows that are still to come.
+    reading: Option<ScopedJoinHandle<'scope, ()>>,
 }
 
-impl Drop for Resumed {
+impl Drop for Resumed<'_> {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
+        self.reading.take().into_iter().for_each(join);
+    }
+}
+
+/// Waits for a thread. Not left to its scope: glibc's pthread_detach looks at a thread that may have freed itself (its bug
+/// 19951).
+fn join(thread: ScopedJoinHandle<'_, ()>) {
+    if let Err(panicked) = thread.join()
+        && !std::thread::panicking()
+    {
+        std::panic::resume_unwind(panicked);
     }
 }
 
@@ -84,7 +97,7 @@ impl<'a> Resumption<'a> {
         scope: &'scope Scope<'scope, 'a>,
         sequence: &mut Sequence,
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
-    ) -> Result<Resumed, GenerateError> {
+    ) -> Result<Resumed<'scope>, GenerateError> {
         let Self { node, engine, prompt, .. } = self;
         let model = &engine.loaded.model;
         if mode == RestoreMode::Nothing {
@@ -114,13 +127,13 @@ impl<'a> Resumption<'a> {
     }
 
     /// Block after block, and all of them before this returns.
-    fn whole(
+    fn whole<'scope>(
         self,
         plan: Plan,
         trail: &Trail<'_>,
         sequence: &mut Sequence,
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
-    ) -> Result<Resumed, GenerateError> {
+    ) -> Result<Resumed<'scope>, GenerateError> {
         let Self { node, engine, prompt, .. } = self;
         let model = &engine.loaded.model;
         let total = plan.blocks.len() * trail.block_tokens();
@@ -129,7 +142,8 @@ impl<'a> Resumption<'a> {
         let (verified, parts) = sync_channel(RESTORE_AHEAD_BLOCKS);
         // Reading and proving one block while the one before it is put back: each costs about as much as the other.
         std::thread::scope(|scope| {
-            scope.spawn(move || read(node, trail, plan, &verified));
+            let reading = scope.spawn(move || read(node, trail, plan, &verified));
+            let mut told = Ok(());
             for (part, record_bytes) in parts {
                 let restored = match part {
                     Restored::Block(block) => sequence.restore(model, &block),
@@ -141,9 +155,13 @@ impl<'a> Resumption<'a> {
                     break;
                 }
                 resumed.bytes_read += record_bytes;
-                listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+                told = listen(emit(Event::Restoring { done: sequence.tokens(), total }));
+                if told.is_err() {
+                    break;
+                }
             }
-            Ok::<_, GenerateError>(())
+            join(reading);
+            told
         })?;
         Ok(resumed)
     }
@@ -157,7 +175,7 @@ impl<'a> Resumption<'a> {
         trail: &Trail<'_>,
         scope: &'scope Scope<'scope, 'a>,
         sequence: &mut Sequence,
-    ) -> Result<Resumed, GenerateError> {
+    ) -> Result<Resumed<'scope>, GenerateError> {
         let Self { node, engine, prompt, .. } = self;
         let model = &engine.loaded.model;
         let (count, tokens) = (plan.blocks.len(), plan.blocks.len() * trail.block_tokens());
@@ -195,7 +213,7 @@ impl<'a> Resumption<'a> {
         let (complete, layers) = channel();
         let (over, room) = (Arc::clone(&resumed.over), prompt.len());
         let is_parked = pool.is_some();
-        scope.spawn(move || {
+        resumed.reading = Some(scope.spawn(move || {
             let mut incoming = match is_parked {
                 true => Incoming::without_parked(model, count, room),
                 false => Incoming::new(model, count, room),
@@ -211,7 +229,7 @@ impl<'a> Resumption<'a> {
                     Err(error) => return tracing::warn!(%error, "what is stored does not fit the model"),
                 }
             }
-        });
+        }));
         let mut early = BTreeMap::new();
         let arrivals = move |layer| loop {
             if let Some(rows) = early.remove(&layer) {
