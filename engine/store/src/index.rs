@@ -8,6 +8,7 @@
 //! 0xF1 | segment id u64 BE                         ->  store time of the last use of anything in it, u32 LE seconds
 //! 0xF2                                             ->  where scrubbing goes on: segment id u64, offset u64, LE
 //! 0xF3                                             ->  highest number that any segment ever had, u64 LE
+//! 0xF4 | namespace 32 | scope 16 | class           ->  Hits, see hits.rs
 //! 0xFF                                             ->  format of this index, u32 LE; another one means: build anew
 //! ```
 //!
@@ -27,6 +28,7 @@ pub(crate) mod memory;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use esker_prefix::{NamespaceId, ScopeTag};
 use rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, ReadOptions, WriteBatch,
     WriteOptions,
@@ -36,15 +38,18 @@ pub(crate) use bulk::Bulk;
 use entry::{ENTRIES_END, entry_key, spot_of};
 pub(crate) use entry::{Entry, Phase, SegmentState};
 
+use crate::fields::{Reader, Writer};
+use crate::hits::{self, Hits};
 use crate::io::free_bytes;
 use crate::segment::{SegmentId, Spot};
 use crate::stats::Counter;
-use crate::{Result, StoreError};
+use crate::{Result, StoreError, TtlClass};
 
 const SEGMENT_PREFIX: u8 = 0xF0;
 const USE_PREFIX: u8 = 0xF1;
 const SCRUB_KEY: [u8; 1] = [0xF2];
 const HIGHEST_KEY: [u8; 1] = [0xF3];
+const HITS_PREFIX: u8 = 0xF4;
 const FORMAT_KEY: [u8; 1] = [0xFF];
 const FORMAT: u32 = 5;
 /// The resident table answers lookups; this serves duplicates and quarantine.
@@ -204,6 +209,17 @@ impl Index {
         Ok(segments)
     }
 
+    /// How often what is stored was read again.
+    pub(crate) fn hits(&self) -> Result<Vec<(hits::Of, Hits)>> {
+        let mut all = Vec::new();
+        for item in self.db.iterator(IteratorMode::From(&[HITS_PREFIX], rocksdb::Direction::Forward)) {
+            let (key, value) = item?;
+            let Some((&HITS_PREFIX, rest)) = key.split_first() else { break };
+            all.extend(hits_of(rest).zip(Hits::decode(&value)));
+        }
+        Ok(all)
+    }
+
     /// Writes all changes or none.
     pub(crate) fn write(&self, changes: Changes) -> Result<()> {
         self.change_bytes.add(changes.0.size_in_bytes() as u64);
@@ -272,6 +288,14 @@ impl Changes {
         self.0.put(SCRUB_KEY, value);
     }
 
+    pub(crate) fn put_hits(&mut self, of: &hits::Of, hits: Hits) {
+        self.0.put(hits_key(of), hits.encode());
+    }
+
+    pub(crate) fn remove_hits(&mut self, of: &hits::Of) {
+        self.0.delete(hits_key(of));
+    }
+
     pub(crate) fn remove_segment(&mut self, id: SegmentId) {
         self.0.delete(segment_key(SEGMENT_PREFIX, id));
         self.0.delete(segment_key(USE_PREFIX, id));
@@ -282,6 +306,17 @@ fn segment_key(prefix: u8, id: SegmentId) -> [u8; 9] {
     let mut key = [prefix; 9];
     key[1..].copy_from_slice(&id.0.to_be_bytes());
     key
+}
+
+fn hits_key((namespace, scope, class): &hits::Of) -> [u8; 50] {
+    let mut key = [HITS_PREFIX; 50];
+    Writer::new(&mut key[1..]).bytes(&namespace.0).bytes(&scope.0).u8(class.0);
+    key
+}
+
+fn hits_of(key: &[u8]) -> Option<hits::Of> {
+    let mut reader = Reader::new(<&[u8; 49]>::try_from(key).ok()?);
+    Some((NamespaceId(reader.bytes()), ScopeTag(reader.bytes()), TtlClass(reader.u8())))
 }
 
 fn open_db(path: &Path) -> std::result::Result<(DB, Options), rocksdb::Error> {

@@ -23,6 +23,7 @@ mod fields;
 mod fsck;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzzing;
+mod hits;
 mod index;
 pub mod io;
 mod latency;
@@ -58,6 +59,7 @@ pub use erasure::Erase;
 pub use error::{ErrorKind, Result, StoreError};
 pub use fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
 pub use fsck::{FsckReport, Repair, fsck};
+pub use hits::Hits;
 pub use latency::Latencies;
 pub use lease::{Lease, LeaseId};
 pub use object::{PutObject, PutOutcome, PutPlane, TtlClass};

@@ -8,12 +8,14 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use esker_prefix::{ObjectId, ObjectKind};
+
 use crate::erasure::{Erase, Erasures};
 use crate::index::{Changes, Entry};
 use crate::observer::Removal;
 use crate::segment::{SegmentId, Spot};
 use crate::shared::Shared;
-use crate::table::Victim;
+use crate::table::{Located, Victim};
 use crate::{Result, TtlClass};
 
 /// Of the time to live, this part may pass before a use of a segment is written down again.
@@ -129,6 +131,9 @@ impl Shared {
             let entry = located.map_or(Ok(None), |located| self.index.get(located.spot))?;
             return self.erase_entries(entry.into_iter().filter(|entry| erasures.cover(entry)).collect());
         }
+        let mut changes = Changes::default();
+        self.hits.erase(erase, &mut changes);
+        self.index.write_durably(changes)?;
         self.erase_all(&erasures)
     }
 
@@ -158,7 +163,7 @@ impl Shared {
 
     /// What is done every few seconds.
     pub(crate) fn keep_house(&self) {
-        let done = self.expire().and_then(|()| self.time.save());
+        let done = self.expire().and_then(|()| self.time.save()).and_then(|()| self.save_hits());
         if let Err(error) = done {
             tracing::error!(%error, "housekeeping failed");
         }
@@ -184,10 +189,24 @@ impl Shared {
         }
     }
 
+    pub(crate) fn save_hits(&self) -> Result<()> {
+        let mut changes = Changes::default();
+        self.hits.save(&mut changes);
+        self.index.write(changes)
+    }
+
     /// The prefix that ends in `tip` was read.
-    pub(crate) fn used(&self, tip: esker_prefix::ObjectId) {
+    pub(crate) fn used(&self, tip: ObjectId) {
         let now_s = self.time.now_s();
-        for id in self.table.touch(tip, now_s) {
+        let segments = self.table.touch(tip, now_s);
+        if matches!(tip.kind, ObjectKind::Block | ObjectKind::State)
+            && !segments.is_empty()
+            && let Some(Located { spot, namespace, scope, tokens, .. }) = self.table.get(tip)
+            && let Some(segment) = self.segments.get(spot.segment)
+        {
+            self.hits.add((namespace, scope, segment.class), tokens);
+        }
+        for id in segments {
             let Some(segment) = self.segments.get(id) else { continue };
             self.segments.update(id, |segment| segment.used_s = segment.used_s.max(now_s));
             let lag_s = self.ttl_s(segment.class).map_or(u32::MAX, |ttl_s| ttl_s / USE_LAG_PART);

@@ -10,6 +10,7 @@ use crate::breaker::Breaker;
 use crate::clock::StoreTime;
 use crate::commit::Tail;
 use crate::fetch::Verifiers;
+use crate::hits::HitCounts;
 use crate::index::{Changes, Entry, Index, Phase};
 use crate::io::{AlignedBuf, BufferPool, ByteGate, Disk, FileId, Op, PAGE, page_ceil, read_exact, wait};
 use crate::lease::Leases;
@@ -36,6 +37,7 @@ pub(crate) struct Shared {
     pub(crate) leases: Leases,
     pub(crate) segments: SegmentTable,
     pub(crate) counters: Counters,
+    pub(crate) hits: HitCounts,
     pub(crate) wear: WearFile,
     pub(crate) breaker: Arc<Breaker>,
     pub(crate) observed: Observed,

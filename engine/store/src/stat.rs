@@ -14,7 +14,7 @@ use crate::index::{Entry, Index, Phase};
 use crate::io::BufferPool;
 use crate::segment::SegmentId;
 use crate::table::Table;
-use crate::{LeaseId, Result, StoreError, TtlClass};
+use crate::{Hits, LeaseId, Result, StoreError, TtlClass, Wear, wear};
 
 /// Bounds of the classes of age, in seconds.
 pub const AGE_BOUNDS_S: [u32; 5] = [3600, 6 * 3600, 24 * 3600, 72 * 3600, u32::MAX];
@@ -30,6 +30,8 @@ pub struct Amount {
     pub raw_bytes: u64,
     /// Bytes of their records.
     pub stored_bytes: u64,
+    /// How often prefixes that end in them were read again. Not told by age.
+    pub hits: Hits,
 }
 
 /// A segment.
@@ -85,6 +87,8 @@ pub struct StoreStat {
     pub table_bytes: u64,
     /// Segments that were ever begun, gone ones included: what was written is this often a segment's length, at most.
     pub segments_begun: u64,
+    /// What was ever written, and accepted for it.
+    pub wear: Wear,
 }
 
 impl Amount {
@@ -120,6 +124,13 @@ pub fn stat(dir: &Path) -> Result<StoreStat> {
             ObjectKind::Layout | ObjectKind::Erasure => {}
         }
     }
+    for ((namespace, scope, class), hits) in index.hits()? {
+        found.total.hits.add(hits);
+        found.namespaces.entry(namespace).or_default().hits.add(hits);
+        found.scopes.entry(scope).or_default().hits.add(hits);
+        found.classes.entry(class).or_default().hits.add(hits);
+    }
+    found.wear = wear::peek(dir);
     found.table_bytes = table.size().1;
     for item in fs::read_dir(&segments).map_err(StoreError::io("listing", &segments))?.flatten() {
         let Some(id) = item.file_name().to_str().and_then(SegmentId::from_file_name) else { continue };

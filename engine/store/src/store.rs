@@ -14,6 +14,7 @@ use crate::commit::{Committer, Submission};
 use crate::encoding::Hashed;
 use crate::erasure::Erase;
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
+use crate::hits::HitCounts;
 use crate::index::{Entry, Index};
 use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
@@ -157,6 +158,7 @@ impl Store {
                 leases: Leases::default(),
                 segments: SegmentTable::default(),
                 counters: Counters::default(),
+                hits: HitCounts::default(),
                 wear: WearFile::open(dir),
                 breaker: Arc::default(),
                 observed: Observed::default(),
@@ -187,6 +189,7 @@ impl Store {
             unreadable_segments: recovery.unreadable_segments,
         };
         restore_leases(&shared, &recovery.own);
+        shared.hits.load(&shared.index, &shared.table.realms())?;
         let committer = Committer::start(Arc::clone(&shared), position)
             .map_err(StoreError::io("starting the commit thread of", dir))?;
         let scrubber =
@@ -483,6 +486,8 @@ impl Store {
         drop(committer);
         shared.time.save()?;
         shared.wear.save(&shared.counters);
+        let _ =
+            shared.save_hits().inspect_err(|error| tracing::debug!(%error, "hits could not be written down"));
         shared.index.flush()
     }
 

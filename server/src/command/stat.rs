@@ -41,6 +41,14 @@ fn ratio(amount: &Amount) -> f64 {
     if amount.stored_bytes == 0 { 1.0 } else { amount.raw_bytes as f64 / amount.stored_bytes as f64 }
 }
 
+/// Bytes written to the drive for each that was accepted; 0 if none was.
+fn amplification(found: &StoreStat) -> f64 {
+    match found.wear.accepted_bytes {
+        0 => 0.0,
+        accepted => found.wear.written_bytes as f64 / accepted as f64,
+    }
+}
+
 /// The groups of objects, each with its title and its rows.
 fn groups(found: &StoreStat) -> [(&'static str, Vec<(String, Amount)>); 4] {
     let age = |(bound, amount): (u32, Amount)| {
@@ -63,10 +71,12 @@ fn tell(found: &StoreStat) {
         let (raw, stored) =
             (HumanBytes(amount.raw_bytes).to_string(), HumanBytes(amount.stored_bytes).to_string());
         println!(
-            "{name:<64} {:>12} tokens {:>9} objects {raw:>12} raw {stored:>12} stored {:>6.2}x",
+            "{name:<64} {:>12} tokens {:>9} objects {raw:>12} raw {stored:>12} stored {:>6.2}x {:>9} hits of {:>12} tokens",
             amount.tokens,
             amount.objects,
-            ratio(amount)
+            ratio(amount),
+            amount.hits.count,
+            amount.hits.tokens
         );
     };
     line("all", &found.total);
@@ -92,6 +102,12 @@ fn tell(found: &StoreStat) {
         sum(|segment| segment.given_back_bytes)
     );
     println!(
+        "written: {} ever, for {} accepted: {:.3} times",
+        HumanBytes(found.wear.written_bytes),
+        HumanBytes(found.wear.accepted_bytes),
+        amplification(found)
+    );
+    println!(
         "index: {} on disk; {} of memory, {:.1} bytes an object",
         HumanBytes(found.index_bytes),
         HumanBytes(found.table_bytes),
@@ -102,7 +118,8 @@ fn tell(found: &StoreStat) {
 fn to_json(found: &StoreStat) -> Value {
     let amount = |amount: &Amount| {
         json!({"tokens": amount.tokens, "objects": amount.objects, "raw_bytes": amount.raw_bytes,
-               "stored_bytes": amount.stored_bytes, "compression_ratio": ratio(amount)})
+               "stored_bytes": amount.stored_bytes, "compression_ratio": ratio(amount),
+               "hits": amount.hits.count, "hit_tokens": amount.hits.tokens})
     };
     let mut whole = Map::new();
     whole.insert("in_use".into(), found.in_use.into());
@@ -123,6 +140,9 @@ fn to_json(found: &StoreStat) -> Value {
     });
     whole.insert("segments".into(), segments.collect());
     whole.insert("segments_begun".into(), found.segments_begun.into());
+    whole.insert("written_bytes".into(), found.wear.written_bytes.into());
+    whole.insert("accepted_bytes".into(), found.wear.accepted_bytes.into());
+    whole.insert("write_amplification".into(), amplification(found).into());
     whole.insert("index_bytes".into(), found.index_bytes.into());
     whole.insert("table_bytes".into(), found.table_bytes.into());
     whole.into()
