@@ -47,6 +47,8 @@ pub(crate) struct Log {
     head: HeadFile,
     segments: u64,
     spare: Spare,
+    /// There was no space for a spare segment the last time.
+    starved: bool,
     failed: bool,
 }
 
@@ -81,6 +83,7 @@ impl Log {
             head,
             segments,
             spare: Spare::None,
+            starved: false,
             failed: false,
         };
         log.prepare();
@@ -222,9 +225,15 @@ impl Log {
     fn wait(&mut self) {
         self.spare = match std::mem::replace(&mut self.spare, Spare::None) {
             Spare::Preparing(thread) => match thread.join() {
-                Ok(Ok(file)) => Spare::Ready(file),
+                Ok(Ok(file)) => {
+                    self.starved = false;
+                    Spare::Ready(file)
+                }
                 Ok(Err(error)) => {
-                    tracing::error!(%error, "the ledger gets no space for its next segment");
+                    // Tried every second, and told once.
+                    if !std::mem::replace(&mut self.starved, true) {
+                        tracing::error!(%error, "the ledger gets no space for its next segment");
+                    }
                     Spare::None
                 }
                 Err(_) => Spare::None,
