@@ -15,7 +15,7 @@ macro_rules! model_file {
 }
 
 /// What the bundled model is called.
-pub const NAME: &str = "esker-kjv-austen-7m";
+pub const NAME: &str = "esker-kjv-austen-8m";
 /// The demo's document: text that the model was not trained on.
 pub const DEMO_DOCUMENT: &str = include_str!(model_file!("demo/document.txt"));
 /// The demo's two questions, one per line.

@@ -10,7 +10,7 @@ import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "engine/decoder/model/demo/document.txt").read_text()
-MODEL = "esker-kjv-austen-7m"
+MODEL = "esker-kjv-austen-8m"
 BLOCK = 128
 
 

@@ -344,7 +344,7 @@ async fn model_folders_that_are_none() -> Result<()> {
         ("cut-config", |dir| cut(&dir.join("config.json"), 100), "config.json"),
         ("cut-tokenizer", |dir| cut(&dir.join("tokenizer.json"), 1000), "tokenizer"),
         ("other-shape", |dir| replace(dir, "\"hidden_size\": ", "\"hidden_size\": 1"), "expected"),
-        ("other-model", |dir| replace(dir, "\"deepseek_v32\"", "\"llama\""), "llama"),
+        ("other-model", |dir| replace(dir, "\"deepseek_v4\"", "\"llama\""), "llama"),
     ];
     for (name, damage, text) in cases {
         let model = folder.path().join(name);

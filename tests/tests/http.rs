@@ -55,7 +55,7 @@ async fn the_page_and_its_figures_come_from_the_node_alone() -> Result<()> {
     // Two prompts that share two blocks, each with a block of its own.
     let shared = "In the beginning ".repeat(100);
     let ask = |end: &str| {
-        let body = serde_json::json!({"model": "esker-kjv-austen-7m", "max_tokens": 1, "prompt": format!("{shared}{}", end.repeat(200))});
+        let body = serde_json::json!({"model": "esker-kjv-austen-8m", "max_tokens": 1, "prompt": format!("{shared}{}", end.repeat(200))});
         web(&http, "POST", "/v1/completions", &["content-type: application/json"], &body.to_string())
     };
     assert_eq!(ask(" God")?.status, 200);

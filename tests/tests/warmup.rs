@@ -218,7 +218,7 @@ async fn what_cannot_be_warmed_is_refused_with_its_reason() -> Result<()> {
         (|r| r.prompts.clear(), Code::InvalidArgument, "prompts"),
         (|r| r.prompts.push(v1::WarmupPrompt::default()), Code::InvalidArgument, "prompt 2"),
         (|r| r.prompts = request("", &[vec![TokenId(9_999_999)]]).prompts, Code::InvalidArgument, "9999999"),
-        (|r| r.prompts = request("", &[tokens(1, 20_000)]).prompts, Code::InvalidArgument, "context"),
+        (|r| r.prompts = request("", &[tokens(1, 40_000)]).prompts, Code::InvalidArgument, "context"),
         (|r| r.namespace = vec![7; 32].into(), Code::FailedPrecondition, "namespace"),
         (|r| r.namespace = vec![7; 31].into(), Code::InvalidArgument, "namespace"),
         (|r| r.scope = v1::Scope::Org.into(), Code::PermissionDenied, "org"),

@@ -55,7 +55,7 @@ def arguments():
     parser.add_argument("--write-golden", type=pathlib.Path, metavar="DIR",
                         help="only write what --out computes on the demo's document, for the decoder to be compared with")
     parser.add_argument("--work", type=pathlib.Path, default=CACHE / "recipe", help="for checkpoints")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent / "model-v4")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent.parent / "model")
     return parser.parse_args()
 
 
