@@ -18,7 +18,7 @@ use crate::index::{DAMAGED_MARK, Entry, Index, Phase, SegmentState};
 use crate::io::{self, BufferPool, Disk, FileId, PAGE, read_exact};
 use crate::record::{ContentDigest, PlacedHeader};
 use crate::scan::{Met, Scan};
-use crate::segment::{PageKind, RECORDS_AT, SegmentId, SegmentPage, Spot};
+use crate::segment::{Ends, RECORDS_AT, SegmentId, Spot, last_page};
 use crate::stats::Counter;
 use crate::store::lock;
 use crate::{MissCounts, MissKind, Result, Store, StoreError, StoreSettings, lease, verify};
@@ -208,17 +208,20 @@ impl<'a> Check<'a> {
     fn segment(&mut self, id: SegmentId, file: FileId, len_bytes: u64, told: &dyn Fn(u64)) -> Result<()> {
         let taken = self.disk.allocated_bytes(file).unwrap_or(len_bytes);
         self.report.given_back_bytes += len_bytes.saturating_sub(taken);
-        let last_page = len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64;
-        let header = self.page(id, file, 0, PageKind::Header)?;
-        let seal = self.page(id, file, last_page, PageKind::Seal)?;
+        let path = self.dir.join("segments").join(id.file_name());
+        let read = |at| {
+            let read = || read_exact(self.disk, &self.pool, file, at, PAGE).ok();
+            read().or_else(read)
+        };
+        let Ends { header, copied, seal, .. } = Ends::read(id, len_bytes, &path, read)?;
         let state = self.states.get(&id).copied();
         let sealed = state.is_some_and(|state| state.phase == Phase::Sealed);
-        if (header.is_none() && state.is_some()) || (sealed && seal.is_none()) {
+        if ((copied || header.is_none()) && state.is_some()) || (sealed && seal.is_none()) {
             self.report.bad_segments.push(id.file_name());
         }
         let generation = header.or(seal).map(|page| page.generation).or(state.map(|state| state.generation));
-        let to = seal.map_or(if header.is_some() { last_page } else { len_bytes }, |seal| {
-            seal.extent_bytes.min(last_page)
+        let to = seal.map_or(if header.is_some() { last_page(len_bytes) } else { len_bytes }, |seal| {
+            seal.extent_bytes.min(last_page(len_bytes))
         });
         let mut entries = HashMap::new();
         if let Some(index) = &self.index {
@@ -260,13 +263,6 @@ impl<'a> Check<'a> {
         self.read_bytes = read_bytes;
         self.report.dangling += entries.len() as u64;
         Ok(())
-    }
-
-    fn page(&self, id: SegmentId, file: FileId, at: u64, kind: PageKind) -> Result<Option<SegmentPage>> {
-        let path = self.dir.join("segments").join(id.file_name());
-        let read = || read_exact(self.disk, &self.pool, file, at, PAGE);
-        let Ok(page) = read().or_else(|_| read()) else { return Ok(None) };
-        Ok(SegmentPage::decode(kind, &page, &path)?.filter(|page| page.id == id))
     }
 
     /// Takes a sound record in: of one name the later holds.

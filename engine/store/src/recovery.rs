@@ -23,7 +23,7 @@ use crate::erasure::{Erase, Erasures};
 use crate::index::{Bulk, Changes, Entry, Index, Phase, SegmentState};
 use crate::io::{FileId, Op, PAGE, read_exact, wait};
 use crate::scan::{Met, Scan, Scanned};
-use crate::segment::{OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage};
+use crate::segment::{Ends, OpenSegment, RECORDS_AT, SegmentId, SegmentPage, last_page};
 use crate::shared::Shared;
 use crate::stats::MissCounts;
 use crate::{Result, StoreError};
@@ -161,6 +161,8 @@ enum Message {
 struct Examined {
     header: Option<SegmentPage>,
     seal: Option<SegmentPage>,
+    /// Certainly not sealed.
+    open: bool,
     /// Known to have its full length.
     whole: bool,
     from: u64,
@@ -202,12 +204,11 @@ impl Found {
 
     fn look(&self, shared: &Shared, dir: &Path, met: &mut dyn FnMut(Entry)) -> Result<Examined> {
         let &Self { id, file, len_bytes, state } = self;
-        let header = self.page(shared, dir, 0, PageKind::Header)?;
+        let read = |at| read_exact(shared.disk.as_ref(), &shared.pool, file, at, PAGE).ok();
+        let Ends { header, seal, open, .. } = Ends::read(id, len_bytes, &dir.join(id.file_name()), read)?;
         // Only of a segment known to have its full length is it known where its seal is or goes.
         let whole = header.is_some_and(|header| header.extent_bytes == len_bytes);
-        let last_page = self.last_page();
-        let seal = self.page(shared, dir, last_page, PageKind::Seal)?;
-        let seal = seal.filter(|seal| header.is_none_or(|header| header.generation == seal.generation));
+        let last_page = last_page(len_bytes);
         let generation = header.or(seal).map(|page| page.generation).or(state.map(|state| state.generation));
         let from = state.map_or(RECORDS_AT, |state| state.watermark);
         let to = match seal {
@@ -232,29 +233,16 @@ impl Found {
             }
         });
         let unknown = scanned.generation.is_none();
-        let blank = unknown && scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(shared, 0);
-        Ok(Examined { header, seal, whole, from, to, scanned, blank })
-    }
-
-    /// Where a seal is or goes.
-    fn last_page(&self) -> u64 {
-        self.len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64
+        let blank = unknown && scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(shared);
+        Ok(Examined { header, seal, open, whole, from, to, scanned, blank })
     }
 
     fn is_suspect(&self) -> bool {
         self.state.is_some_and(|state| state.phase == Phase::Suspect)
     }
 
-    /// A header or seal page, if it is there, sound and this segment's.
-    fn page(&self, shared: &Shared, dir: &Path, offset: u64, kind: PageKind) -> Result<Option<SegmentPage>> {
-        let path = dir.join(self.id.file_name());
-        let read = read_exact(shared.disk.as_ref(), &shared.pool, self.file, offset, PAGE);
-        let Ok(page) = read else { return Ok(None) };
-        Ok(SegmentPage::decode(kind, &page, &path)?.filter(|page| page.id == self.id))
-    }
-
-    fn is_blank(&self, shared: &Shared, page_at: u64) -> bool {
-        let read = read_exact(shared.disk.as_ref(), &shared.pool, self.file, page_at, PAGE);
+    fn is_blank(&self, shared: &Shared) -> bool {
+        let read = read_exact(shared.disk.as_ref(), &shared.pool, self.file, 0, PAGE);
         read.is_ok_and(|page| page.iter().all(|&byte| byte == 0))
     }
 }
@@ -275,7 +263,7 @@ impl Worker<'_> {
             }
         };
         let suspect = found.is_suspect();
-        let Examined { header, seal, whole, from, to, scanned, blank } = examined;
+        let Examined { header, seal, open, whole, from, to, scanned, blank } = examined;
         for (kind, count) in scanned.dropped.iter() {
             tracing::warn!(segment = %id, %kind, count, "bad records passed over");
         }
@@ -330,10 +318,12 @@ impl Worker<'_> {
             tail.end_at(scanned.end.min(to.max(from)));
             self.remember(&tail, Phase::Open)?;
             // A seal that could not be read just now would cut off, one day, what is appended behind it.
+            // Nor would one that could not be written in an earlier process, and that may still reach the device: the headers
+            // are written again, and the next flush rules that out.
             let appendable = whole
                 && scanned.clean
-                && found.is_blank(self.shared, found.last_page())
-                && self.blank_seal(found).is_ok();
+                && open
+                && header.is_some_and(|header| self.shared.write_headers(file, &header).is_ok());
             if !appendable && whole {
                 self.seal(&tail);
             }
@@ -348,18 +338,9 @@ impl Worker<'_> {
     /// Makes what the scan has written again durable, and the header with it.
     fn flush(&self, found: &Found, header: Option<&SegmentPage>) -> std::io::Result<()> {
         if let Some(header) = header {
-            self.shared.write_segment_page(found.file, 0, PageKind::Header, header)?;
+            self.shared.write_headers(found.file, header)?;
         }
         wait(self.shared.disk.as_ref(), |reply| Op::sync(found.file, 0, reply)).map(drop)
-    }
-
-    /// Writes the blank page again where the seal goes. Sealing may have failed in an earlier process, and what it wrote may
-    /// still reach the device, and cut off what is appended from now on; the next flush rules that out.
-    fn blank_seal(&self, found: &Found) -> std::io::Result<()> {
-        let mut buf = self.shared.pool.take(PAGE);
-        buf.fill(0);
-        wait(self.shared.disk.as_ref(), |reply| Op::write(found.file, found.last_page(), buf, 0, reply))
-            .map(drop)
     }
 
     /// Adds what a scan found to the index. Which of two records with one name holds is decided when the table is

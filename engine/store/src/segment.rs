@@ -5,8 +5,11 @@
 //! ```text
 //! page 0         header page
 //! pages 1 ..     records, one after another; zeros behind the last
-//! last page      seal page, once the segment is closed for good; zeros before
+//! last page      seal page, once the segment is closed for good; a copy of the header page before
 //! ```
+//!
+//! The copy is there because records bind themselves to the generation that the header names: without it, damage to one page
+//! of an open segment would cost all of them. Segments of earlier builds have zeros in its place.
 //!
 //! The seal says that every record before `end` was flushed, so that a rebuild need not read their payload to know
 //! that they are whole. A segment without one is open, was open at a crash, or is suspect. Both pages have one
@@ -33,7 +36,7 @@ use std::path::Path;
 use std::sync::{PoisonError, RwLock};
 
 use crate::fields::{Reader, Writer};
-use crate::io::{FileId, PAGE};
+use crate::io::{AlignedBuf, FileId, PAGE};
 use crate::{Result, StoreError, TtlClass};
 
 const HEADER_MAGIC: &[u8; 8] = b"EskrSeg\0";
@@ -149,6 +152,44 @@ impl SegmentPage {
             extent_bytes: reader.u64(),
             sequence: reader.u64(),
         }))
+    }
+}
+
+/// Where a segment's last page starts.
+pub(crate) fn last_page(len_bytes: u64) -> u64 {
+    len_bytes.saturating_sub(PAGE as u64) / PAGE as u64 * PAGE as u64
+}
+
+/// What a segment's first and last page say of it, each if it is sound and this segment's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ends {
+    pub(crate) header: Option<SegmentPage>,
+    /// Whether the header page itself is lost, and `header` is its copy.
+    pub(crate) copied: bool,
+    pub(crate) seal: Option<SegmentPage>,
+    /// Whether there certainly is no seal: the copy is in its place, or zeros.
+    pub(crate) open: bool,
+}
+
+impl Ends {
+    /// `read` gives the page at an offset, if it can be read.
+    pub(crate) fn read(
+        id: SegmentId,
+        len_bytes: u64,
+        path: &Path,
+        read: impl Fn(u64) -> Option<AlignedBuf>,
+    ) -> Result<Self> {
+        let decode = |kind, page: &Option<AlignedBuf>| -> Result<Option<SegmentPage>> {
+            let Some(page) = page else { return Ok(None) };
+            Ok(SegmentPage::decode(kind, page, path)?.filter(|page| page.id == id))
+        };
+        let header = decode(PageKind::Header, &read(0))?;
+        let last = read(last_page(len_bytes));
+        let copy = decode(PageKind::Header, &last)?;
+        let seal = decode(PageKind::Seal, &last)?;
+        let seal = seal.filter(|seal| header.is_none_or(|header| header.generation == seal.generation));
+        let open = copy.is_some() || last.is_some_and(|page| page.iter().all(|&byte| byte == 0));
+        Ok(Self { open, header: header.or(copy), copied: header.is_none() && copy.is_some(), seal })
     }
 }
 

@@ -17,7 +17,7 @@ use crate::lease::Leases;
 use crate::observer::{Observed, Removal};
 use crate::record::ContentDigest;
 use crate::sealing::Sealer;
-use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot};
+use crate::segment::{PageKind, SegmentPage, SegmentTable, Spot, last_page};
 use crate::stats::Counters;
 use crate::table::{Located, Table};
 use crate::verify;
@@ -165,6 +165,12 @@ impl Shared {
         wait(self.disk.as_ref(), |reply| Op::write(file, offset, buf, 0, reply))?;
         self.counters.written_bytes.add(PAGE as u64);
         Ok(())
+    }
+
+    /// Writes a segment's header and the copy of it, where the seal will go.
+    pub(crate) fn write_headers(&self, file: FileId, header: &SegmentPage) -> io::Result<()> {
+        self.write_segment_page(file, 0, PageKind::Header, header)?;
+        self.write_segment_page(file, last_page(header.extent_bytes), PageKind::Header, header)
     }
 
     /// Closes a segment whose records are all flushed.

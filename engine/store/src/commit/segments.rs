@@ -12,7 +12,7 @@ use super::{Event, Tail};
 use crate::TtlClass;
 use crate::index::Changes;
 use crate::io::FileId;
-use crate::segment::{OpenSegment, PageKind, SegmentId, SegmentPage, random_generation};
+use crate::segment::{OpenSegment, SegmentId, SegmentPage, random_generation};
 use crate::shared::Shared;
 
 /// Handle of the thread.
@@ -172,7 +172,7 @@ impl Blank {
         let used_s = shared.time.now_s();
         shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
         let header = SegmentPage { id, class, generation, extent_bytes: len_bytes, sequence: 0 };
-        shared.write_segment_page(file, 0, PageKind::Header, &header)?;
+        shared.write_headers(file, &header)?;
         Ok(Tail::empty(id, class, generation, file, len_bytes))
     }
 

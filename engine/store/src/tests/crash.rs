@@ -132,9 +132,9 @@ fn a_disk_that_lies_once_costs_what_it_lied_about_and_never_gives_wrong_bytes() 
 #[test]
 fn without_tombstones_a_power_cut_brings_back_what_was_erased() {
     let recording = Sabotage { skip_tombstone: true, ..Sabotage::default() };
-    let (tally, _) = run(1500, Mode { recording, ..Mode::default() }, "");
+    let (tally, _) = run(4000, Mode { recording, ..Mode::default() }, "");
     let failures = tally.failures.into_inner().unwrap();
-    figures::report("erasure_control", &[("states", 1500), ("violations_found", failures.len() as u64)]);
+    figures::report("erasure_control", &[("states", 4000), ("violations_found", failures.len() as u64)]);
     assert!(failures.iter().any(|failure| failure.contains("is back")), "the oracle is blind: {failures:?}");
 }
 

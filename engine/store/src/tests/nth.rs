@@ -142,8 +142,8 @@ fn a_seal_that_could_not_be_written_cuts_nothing_off_later() {
     };
     let store = open(&disk);
     put(&store, 0, 900);
-    // Does not fit behind it. Its header is written, then itself, and then the seal of the first one.
-    disk.arm(&[Plan { kind: OpKind::Write, first: 2, count: 1, fault: Fault::Errno(libc::EIO) }]);
+    // Does not fit behind it. Its two headers are written, then itself, and then the seal of the first one.
+    disk.arm(&[Plan { kind: OpKind::Write, first: 3, count: 1, fault: Fault::Errno(libc::EIO) }]);
     put(&store, 1, 55_000);
     drop(store);
     disk.arm(&[]);
