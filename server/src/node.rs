@@ -27,6 +27,7 @@ use crate::secret::root_secret;
 use crate::sessions::Sessions;
 use crate::staging::Staging;
 use crate::tenants::Tenants;
+use crate::traces::Traces;
 use crate::usage::sink::{Exporting, SinkSettings};
 use crate::warmups::Warmups;
 use crate::write_behind::WriteBehind;
@@ -83,6 +84,7 @@ pub struct Node {
     pub(crate) resident_bytes: Option<u64>,
     /// Whether a draft block guesses.
     pub(crate) guessing: Guessing,
+    pub(crate) traces: Traces,
 }
 
 /// The decoder of a node and the queue behind it.
@@ -153,11 +155,18 @@ impl Node {
             engine,
             resident_bytes: None,
             guessing: Guessing::Never,
+            traces: Traces::default(),
         })
     }
 }
 
 impl Node {
+    /// The same node, which sends traces there.
+    #[must_use]
+    pub fn with_traces(self, traces: Traces) -> Self {
+        Self { traces, ..self }
+    }
+
     /// The same node, which guesses so.
     #[must_use]
     pub(crate) fn with_guessing(self, guessing: Guessing) -> Self {

@@ -33,6 +33,7 @@ use crate::service::{
     AdminService, Admission, CacheService, DecoderService, EventsService, LocalService, SessionsService,
     UsageService, WarmupService, close_unsettled,
 };
+use crate::traces::TraceLayer;
 use crate::warmups::Runner;
 
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
@@ -205,10 +206,15 @@ pub async fn start(
         .add_service(events)
         .add_service(arenas)
         .add_service(admin);
+    let traces = TraceLayer(node.traces.clone());
     let local = local.map(|sockets| {
         let (calls, handing_out) = sockets.serve(Arc::clone(&node.arenas), authenticator);
-        let router =
-            server.clone().layer(MetricsLayer(node.clone())).layer(auth.clone()).add_routes(routes.clone());
+        let router = server
+            .clone()
+            .layer(traces.clone())
+            .layer(MetricsLayer(node.clone()))
+            .layer(auth.clone())
+            .add_routes(routes.clone());
         let calls = tokio::spawn(router.serve_with_incoming(UnixListenerStream::new(calls)));
         [AbortOnDrop(handing_out.abort_handle()), AbortOnDrop(calls.abort_handle())]
     });
@@ -216,7 +222,7 @@ pub async fn start(
         Some(tls) => server.tls_config(tls.config()?).context("the TLS files cannot be used")?,
         None => server,
     };
-    let router = server.layer(MetricsLayer(node.clone())).layer(auth).add_routes(routes);
+    let router = server.layer(traces).layer(MetricsLayer(node.clone())).layer(auth).add_routes(routes);
     let serving = tokio::spawn(async move {
         let _housekeeping = AbortOnDrop(housekeeping.abort_handle());
         let _local = local;

@@ -17,6 +17,7 @@ use crate::local::LocalSettings;
 use crate::model_folder::load_model;
 use crate::node::{Node, NodeSettings};
 use crate::serve::{ListenSettings, TlsFiles};
+use crate::traces::Traces;
 use crate::usage::sink::SinkSettings;
 use crate::{bundled, serve};
 
@@ -90,6 +91,10 @@ pub struct Args {
     /// Decode with the model of this folder (config.json, *.safetensors, tokenizer.json), not the bundled one
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Send traces of calls to this OpenTelemetry collector by OTLP over gRPC, such as http://127.0.0.1:4317; the variables OTEL_*
+    /// say how [default: none are made]
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
     /// Name of the deployment in usage ids, the same on all of its nodes [default: made from the root secret]
     #[arg(long, value_name = "NAME")]
     cluster: Option<String>,
@@ -211,6 +216,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ..defaults
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
+    let traces = {
+        let _runtime = runtime.enter();
+        args.otlp.as_deref().map(Traces::to).transpose()?.unwrap_or_default()
+    };
     let node = Node::open(
         &NodeSettings {
             data: args.data.clone(),
@@ -232,7 +241,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         },
         model,
     )?;
-    let node = Arc::new(node.with_resident_bytes(args.resident_bytes).with_guessing(args.speculate));
+    let node = Arc::new(
+        node.with_resident_bytes(args.resident_bytes).with_guessing(args.speculate).with_traces(traces),
+    );
     tell(&args.data, node.store.open_report());
     runtime.block_on(async {
         let running = serve::start(node.clone(), &listen, stop_signal()?).await?;
@@ -243,6 +254,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
         running.wait().await
     })?;
+    node.traces.stop();
     runtime.shutdown_timeout(Duration::from_secs(5));
     tracing::info!("stopped");
     Ok(())

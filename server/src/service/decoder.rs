@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use esker_decoder::Sampler;
@@ -22,6 +22,7 @@ use crate::ledger::sums;
 use crate::metrics::Watched;
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, Role, principal_of};
+use crate::traces::Call;
 
 /// Generations that compute at a time: each uses every core by itself.
 const RUNNING: usize = 2;
@@ -152,6 +153,7 @@ impl v1::decoder_server::Decoder for DecoderService {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let principal = principal_of(&request)?;
+        let call = request.extensions().get::<Call>().cloned();
         let request = request.into_inner();
         let bill = Bill::open(&self.node, &principal, &request).await?;
         let job = self.job(&principal, request)?;
@@ -161,7 +163,7 @@ impl v1::decoder_server::Decoder for DecoderService {
                 "{MAX_WAITING} generations are waiting, the limit"
             )));
         }
-        let arrived = Instant::now();
+        let arrived = Arrived { at: Instant::now(), wall: SystemTime::now(), call };
         let (node, running, waiting) = (self.node.clone(), self.running.clone(), self.waiting.clone());
         let (sender, receiver) = mpsc::channel(EVENT_BUFFER);
         tokio::spawn(async move {
@@ -180,23 +182,34 @@ impl v1::decoder_server::Decoder for DecoderService {
     }
 }
 
+/// When a request came.
+struct Arrived {
+    at: Instant,
+    wall: SystemTime,
+    call: Option<Call>,
+}
+
 /// Runs a job on a blocking thread, sending its events to the client.
 fn run(
     node: &Node,
     job: Job,
     bill: &Bill,
-    arrived: Instant,
+    arrived: Arrived,
     replies: &mpsc::Sender<Result<v1::GenerateReply, Status>>,
 ) {
     let runtime = tokio::runtime::Handle::current();
     let mut reported = Instant::now();
-    let mut watched = Watched::new(arrived, node);
+    let waited = arrived.at.elapsed();
+    let mut watched = Watched::new(arrived.at, node);
     let closed = Cell::new(false);
     let served = Cell::new(Served::of(job.prompt.len()));
     let mut emit = |event| {
         watched.see(&event);
         if let Event::Prompt { tokens, hit_tokens, .. } = &event {
-            node.history.prompt(*tokens as u64, *hit_tokens as u64, Some(arrived.elapsed()));
+            node.history.prompt(*tokens as u64, *hit_tokens as u64, Some(arrived.at.elapsed()));
+        }
+        if let Event::Done(account) = &event {
+            node.traces.generation(arrived.call.as_ref(), waited, arrived.wall, account);
         }
         served.set(served.get().and(&event));
         // The account is closed before the caller hears that it has everything.
