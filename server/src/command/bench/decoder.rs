@@ -5,6 +5,7 @@
 
 mod eager;
 mod flatness;
+mod ordered;
 mod products;
 mod warm;
 
@@ -31,7 +32,7 @@ pub(super) struct Args {
     /// The script that runs `transformers` on the same weights; it makes its own environment
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/decoder/transformers"), value_name = "FILE")]
     transformers: PathBuf,
-    /// Only these parts: transformers, flatness, gemm, warm
+    /// Only these parts: transformers, flatness, gemm, warm, ordered
     #[arg(long, value_delimiter = ',', value_name = "PART")]
     only: Vec<String>,
     /// Print one JSON object instead of a table
@@ -40,7 +41,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    const PARTS: [&str; 4] = ["transformers", "flatness", "gemm", "warm"];
+    const PARTS: [&str; 5] = ["transformers", "flatness", "gemm", "warm", "ordered"];
     if let Some(unknown) = args.only.iter().find(|only| !PARTS.contains(&only.as_str())) {
         anyhow::bail!("--only knows {}, not {unknown:?}", PARTS.join(", "));
     }
@@ -75,9 +76,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     part("warm", "time to first token, 16k cached tokens", &["warm_ttft_speedup_16k"], &|figures| {
         warm::run(&bed, dir.path(), figures)
     });
-    if args.only.is_empty() {
-        missing(&mut figures, &["ordered_restore_gain"], "not measured by this command yet");
-    }
+    part("ordered", "restore in order, 128k cached tokens", &["ordered_restore_gain"], &|figures| {
+        ordered::run(dir.path(), figures)
+    });
     if args.json {
         println!("{}", Value::Object(figures));
         return Ok(());
