@@ -54,7 +54,10 @@ fn run<const N: usize>(program: &str, args: [&OsStr; N]) -> bool {
 async fn puts_are_refused_and_reads_go_on() -> Result<()> {
     let folder = scratch();
     let Some(disk) = SmallDisk::new(folder.path()) else { return Ok(()) };
-    let data = disk.0.join("data");
+    // By a link, so that the node's log, which lies beside its data, is not on the full disk: what cannot be told is not read.
+    let data = folder.path().join("data");
+    std::fs::create_dir(disk.0.join("data"))?;
+    std::os::unix::fs::symlink(disk.0.join("data"), &data)?;
     std::fs::write(disk.0.join("reserve"), vec![1; 8 << 20])?;
     // More than there is: a store that knows no bound of its own meets the disk's.
     let options = ["--segment-mib", "4", "--capacity", "1GiB"];
