@@ -58,6 +58,12 @@ impl Client {
             .into_inner())
     }
 
+    /// Gives a grant up: nothing was used.
+    pub async fn release(&self, grant: Bytes) -> Result<()> {
+        self.cache.clone().release(v1::ReleaseRequest { grant }).await?;
+        Ok(())
+    }
+
     /// Every plane of a granted prefix, object by object. `tokens` is one of the resume points, 0 for the best.
     pub async fn fetch(&self, layout: &KvLayout, grant: Bytes, tokens: u64) -> Result<Fetched> {
         let request = v1::FetchRequest { grant, tokens, ..Default::default() };

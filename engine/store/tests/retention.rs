@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{ManualClock, all, chain, fetch, id, object, planes, settings};
 use esker_prefix::{NamespaceId, ObjectId, ScopeTag};
@@ -195,6 +195,48 @@ fn a_class_goes_when_its_time_is_over_unless_it_was_used_or_is_leased() {
     assert_eq!(store.stats().expired, 90);
     // What is left is the store's own.
     assert_eq!(store.stats().segments, 1);
+}
+
+/// Segments are begun and sealed all the time, several in each interval between two rounds of housekeeping.
+#[test]
+fn what_is_over_goes_while_others_are_written_without_a_pause() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = StoreSettings { capacity_bytes: u64::MAX, ..small() };
+    settings.ttl_classes[0] = Duration::from_secs(1);
+    let store = Store::open(dir.path(), settings).unwrap();
+    let class = |first, class| -> Vec<_> {
+        chain(first, 10, &LENS).into_iter().map(|object| object.with_class(TtlClass(class))).collect()
+    };
+    let (short, long) = (class(0, 0), class(100, 1));
+    assert!(store.put(short.clone()).iter().chain(&store.put(long.clone())).all(Result::is_ok));
+    let started = Instant::now();
+    let mut written = 0;
+    while !store.lookup(&ids(&short)).is_empty() {
+        assert!(started.elapsed() < Duration::from_secs(20), "still there, {written} segments later");
+        assert!(store.put(class(200 + written * 10, 1)).iter().all(Result::is_ok));
+        written += 1;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert!(written > 5, "it went before its time");
+    assert_eq!(store.lookup(&ids(&long)).len(), 10, "its time is not over");
+}
+
+#[test]
+fn what_ran_out_meanwhile_goes_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let objects: Vec<_> =
+        chain(0, 5, &LENS).into_iter().map(|object| object.with_class(TtlClass(0))).collect();
+    let store = open();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    drop(store);
+    clock.pass(HOUR);
+    let (store, started) = (open(), Instant::now());
+    while !store.lookup(&ids(&objects)).is_empty() {
+        assert!(started.elapsed() < Duration::from_secs(3), "it waits for a round of housekeeping");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]

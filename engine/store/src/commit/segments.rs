@@ -1,12 +1,12 @@
-//! Making and sealing segments on a thread of their own, and keeping house when there is nothing else: all of it waits for
-//! the file system's journal, and none of it should keep a commit waiting.
+//! Making and sealing segments on a thread of their own, and keeping house at the start and every few seconds: all of it waits
+//! for the file system's journal, and none of it should keep a commit waiting.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Event, Tail};
 use crate::TtlClass;
@@ -100,18 +100,22 @@ impl Maker {
     }
 }
 
-/// Between two rounds of housekeeping.
+/// Between two rounds of housekeeping, however much else there is to do.
 const TICK: Duration = Duration::from_secs(5);
 
 fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Sender<Event>) {
+    // The first at once: what ran out while nobody kept house is not to be found for long.
+    let mut due = Instant::now();
     loop {
-        let job = match jobs.recv_timeout(TICK) {
+        let now = Instant::now();
+        if due <= now {
+            due = now + TICK;
+            // By way of the committer, which knows what is still being written.
+            let _ = events.send(Event::House(None));
+        }
+        let job = match jobs.recv_timeout(due - now) {
             Ok(job) => job,
-            Err(RecvTimeoutError::Timeout) => {
-                // By way of the committer, which knows what is still being written.
-                let _ = events.send(Event::House(None));
-                continue;
-            }
+            Err(RecvTimeoutError::Timeout) => continue,
             Err(RecvTimeoutError::Disconnected) => return,
         };
         match job {
