@@ -11,6 +11,7 @@ mod journal;
 mod node;
 mod prompt;
 mod random;
+mod samples;
 mod web;
 
 pub use binary::{esker, output, scratch, text_of};
@@ -20,4 +21,5 @@ pub use journal::{Audit, Journal};
 pub use node::{Answer, Fetched, Node, put_steps, question};
 pub use prompt::{Prompt, flat_layout, staged_layout, tokens};
 pub use random::Random;
+pub use samples::{Samples, scrape, value};
 pub use web::{WebReply, web};
