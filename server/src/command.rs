@@ -8,21 +8,61 @@ pub mod golden;
 pub mod lookup;
 pub mod serve;
 pub mod stat;
+pub mod tenants;
 pub mod top;
 pub mod usage;
 pub mod warmup;
 
-use std::io::Read;
+use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
+use esker_client::{Client, ClientError, Credentials};
 
-/// Where to find a running node.
+/// Where to find a running node, and who asks it.
 #[derive(Clone, Debug, clap::Args)]
 pub struct NodeArgs {
     /// Address of a running node
     #[arg(long, default_value = "127.0.0.1:7410", value_name = "HOST:PORT", env = "ESKER_NODE")]
     node: String,
+    /// Authority of the node's certificate, PEM: the connection is by TLS
+    #[arg(long, value_name = "FILE", env = "ESKER_CA")]
+    ca: Option<PathBuf>,
+    /// Certificate that says who asks, PEM
+    #[arg(long, value_name = "FILE", env = "ESKER_CERT", requires = "key")]
+    cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", env = "ESKER_KEY", requires = "cert")]
+    key: Option<PathBuf>,
+    /// File with a bearer token that says who asks; read for each connection
+    #[arg(long, value_name = "FILE", env = "ESKER_TOKEN")]
+    token: Option<PathBuf>,
+}
+
+impl NodeArgs {
+    async fn connect(&self) -> anyhow::Result<Client> {
+        let read =
+            |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+        let credentials = Credentials {
+            authority: self.ca.as_ref().map(read).transpose()?,
+            identity: match self.cert.as_ref().zip(self.key.as_ref()) {
+                Some((chain, key)) => Some((read(chain)?, read(key)?)),
+                None => None,
+            },
+            token: match &self.token {
+                Some(path) => Some(
+                    String::from_utf8(read(path)?)
+                        .with_context(|| format!("{} holds no token: it is not text", path.display()))?,
+                ),
+                None => None,
+            },
+        };
+        let hint = "name the authority of the node's certificate with --ca FILE";
+        match Client::connect_as(&self.node, &credentials).await {
+            Err(error @ ClientError::Credentials(_)) if self.ca.is_none() => Err(error).context(hint),
+            connected => Ok(connected?),
+        }
+    }
 }
 
 /// A text given on the command line, in a file, or both (the file comes first).
@@ -53,6 +93,17 @@ impl TextArgs {
             bail!("nothing to work on: give a text, or a file with --file");
         }
         Ok(whole)
+    }
+}
+
+/// Prints a whole result. Who reads it may have seen enough and closed the pipe, like `head`.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The `esker` command.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -33,6 +34,8 @@ enum Command {
     Stat(command::stat::Args),
     /// Tell what was used, what it costs and what caching saved; export or verify the billing ledger
     Usage(command::usage::Args),
+    /// The tenants of a running node and what they hold; erase one
+    Tenants(command::tenants::Args),
     /// Measure: the store on this machine, policies on a trace
     Bench(command::bench::Args),
     /// Check the decoder against a folder of golden vectors
@@ -42,7 +45,8 @@ enum Command {
 fn main() -> ExitCode {
     // Messages for people go to standard error; standard output carries results only.
     let filter = tracing_subscriber::EnvFilter::try_from_env("ESKER_LOG").unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
         Command::Fsck(args) => match command::fsck::run(&args) {
             Ok(code) => return code,
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Command::Lookup(args) => command::lookup::run(args),
         Command::Warmup(args) => command::warmup::run(args),
         Command::Demo(args) => command::demo::run(args),
+        Command::Tenants(args) => command::tenants::run(args),
         Command::Bench(args) => command::bench::run(args),
         Command::Golden(args) => command::golden::run(&args),
     };

@@ -1,5 +1,7 @@
 //! What a call can end with.
 
+use std::error::Error;
+
 /// Result of a call.
 pub type Result<T> = std::result::Result<T, ClientError>;
 
@@ -16,6 +18,9 @@ pub enum ClientError {
         #[source]
         source: tonic::transport::Error,
     },
+    /// What is to say who calls cannot be used.
+    #[error("{0}")]
+    Credentials(&'static str),
     /// No arena.
     #[error("cannot attach to {path}: is `esker serve --local {path}` running here?")]
     Attach {
@@ -32,8 +37,8 @@ pub enum ClientError {
     #[error("the slot's lease was over before it was read: look the prefix up again")]
     LeaseOver,
     /// The node refused, or the connection broke.
-    #[error("{}: {}", .0.code(), .0.message())]
-    Refused(#[source] Box<tonic::Status>),
+    #[error("{}", told(.0))]
+    Refused(Box<tonic::Status>),
     /// The node sent something that breaks the protocol.
     #[error("the node broke the protocol: {0}")]
     Protocol(#[from] esker_proto::WireError),
@@ -52,5 +57,17 @@ impl ClientError {
             Self::Refused(status) => Some(status.code()),
             _ => None,
         }
+    }
+}
+
+/// What a status says: the node's own words, or why none came.
+fn told(status: &tonic::Status) -> String {
+    let broken = status.source().filter(|source| source.is::<tonic::transport::Error>());
+    let root = std::iter::successors(broken, |&cause| cause.source()).last();
+    match root {
+        Some(root) => format!(
+            "the connection broke: {root}; if it never worked, the node may speak TLS: name the authority of its certificate"
+        ),
+        None => format!("{}: {}", status.code(), status.message()),
     }
 }

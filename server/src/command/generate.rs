@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::Context;
-use esker_client::{Client, Event, Prompt, Request};
+use esker_client::{Event, Prompt, Request};
 use serde_json::json;
 
 use super::{NodeArgs, TextArgs, client_runtime};
@@ -40,7 +40,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 async fn stream(args: Args) -> anyhow::Result<()> {
     let text = args.text.read()?;
-    let client = Client::connect(&args.node.node).await?;
+    let client = args.node.connect().await?;
     let request = Request {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,

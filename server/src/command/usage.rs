@@ -12,7 +12,7 @@ use esker_proto::v1;
 use serde_json::{Value, json};
 use v1::export_usage_reply::Event;
 
-use super::{NodeArgs, client_runtime};
+use super::{NodeArgs, client_runtime, print};
 use crate::ledger::sums::{self, Account, HOUR_S};
 use crate::ledger::verify;
 use crate::price::{Amounts, PriceFile, decimal, rate};
@@ -135,19 +135,17 @@ async fn report(args: ReportArgs) -> anyhow::Result<()> {
     if start >= end {
         bail!("nothing lies between {} and {}", utc(start), utc(end));
     }
-    let client = Client::connect(&args.node.node).await?;
+    let client = args.node.connect().await?;
     let (cluster, rows) = rows(&client, start, end, &args.tenant).await?;
     if args.focus {
-        print!("{}", focus::csv(&cluster, &rows, prices.as_ref()));
-        return Ok(());
+        return print(&focus::csv(&cluster, &rows, prices.as_ref()));
     }
     let lines = lines(&rows, &args.by, prices.as_ref());
     if args.json {
-        println!("{}", to_json(&lines, start, end, prices.as_ref()));
+        print(&format!("{}\n", to_json(&lines, start, end, prices.as_ref())))
     } else {
-        print!("{}", table(&lines, &args.by, start, end, prices.as_ref()));
+        print(&table(&lines, &args.by, start, end, prices.as_ref()))
     }
-    Ok(())
 }
 
 /// Every account of every hour, a day at a time: a reply holds so many rows and no more.
@@ -418,7 +416,7 @@ fn to_json(lines: &BTreeMap<Account, Line>, start: u64, end: u64, prices: Option
 }
 
 async fn export(args: ExportArgs) -> anyhow::Result<()> {
-    let client = Client::connect(&args.node.node).await?;
+    let client = args.node.connect().await?;
     let mut out: Box<dyn Write> = match &args.to {
         Some(path) => Box::new(FlushedFile::open(path)?),
         None => Box::new(std::io::stdout().lock()),

@@ -104,7 +104,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 async fn warmup(args: Args) -> anyhow::Result<()> {
-    let client = Client::connect(&args.node.node).await?;
+    let client = args.node.connect().await?;
     if args.list {
         return list(&client, args.json).await;
     }
@@ -194,7 +194,7 @@ async fn watch(args: &Args, mut client: Client, name: &str) -> anyhow::Result<()
         }
         show.bar.set_message("waiting for the node");
         tokio::time::sleep(NODE_RETRY).await;
-        if let Ok(again) = Client::connect(&args.node.node).await {
+        if let Ok(again) = args.node.connect().await {
             client = again;
         }
     }
