@@ -11,17 +11,12 @@ from collections.abc import Iterator
 import pytest
 
 import esker
-from esker import Kind, Object, Outcome, calls
+from esker import Kind, Object, Outcome
 from esker.chunks import ChunkStore
 from esker.connectors.identity import identity
 from esker.local import Arena, PutRoom
 from layouts import DSA, WINDOWED, blocks, fill, state
-from support import Node, offers, within
-
-
-needs_node = pytest.mark.skipif(
-    not calls.LOCAL or not offers("--local"), reason="this node has no local fast path (`esker serve --local`)"
-)
+from support import Node, within
 
 
 @pytest.fixture
@@ -36,7 +31,6 @@ def register(client: esker.Client, layout: esker.Layout = DSA) -> esker.Namespac
     return client.register_namespace(weights=b"w" * 32, tokenizer=b"t" * 32, layout=layout)
 
 
-@needs_node
 def test_what_is_put_comes_back_through_shared_memory(local: tuple[Node, str]) -> None:
     _, address = local
     with esker.Client(address) as client:
@@ -61,7 +55,6 @@ def test_what_is_put_comes_back_through_shared_memory(local: tuple[Node, str]) -
         assert [bytes(fetched.objects[Kind.STATE, 512][at]) for at in range(2)] == fill(WINDOWED, Kind.STATE, 512)
 
 
-@needs_node
 def test_more_than_the_arena_holds_and_many_at_a_time(local: tuple[Node, str]) -> None:
     client = esker.Client(local[1])
     chunks = ChunkStore(client, identity("test", "one", "", {}), "test", 1 << 20)
@@ -84,7 +77,6 @@ def test_more_than_the_arena_holds_and_many_at_a_time(local: tuple[Node, str]) -
     assert not wrong and chunks.counters.errors == 0
 
 
-@needs_node
 def test_a_restarted_node_hands_out_a_new_arena(local: tuple[Node, str]) -> None:
     node, address = local
     chunks = ChunkStore(esker.Client(address), identity("test", "one", "", {}), "test", 50_000)
@@ -97,7 +89,6 @@ def test_a_restarted_node_hands_out_a_new_arena(local: tuple[Node, str]) -> None
     assert not chunks.get(keys, {0: memory})[0] and not chunks.put([os.urandom(32)], data)[0]
 
 
-@needs_node
 def test_damage_is_missing_here_too(local: tuple[Node, str]) -> None:
     node, address = local
     with esker.Client(address) as client:
@@ -113,7 +104,6 @@ def test_damage_is_missing_here_too(local: tuple[Node, str]) -> None:
             assert (Kind.BLOCK, 384) not in fetched.whole and fetched.usable_tokens == 256
 
 
-@needs_node
 def test_asyncio_takes_the_same_path(local: tuple[Node, str]) -> None:
     async def work() -> None:
         async with esker.AsyncClient(local[1]) as client:
@@ -128,7 +118,6 @@ def test_asyncio_takes_the_same_path(local: tuple[Node, str]) -> None:
     asyncio.run(work())
 
 
-@needs_node
 def test_errors_say_what_to_do(local: tuple[Node, str]) -> None:
     with pytest.raises(esker.Unreachable, match="--local"):
         Arena("/nowhere/esker")

@@ -24,7 +24,7 @@ from lmcache.v1.distributed.api import MemoryLayoutDesc  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2AdapterConfig  # noqa: E402
 
-from support import Node, documented, offers, within  # noqa: E402
+from support import Node, documented, within  # noqa: E402
 
 SIZE = 65_536
 NO_LAYOUT = {0: MemoryLayoutDesc(shapes=[], dtypes=[])}
@@ -110,7 +110,6 @@ def test_store_lookup_load_and_unlock(node: Node, drivers: list[Driver]) -> None
     assert other.lookup() == [] and other.lookup(layout) == [] and other.load() == []
 
 
-@pytest.mark.skipif(not offers("--local"), reason="this node has no local fast path (`esker serve --local`)")
 def test_the_same_through_shared_memory(tmp_path: pathlib.Path, drivers: list[Driver]) -> None:
     path = str(tmp_path / "s")
     node = Node(tmp_path / "local", "--codec", "raw", "--segment-mib", "16", "--local", path)
