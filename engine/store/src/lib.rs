@@ -73,5 +73,5 @@ pub use settings::Sabotage;
 pub use settings::StoreSettings;
 pub use stat::{AGE_BOUNDS_S, Amount, LeaseStat, SegmentStat, StoreStat, stat};
 pub use stats::{MissCounts, MissKind, OpenReport, StoreStats};
-pub use store::{Found, Pins, Store};
+pub use store::{Found, Pins, Store, Submitted};
 pub use wear::Wear;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 
 use crate::clock::{Clock, StoreTime, SystemClock};
-use crate::commit::{Committer, Submission};
+use crate::commit::{Committer, Outcome, Submission};
 use crate::encoding::Hashed;
 use crate::erasure::Erase;
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
@@ -77,6 +77,27 @@ impl Pins {
 impl Drop for Pins {
     fn drop(&mut self) {
         self.ends.iter().for_each(|&end| self.shared.table.unpin(end));
+    }
+}
+
+/// Objects that [`Store::submit`] has sent on their way. They are stored or refused whether anybody waits for it or not.
+#[must_use = "only `wait` tells what became of the objects"]
+pub struct Submitted {
+    shared: Arc<Shared>,
+    started: Instant,
+    /// Of those that need no writing.
+    outcomes: Vec<Option<Result<PutOutcome>>>,
+    replies: mpsc::Receiver<Outcome>,
+}
+
+impl Submitted {
+    /// Returns when each is durable or refused, in the order given.
+    pub fn wait(mut self) -> Vec<Result<PutOutcome>> {
+        for (position, outcome) in self.replies {
+            self.outcomes[position] = Some(outcome);
+        }
+        self.shared.counters.put_us.add(self.started.elapsed());
+        self.outcomes.into_iter().map(|outcome| outcome.unwrap_or(Err(StoreError::Closed))).collect()
     }
 }
 
@@ -204,6 +225,12 @@ impl Store {
 
     /// Stores objects, parents before children. Returns when each is durable or refused, in the order given.
     pub fn put(&self, objects: Vec<PutObject>) -> Vec<Result<PutOutcome>> {
+        self.submit(objects).wait()
+    }
+
+    /// The first half of [`Store::put`]: returns when all objects are on their way, in order. What is submitted after this
+    /// has returned may continue them, and is on its way to the drive while they are.
+    pub fn submit(&self, objects: Vec<PutObject>) -> Submitted {
         let started = Instant::now();
         let mut outcomes: Vec<Option<Result<PutOutcome>>> = vec![None; objects.len()];
         let (reply, replies) = mpsc::channel();
@@ -229,12 +256,7 @@ impl Store {
                 self.shared.count_put(outcome);
             }
         }
-        drop(reply);
-        for (position, outcome) in replies {
-            outcomes[position] = Some(outcome);
-        }
-        self.shared.counters.put_us.add(started.elapsed());
-        outcomes.into_iter().map(|outcome| outcome.unwrap_or(Err(StoreError::Closed))).collect()
+        Submitted { shared: Arc::clone(&self.shared), started, outcomes, replies }
     }
 
     /// The longest leading run of `ids` that is present, in order.

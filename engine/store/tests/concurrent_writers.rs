@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{all, fetch, id, object, planes, settings};
+use common::{all, chain, fetch, id, object, planes, settings};
 use esker_store::{PutOutcome, Store, StoreError};
 
 const WRITERS: u64 = 16;
@@ -59,4 +59,22 @@ fn writers_of_one_key_agree_on_one_copy() {
     assert_eq!(stats.stored + stats.present + stats.content_mismatch, WRITERS * KEYS);
     assert!(stats.commits < stats.stored + 1);
     assert_eq!((stats.put_errors, stats.misses.total(), stats.unknown_completions), (0, 0, 0));
+}
+
+#[test]
+fn batches_that_continue_each_other_may_be_under_way_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    let objects = chain(1, 60, &[400, 9000]);
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    let batches: Vec<_> = objects.chunks(7).map(|batch| store.submit(batch.to_vec())).collect();
+    // Asked in any order: a batch does not wait for anybody to wait for it.
+    for batch in batches.into_iter().rev() {
+        assert!(batch.wait().iter().all(|outcome| matches!(outcome, Ok(PutOutcome::Stored))));
+    }
+    assert_eq!(store.lookup(&ids).len(), 60);
+    // The control: a child that is submitted before its parent is an orphan.
+    let mut orphans = chain(1_000, 2, &[400]);
+    let child = store.submit(vec![orphans.remove(1)]).wait().remove(0);
+    assert!(matches!(child, Err(StoreError::MissingParent { .. })), "{child:?}");
 }

@@ -1,6 +1,6 @@
 //! `Put`: objects of one prefix, stored in batches.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,8 @@ use esker_proto::{
     Assembled, PlaneAssembler, PlaneReader, PrefixNames, WholePlane, check_namespace_id, check_prefix,
 };
 use esker_store::{PutObject, PutOutcome, StoreError, TtlClass};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::task::{JoinError, JoinHandle};
 use tonic::{Status, Streaming};
 
 use super::admission::{Admission, PUT_MEMORY_BYTES};
@@ -29,14 +30,26 @@ use crate::tenants::{InFlight, Tenant, over};
 /// A client that sends nothing, or takes no results, for this long is let go.
 const IDLE_PROGRESS: Duration = Duration::from_secs(30);
 /// Raw bytes gathered before a commit, and the longest a whole object waits for company.
-const PUT_BATCH_BYTES: usize = 4 << 20;
+const PUT_BATCH_BYTES: usize = 2 << 20;
 const PUT_LINGER: Duration = Duration::from_millis(2);
+/// Batches of one put that are on their way to the drive while the next is gathered.
+const PUT_BATCHES: usize = 3;
 
 /// An object, and its tokens as the caller counts them.
 struct Numbered {
     tokens: u64,
     object: PutObject,
 }
+
+impl Numbered {
+    /// Raw bytes of its planes.
+    fn bytes(&self) -> usize {
+        self.object.planes.iter().map(|plane| plane.bytes.len()).sum()
+    }
+}
+
+/// What became of a batch: `None` for an object that waits in its turn.
+type Stored = Vec<Result<Option<PutOutcome>, StoreError>>;
 
 /// What the caller named the prefix by: one of the two.
 #[derive(Default)]
@@ -61,6 +74,13 @@ pub(super) struct Put {
     hashes: Vec<BlockHash>,
     named: Named,
     tenant: Arc<Tenant>,
+    /// Raw bytes that may be on their way to the drive at a time; beside them the next batch is gathered.
+    committing_bytes: usize,
+    held: Arc<Held>,
+}
+
+/// What a put may use, until its last batch is stored: also if the client has left by then.
+struct Held {
     _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
 }
@@ -80,8 +100,10 @@ impl Put {
         let layout = layout(node, namespace)?;
         let tenant = node.tenants.of(principal);
         node.tenants.admit_stored(&node.store, &tenant)?;
-        let held = 2 * layout.object_bytes(ObjectKind::Block).max(layout.object_bytes(ObjectKind::State));
-        let held = held.max(2 * PUT_BATCH_BYTES as u64);
+        let object = layout.object_bytes(ObjectKind::Block).max(layout.object_bytes(ObjectKind::State));
+        let gathered = object.max(PUT_BATCH_BYTES as u64);
+        let held = (2 * object).max((PUT_BATCHES as u64 + 1) * PUT_BATCH_BYTES as u64);
+        let committing_bytes = usize::try_from(held - gathered).unwrap_or(usize::MAX);
         let in_flight = node.tenants.fly(&tenant, held)?;
         let kib = u32::try_from(held >> 10).unwrap_or(u32::MAX);
         let permit = Arc::clone(&admission.put_memory)
@@ -121,8 +143,8 @@ impl Put {
             hashes,
             named,
             tenant,
-            _permit: permit,
-            _in_flight: in_flight,
+            committing_bytes,
+            held: Arc::new(Held { _permit: permit, _in_flight: in_flight }),
         })
     }
 
@@ -130,10 +152,24 @@ impl Put {
         &self.layout
     }
 
-    /// Gathers whole objects and commits them in batches: when enough has come, or when nothing more comes.
-    pub(super) async fn run<R>(
-        self,
+    /// Gathers whole objects and commits them in batches: when enough has come, or when nothing more comes. While batches are
+    /// on their way to the drive the next is gathered.
+    pub(super) async fn run<R>(self, source: impl Source, answers: &Answers<'_, R>) -> Result<(), Status> {
+        let mut commits = Commits::default();
+        let gathered = self.take(source, &mut commits, answers).await;
+        // What was handed over is answered, whatever became of the stream; unless that is what failed.
+        if !commits.failed {
+            while !commits.under_way.is_empty() {
+                self.answer_next(&mut commits, answers).await?;
+            }
+        }
+        gathered
+    }
+
+    async fn take<R>(
+        &self,
         mut source: impl Source,
+        commits: &mut Commits,
         answers: &Answers<'_, R>,
     ) -> Result<(), Status> {
         let layout = self.layout.clone();
@@ -144,16 +180,17 @@ impl Put {
         let mut waiting: Vec<Numbered> = Vec::new();
         let mut waiting_bytes = 0;
         loop {
-            let next = if waiting.is_empty() {
-                source.next().await?
-            } else {
-                match tokio::time::timeout(PUT_LINGER, source.next()).await {
-                    Ok(next) => next?,
-                    Err(_) => {
-                        self.commit(std::mem::take(&mut waiting), answers).await?;
-                        waiting_bytes = 0;
-                        continue;
-                    }
+            let next = tokio::select! {
+                biased;
+                () = commits.front_is_over() => {
+                    self.answer_next(commits, answers).await?;
+                    continue;
+                }
+                next = source.next() => next?,
+                () = tokio::time::sleep(PUT_LINGER), if !waiting.is_empty() => {
+                    self.commit(std::mem::take(&mut waiting), commits, answers).await?;
+                    waiting_bytes = 0;
+                    continue;
                 }
             };
             let object = match next {
@@ -162,16 +199,19 @@ impl Put {
                 None => break,
             };
             if let Some(object) = object {
-                waiting_bytes += object.object.planes.iter().map(|plane| plane.bytes.len()).sum::<usize>();
+                waiting_bytes += object.bytes();
                 waiting.push(object);
             }
             if waiting_bytes >= PUT_BATCH_BYTES {
-                self.commit(std::mem::take(&mut waiting), answers).await?;
+                self.commit(std::mem::take(&mut waiting), commits, answers).await?;
                 waiting_bytes = 0;
             }
         }
         // What is whole is kept even when the stream ends inside the next object.
-        self.commit(waiting, answers).await?;
+        self.commit(waiting, commits, answers).await?;
+        while !commits.under_way.is_empty() {
+            self.answer_next(commits, answers).await?;
+        }
         match gathering {
             Gathering::Whole(assembler) => assembler.finish().map_err(from_wire),
             Gathering::Parts(reader, open) => {
@@ -271,33 +311,71 @@ impl Put {
         }
     }
 
-    async fn commit<R>(&self, objects: Vec<Numbered>, answers: &Answers<'_, R>) -> Result<(), Status> {
+    /// Sends a batch on its way, after those before it.
+    async fn commit<R>(
+        &self,
+        objects: Vec<Numbered>,
+        commits: &mut Commits,
+        answers: &Answers<'_, R>,
+    ) -> Result<(), Status> {
         if objects.is_empty() {
             return Ok(());
         }
         self.node.tenants.charge_puts(&self.tenant, objects.len())?;
-        let named: Vec<(ObjectKind, u64)> =
-            objects.iter().map(|object| (object.object.id.kind, object.tokens)).collect();
+        let bytes = objects.iter().map(Numbered::bytes).sum::<usize>();
+        while commits.is_full(bytes, self.committing_bytes) {
+            self.answer_next(commits, answers).await?;
+        }
+        // What a batch continues must have been submitted before it.
+        if let Some(submitted) = commits.submitting.take() {
+            // An error is that of a panic, which is told with the batch's results.
+            let _ = submitted.await;
+        }
+        let named = objects.iter().map(|object| (object.object.id.kind, object.tokens)).collect();
         let objects: Vec<PutObject> = objects.into_iter().map(|object| object.object).collect();
         let (node, tenant, in_parts) = (self.node.clone(), self.tenant.id().clone(), self.in_parts);
-        let storing = tokio::task::spawn_blocking(move || store(&node, &tenant, objects, in_parts));
+        let (submitted, submitting) = oneshot::channel();
+        let held = Arc::clone(&self.held);
+        let storing = tokio::task::spawn_blocking(move || {
+            let _held = held;
+            store(&node, &tenant, objects, in_parts, submitted)
+        });
+        commits.submitting = Some(submitting);
+        let batch = UnderWay { named, bytes, storing, over: None };
         if self.buffered {
-            for (kind, tokens) in named {
+            for &(kind, tokens) in &batch.named {
                 let (kind, outcome) = (v1::ObjectKind::from(kind).into(), v1::Outcome::Stored.into());
                 let durability = v1::Durability::Buffered.into();
-                answers
-                    .send(v1::PutReply { kind, tokens, outcome, durability, reason: String::new() })
-                    .await?;
+                let reason = String::new();
+                let reply = v1::PutReply { kind, tokens, outcome, durability, reason };
+                answers.send(reply).await?;
             }
-            // What is accepted is stored before more is taken: memory stays bounded.
-            let results = storing.await.map_err(|e| from_join(&e))?;
+        }
+        commits.under_way.push_back(batch);
+        Ok(())
+    }
+
+    /// Waits for the oldest batch and answers for its objects.
+    async fn answer_next<R>(&self, commits: &mut Commits, answers: &Answers<'_, R>) -> Result<(), Status> {
+        let Some(batch) = commits.under_way.pop_front() else { return Ok(()) };
+        let answered = self.answer(batch, answers).await;
+        commits.failed |= answered.is_err();
+        answered
+    }
+
+    async fn answer<R>(&self, batch: UnderWay, answers: &Answers<'_, R>) -> Result<(), Status> {
+        let over = match batch.over {
+            Some(over) => over,
+            None => batch.storing.await,
+        };
+        let results = over.map_err(|e| from_join(&e))?;
+        if self.buffered {
             for error in results.into_iter().filter_map(Result::err) {
                 tracing::warn!(%error, "an object that was accepted was not stored");
             }
             return Ok(());
         }
-        let results = storing.await.map_err(|e| from_join(&e))?;
-        for ((kind, tokens), result) in named.into_iter().zip(results) {
+        for ((kind, tokens), result) in batch.named.into_iter().zip(results) {
             let wire_kind = v1::ObjectKind::from(kind).into();
             let reply = match result {
                 Ok(None) => {
@@ -329,6 +407,45 @@ impl Put {
             answers.send(reply).await?;
         }
         Ok(())
+    }
+}
+
+/// Batches of one put, in the order in which they were gathered: that of their submission and of their answers.
+#[derive(Default)]
+struct Commits {
+    under_way: VecDeque<UnderWay>,
+    /// Tells when the newest was submitted.
+    submitting: Option<oneshot::Receiver<()>>,
+    /// An answer could not be given: the put is over.
+    failed: bool,
+}
+
+/// A batch that is being stored.
+struct UnderWay {
+    named: Vec<(ObjectKind, u64)>,
+    bytes: usize,
+    storing: JoinHandle<Stored>,
+    /// What `storing` gave, once it was waited for.
+    over: Option<Result<Stored, JoinError>>,
+}
+
+impl Commits {
+    /// Whether another batch of this many bytes has to wait. One alone always goes.
+    fn is_full(&self, bytes: usize, limit_bytes: usize) -> bool {
+        let under_way = self.under_way.iter().map(|batch| batch.bytes).sum::<usize>();
+        !self.under_way.is_empty() && (self.under_way.len() >= PUT_BATCHES || under_way + bytes > limit_bytes)
+    }
+
+    /// Returns when the oldest batch is stored; never without one. May be given up and called again.
+    async fn front_is_over(&mut self) {
+        match self.under_way.front_mut() {
+            Some(batch) if batch.over.is_some() => {}
+            Some(batch) => {
+                let over = (&mut batch.storing).await;
+                batch.over = Some(over);
+            }
+            None => std::future::pending().await,
+        }
     }
 }
 
@@ -383,17 +500,21 @@ enum Gathering<'l> {
 }
 
 /// Stores objects, and what waited for them. `None` for one that waits in its turn: a state whose block is not there yet, or
-/// anything that comes in parts and therefore in any order.
+/// anything that comes in parts and therefore in any order. Says when the next batch may be submitted.
 fn store(
     node: &Node,
     tenant: &TenantId,
     objects: Vec<PutObject>,
     in_parts: bool,
-) -> Vec<Result<Option<PutOutcome>, StoreError>> {
+    submitted: oneshot::Sender<()>,
+) -> Stored {
     let may_wait = |object: &&PutObject| in_parts || object.id.kind == ObjectKind::State;
     let kept: Vec<Option<PutObject>> = objects.iter().map(|o| Some(o).filter(may_wait).cloned()).collect();
     let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
-    let results = node.store.put(objects);
+    let under_way = node.store.submit(objects);
+    // Nobody listens any more if this fails.
+    let _ = submitted.send(());
+    let results = under_way.wait();
     let stored = ids.iter().zip(&results).filter(|(_, result)| result.is_ok()).map(|(id, _)| *id);
     node.staging.follow(&node.store, stored);
     let settle = |(result, kept): (Result<PutOutcome, StoreError>, Option<PutObject>)| match (result, kept) {
