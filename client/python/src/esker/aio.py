@@ -65,8 +65,9 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(address, channel, options=calls.channel_options(address))
         self._stubs: dict[tuple[str, str], Any] = {}
-        #: Payload through shared memory is copied on threads: the loop never waits for it.
-        self._local = Client(address, credentials=credentials, timeout_s=timeout_s) if local_path(address) else None
+        #: Puts, and payload through shared memory, go through it on threads: the loop never waits for them. It connects when used.
+        self._blocking = Client(address, credentials=credentials, timeout_s=timeout_s)
+        self._is_local = bool(local_path(address))
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -78,8 +79,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection; calls in flight end with an error."""
-        if self._local is not None:
-            self._local.close()
+        self._blocking.close()
         await self._channel.close()
 
     # The prefix cache
@@ -139,9 +139,9 @@ class AsyncClient:
         the planes are in ``Fetched.objects``. Only what ``Fetched.whole`` names has arrived and is proven: the rest of the memory
         may hold parts. Damage shortens the answer and is listed in ``Fetched.missing``; it never raises.
         """
-        if self._local is not None:
+        if self._is_local:
             return await asyncio.to_thread(
-                self._local.fetch,
+                self._blocking.fetch,
                 namespace,
                 grant,
                 tokens,
@@ -173,47 +173,20 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> list[Put]:
         """Stores objects of one prefix, parents first. One result per object: a refusal is a result too."""
-        if self._local is not None:
-            return await asyncio.to_thread(
-                self._local.put,
-                namespace,
-                objects,
-                tokens=tokens,
-                engine_hashes=engine_hashes,
-                unchained=unchained,
-                user=user,
-                scope=scope,
-                ttl=ttl,
-                durability=durability,
-                timeout_s=timeout_s,
-            )
-        requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability)
-        call = self._stub(calls.PUT, "stream_stream")(**self._how(timeout_s))
-        results: list[Put] = []
-
-        async def take() -> None:
-            async for reply in call:
-                results.append(calls.put_result(reply))
-
-        # Results are taken while objects are sent: a node that waits for its results to be taken takes no more objects.
-        taking = asyncio.create_task(take())
-        try:
-            for request in requests:
-                await call.write(request)
-            await call.done_writing()
-            await taking
-            return results
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            # Why the stream ended is told where results are taken.
-            await asyncio.gather(taking, return_exceptions=True)
-            ended = taking.exception() if taking.done() and not taking.cancelled() else None
-            cause = ended if isinstance(ended, grpc.RpcError) else error
-            if not isinstance(cause, grpc.RpcError):
-                raise
-            raise from_rpc(cause, self.address) from error
-        finally:
-            taking.cancel()
-            call.cancel()
+        # On a thread: of a stream that the node ends while it is written to, grpc.aio loses why.
+        return await asyncio.to_thread(
+            self._blocking.put,
+            namespace,
+            objects,
+            tokens=tokens,
+            engine_hashes=engine_hashes,
+            unchained=unchained,
+            user=user,
+            scope=scope,
+            ttl=ttl,
+            durability=durability,
+            timeout_s=timeout_s,
+        )
 
     async def release(self, grant: bytes, timeout_s: float | None = None) -> None:
         """Gives a grant up: nothing was used."""
