@@ -7,6 +7,8 @@ pub(crate) mod restore;
 mod serve;
 mod store;
 
+use serde_json::{Map, Value};
+
 /// Measure this machine
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -28,6 +30,20 @@ enum Bench {
     Serve(serve::Args),
     /// The store against the drive itself: puts, fetches, lookups, opening; ratios of one run
     Store(store::Args),
+}
+
+/// Prints figures: one JSON object, or a table.
+fn tell(figures: Map<String, Value>, json: bool) {
+    if json {
+        println!("{}", Value::Object(figures));
+        return;
+    }
+    for (key, value) in figures {
+        match value.as_f64() {
+            Some(number) => println!("{key:<36} {number:>14.3}"),
+            None => println!("{key:<36} {value}"),
+        }
+    }
 }
 
 /// Runs the bench that was asked for.

@@ -79,16 +79,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     part("ordered", "restore in order, 128k cached tokens", &["ordered_restore_gain"], &|figures| {
         ordered::run(dir.path(), figures)
     });
-    if args.json {
-        println!("{}", Value::Object(figures));
-        return Ok(());
-    }
-    for (key, value) in figures {
-        match value.as_f64() {
-            Some(number) => println!("{key:<36} {number:>14.3}"),
-            None => println!("{key:<36} {value}"),
-        }
-    }
+    super::tell(figures, args.json);
     Ok(())
 }
 

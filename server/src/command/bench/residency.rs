@@ -1,26 +1,18 @@
 //! What it takes to decode with most rows left on SSD: per step the rows picked, those found in memory, bytes read and time,
 //! for shares of the rows in memory; and for new turns of several lengths, where it stops paying.
 
-use std::path::PathBuf;
-
 use anyhow::Context;
-use esker_decoder::KvFormat;
 use serde::Serialize;
 
-use super::restore::Bench;
-use crate::bundled;
+use super::restore::{Bench, On};
 use crate::generate::RestoreMode;
-use crate::model_folder::{LoadedModel, load_model};
+use crate::model_folder::LoadedModel;
 
 /// What to measure
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A folder on the drive to be measured; a data folder of its own is made in it, and removed
-    #[arg(long, default_value = ".", value_name = "DIR")]
-    dir: PathBuf,
-    /// Measure with the model of this folder, not the bundled one
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    on: On,
     /// Stored tokens
     #[arg(long, value_delimiter = ',', default_value = "32768,131072", value_name = "N")]
     tokens: Vec<usize>,
@@ -78,10 +70,7 @@ struct Turn {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let longest = args.turns.iter().max().unwrap_or(&0) + args.steps + 1;
     let context = args.tokens.iter().max().unwrap_or(&0) + longest;
-    let loaded = match &args.model {
-        Some(dir) => load_model(dir, KvFormat::Bf16, 128)?,
-        None => bundled::load_for(KvFormat::Bf16, 128, context)?,
-    };
+    let loaded = args.on.load(context)?;
     let contexts = measure(loaded, args)?;
     if args.json {
         println!("{}", serde_json::to_string(&contexts).context("figures")?);
@@ -126,7 +115,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
 fn measure(loaded: LoadedModel, args: &Args) -> anyhow::Result<Vec<Figures>> {
     let block_tokens = loaded.model.layout().block_tokens() as usize;
     let per_block = loaded.model.parkable_block_bytes();
-    let bench = Bench::new(loaded, &args.dir)?;
+    let bench = Bench::new(loaded, &args.on.dir)?;
     let mut contexts = Vec::new();
     for &cached in &args.tokens {
         bench.fill(cached, 1, RestoreMode::Ordered)?;

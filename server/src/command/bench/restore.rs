@@ -22,12 +22,8 @@ const STORED_WITHIN: Duration = Duration::from_secs(120);
 /// What to measure
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A folder on the drive to be measured; a data folder of its own is made in it, and removed
-    #[arg(long, default_value = ".", value_name = "DIR")]
-    dir: PathBuf,
-    /// Measure with the model of this folder, not the bundled one
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    on: On,
     /// Stored tokens
     #[arg(long, value_delimiter = ',', default_value = "8192,16384,32768,131072", value_name = "N")]
     tokens: Vec<usize>,
@@ -40,6 +36,27 @@ pub(super) struct Args {
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
+}
+
+/// On which drive, and with which model.
+#[derive(Debug, clap::Args)]
+pub(super) struct On {
+    /// A folder on the drive to be measured; a data folder of its own is made in it, and removed
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub(super) dir: PathBuf,
+    /// Measure with the model of this folder, not the bundled one
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+}
+
+impl On {
+    /// The model, with room for a context.
+    pub(super) fn load(&self, context: usize) -> anyhow::Result<LoadedModel> {
+        match &self.model {
+            Some(dir) => load_model(dir, KvFormat::Bf16, 128),
+            None => bundled::load_for(KvFormat::Bf16, 128, context),
+        }
+    }
 }
 
 /// Times of one length.
@@ -65,11 +82,8 @@ pub(crate) struct Restored {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let context = args.tokens.iter().max().unwrap_or(&0) + args.new_tokens + 1;
-    let loaded = match &args.model {
-        Some(dir) => load_model(dir, KvFormat::Bf16, 128)?,
-        None => bundled::load_for(KvFormat::Bf16, 128, context)?,
-    };
-    let rows = measure(loaded, &args.dir, &args.tokens, args.new_tokens, args.rounds)?;
+    let loaded = args.on.load(context)?;
+    let rows = measure(loaded, &args.on.dir, &args.tokens, args.new_tokens, args.rounds)?;
     if args.json {
         println!("{}", serde_json::to_string(&rows).context("figures")?);
         return Ok(());

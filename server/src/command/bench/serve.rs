@@ -12,7 +12,7 @@ mod settling;
 
 use std::path::PathBuf;
 
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 use bed::Bed;
 
@@ -58,15 +58,6 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         encrypted.close()?;
     }
     bed.close()?;
-    if args.json {
-        println!("{}", Value::Object(figures));
-        return Ok(());
-    }
-    for (key, value) in figures {
-        match value.as_f64() {
-            Some(number) => println!("{key:<36} {number:>14.3}"),
-            None => println!("{key:<36} {value}"),
-        }
-    }
+    super::tell(figures, args.json);
     Ok(())
 }

@@ -42,16 +42,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         only: args.only.clone(),
     };
     let figures = esker_benches::store::run(&options, &|part| eprintln!("{part}"))?;
-    if args.json {
-        println!("{}", serde_json::Value::Object(figures));
-        return Ok(());
-    }
-    for (key, value) in figures {
-        match value.as_f64() {
-            Some(number) => println!("{key:<36} {number:>14.3}"),
-            None => println!("{key:<36} {value}"),
-        }
-    }
+    super::tell(figures, args.json);
     Ok(())
 }
 
