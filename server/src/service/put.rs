@@ -159,9 +159,7 @@ impl Put {
         let gathered = self.take(source, &mut commits, answers).await;
         // What was handed over is answered, whatever became of the stream; unless that is what failed.
         if !commits.failed {
-            while !commits.under_way.is_empty() {
-                self.answer_next(&mut commits, answers).await?;
-            }
+            self.answer_all(&mut commits, answers).await?;
         }
         gathered
     }
@@ -209,9 +207,7 @@ impl Put {
         }
         // What is whole is kept even when the stream ends inside the next object.
         self.commit(waiting, commits, answers).await?;
-        while !commits.under_way.is_empty() {
-            self.answer_next(commits, answers).await?;
-        }
+        self.answer_all(commits, answers).await?;
         match gathering {
             Gathering::Whole(assembler) => assembler.finish().map_err(from_wire),
             Gathering::Parts(reader, open) => {
@@ -352,6 +348,13 @@ impl Put {
             }
         }
         commits.under_way.push_back(batch);
+        Ok(())
+    }
+
+    async fn answer_all<R>(&self, commits: &mut Commits, answers: &Answers<'_, R>) -> Result<(), Status> {
+        while !commits.under_way.is_empty() {
+            self.answer_next(commits, answers).await?;
+        }
         Ok(())
     }
 
