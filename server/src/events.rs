@@ -7,6 +7,14 @@
 //!
 //! The store knows hashes only. What a block's tokens are, or what an engine calls it, is noted before the put by whoever knows
 //! it, and kept until the store says that the block has come.
+//!
+//! Two ways lead out: the stream of `Events.Subscribe`, and the sockets of vLLM's publisher ([`publisher`]). Either reads the logs
+//! from where its follower is, so that a slow follower holds nothing up and costs no memory: it loses what the log lets go.
+
+mod feed;
+mod message;
+pub(crate) mod publisher;
+mod zmtp;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -48,8 +56,11 @@ struct Log {
     /// Number of the next event.
     next: u64,
     events: VecDeque<Logged>,
+    /// The scope is erased: what comes now is of no interest.
+    cleared: bool,
 }
 
+/// An event and when it happened, since 1970.
 #[derive(Clone)]
 struct Logged {
     at: Duration,
@@ -142,14 +153,7 @@ impl Events {
 
     /// At most `limit` events of a scope, from number `from` on.
     pub(crate) fn read(&self, scope: ScopeTag, from: u64, limit: usize) -> Read {
-        let logs = self.logs();
-        let Some(log) = logs.scopes.get(&scope) else {
-            return Read { lost: from > 0, first: 0, events: Vec::new(), at: now(), cleared: false };
-        };
-        let oldest = log.oldest();
-        let first = from.clamp(oldest, log.next);
-        let skip = usize::try_from(first - oldest).unwrap_or(usize::MAX);
-        let events: Vec<Logged> = log.events.iter().skip(skip).take(limit).cloned().collect();
+        let (first, events) = self.logged(scope, from, limit);
         Read {
             lost: first != from,
             first,
@@ -159,6 +163,21 @@ impl Events {
                 .any(|logged| matches!(logged.event, v1::kv_event::Event::AllBlocksCleared(_))),
             events: events.into_iter().map(|logged| v1::KvEvent { event: Some(logged.event) }).collect(),
         }
+    }
+
+    /// At most `limit` events of a scope, from number `from` on or the oldest that is kept, with the number of the first.
+    fn logged(&self, scope: ScopeTag, from: u64, limit: usize) -> (u64, Vec<Logged>) {
+        let logs = self.logs();
+        let Some(log) = logs.scopes.get(&scope) else { return (0, Vec::new()) };
+        let oldest = log.oldest();
+        let first = from.clamp(oldest, log.next);
+        let skip = usize::try_from(first - oldest).unwrap_or(usize::MAX);
+        (first, log.events.iter().skip(skip).take(limit).cloned().collect())
+    }
+
+    /// Number of the event after a scope's last, if the scope is erased.
+    fn ended(&self, scope: ScopeTag) -> Option<u64> {
+        self.logs().scopes.get(&scope).filter(|log| log.cleared).map(|log| log.next)
     }
 
     fn stored(&self, change: &Change) -> v1::kv_event::Event {
@@ -213,6 +232,7 @@ impl Logs {
     fn push(&mut self, scope: ScopeTag, event: v1::kv_event::Event) {
         let log = self.scopes.entry(scope).or_default();
         log.next += 1;
+        log.cleared |= matches!(event, v1::kv_event::Event::AllBlocksCleared(_));
         log.events.push_back(Logged { at: now(), event });
         self.kept += 1;
         let number = log.next - 1;
@@ -274,7 +294,7 @@ mod tests {
     use super::*;
     use esker_prefix::ObjectId;
 
-    fn change(scope: u8, number: u64, removal: Option<Removal>) -> Change {
+    pub(super) fn change(scope: u8, number: u64, removal: Option<Removal>) -> Change {
         let mut name = [0; 32];
         name[..8].copy_from_slice(&number.to_le_bytes());
         Change {

@@ -39,6 +39,7 @@ mod usage;
 mod warmups;
 mod write_behind;
 
+pub use events::publisher::PublisherSettings;
 pub use ledger::LedgerSettings;
 pub use local::LocalSettings;
 pub use model_folder::{LoadedModel, load_model};

@@ -25,6 +25,7 @@ use tonic::service::Routes;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
 use crate::auth::{AuthLayer, Authenticator};
+use crate::events::publisher::{Publisher, PublisherSettings};
 use crate::http::{self, Site};
 use crate::local::{LocalSettings, LocalSockets};
 use crate::metrics::MetricsLayer;
@@ -55,6 +56,8 @@ pub struct Running {
     pub address: SocketAddr,
     /// Where it listens for HTTP, if it does.
     pub http: Option<SocketAddr>,
+    /// Where it publishes KV events, and where it is asked for those that were missed.
+    pub events: Option<(SocketAddr, Option<SocketAddr>)>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
 }
 
@@ -78,6 +81,8 @@ pub struct ListenSettings {
     pub tls: Option<TlsFiles>,
     /// Unix sockets beside it, for clients on this host.
     pub local: Option<LocalSettings>,
+    /// Where KV events are published for followers of vLLM.
+    pub events: Option<PublisherSettings>,
 }
 
 /// PEM files of TLS.
@@ -94,7 +99,7 @@ pub struct TlsFiles {
 impl ListenSettings {
     /// Plain, on this address.
     pub fn plain(address: SocketAddr) -> Self {
-        Self { address, http: None, insecure: false, tls: None, local: None }
+        Self { address, http: None, insecure: false, tls: None, local: None, events: None }
     }
 
     /// Beyond loopback only with TLS and a policy, or with `insecure`.
@@ -102,7 +107,21 @@ impl ListenSettings {
         [Some(self.address), self.http]
             .into_iter()
             .flatten()
-            .try_for_each(|address| self.check_one(address, asks))
+            .try_for_each(|address| self.check_one(address, asks))?;
+        // These sockets know neither TLS nor callers.
+        let open = self.events.iter().flat_map(|events| [Some(events.address), events.replay]).flatten();
+        let mut reached = open.filter(|address| !address.ip().is_loopback());
+        match reached.next() {
+            Some(address) if !self.insecure => bail!(
+                "refusing to publish KV events on {address}: anyone who reaches it could read the tokens of what is stored. \
+                 Publish on 127.0.0.1; --insecure is for a network that itself keeps others out"
+            ),
+            Some(address) => {
+                tracing::warn!(%address, "publishing KV events beyond loopback with --insecure");
+                Ok(())
+            }
+            None => Ok(()),
+        }
     }
 
     fn check_one(&self, address: SocketAddr, asks: bool) -> anyhow::Result<()> {
@@ -159,6 +178,12 @@ pub async fn start(
     };
     let http_address = http.as_ref().map(|http| http.address);
 
+    let publisher = match &listen.events {
+        Some(settings) => Some(Publisher::bind(settings, &node).await?),
+        None => None,
+    };
+    let events_at = publisher.as_ref().map(|publisher| (publisher.address, publisher.replay));
+
     let asks = authenticator.asks();
     let local = listen.local.as_ref().map(|local| LocalSockets::bind(local, asks)).transpose()?;
 
@@ -188,6 +213,7 @@ pub async fn start(
     let events = EventsServer::new(EventsService::new(node.clone()));
     let warming = Runner::start(&node).context("cannot start the thread of warm-up jobs")?;
     let housekeeping = tokio::spawn(keep_house(Arc::clone(&node)));
+    let publishing = publisher.map(|publisher| AbortOnDrop(tokio::spawn(publisher.serve()).abort_handle()));
     let server = Server::builder()
         .tcp_nodelay(true)
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
@@ -226,6 +252,7 @@ pub async fn start(
     let serving = tokio::spawn(async move {
         let _housekeeping = AbortOnDrop(housekeeping.abort_handle());
         let _local = local;
+        let _publishing = publishing;
         let (draining, drained) = watch::channel(false);
         let signal = async move {
             stop.await;
@@ -254,7 +281,7 @@ pub async fn start(
         let _ = tokio::task::spawn_blocking(move || drop(warming)).await;
         ended
     });
-    Ok(Running { address, http: http_address, serving })
+    Ok(Running { address, http: http_address, events: events_at, serving })
 }
 
 /// Ends what nobody ends: grants whose time is over.

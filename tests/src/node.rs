@@ -24,6 +24,10 @@ pub struct Node {
     pub address: String,
     /// Where it listens for HTTP, if it was asked to.
     pub http: Option<String>,
+    /// IP address and port of its KV events, if it was asked for them.
+    pub events: Option<String>,
+    /// The same for those that were missed.
+    pub replay: Option<String>,
     /// The ordinary client.
     pub client: Client,
     /// The bare one, for requests that the ordinary one would not make.
@@ -67,15 +71,30 @@ impl Node {
             let log = std::fs::read_to_string(&log)?;
             bail!("the node ended before it listened, {status}: {}", log.lines().last().unwrap_or_default());
         };
-        let mut http = None;
-        if options.contains(&"--http") {
+        let mut more = |option: &str, before: &str| -> Result<Option<String>> {
+            if !options.contains(&option) {
+                return Ok(None);
+            }
             line.clear();
             output.read_line(&mut line)?;
-            http = line.trim().strip_prefix("http on ").map(str::to_owned);
-        }
+            Ok(line.trim().strip_prefix(before).map(str::to_owned))
+        };
+        let http = more("--http", "http on ")?;
+        let events = more("--kv-events", "kv events on tcp://")?;
+        let replay = more("--kv-events-replay", "kv events replay on tcp://")?;
         let channel = Channel::from_shared(format!("http://{address}"))?.connect_lazy();
         let cache = PrefixCacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { client: Client::over(channel.clone()), cache, channel, address, http, process, log })
+        Ok(Self {
+            client: Client::over(channel.clone()),
+            cache,
+            channel,
+            address,
+            http,
+            events,
+            replay,
+            process,
+            log,
+        })
     }
 
     /// A node without a model, with small segments.

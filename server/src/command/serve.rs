@@ -1,5 +1,6 @@
 //! `esker serve`.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,11 +12,13 @@ use esker_decoder::KvFormat;
 use esker_store::io::IoEngine;
 use esker_store::{OpenReport, StoreSettings};
 
+use crate::events::publisher::PublisherSettings;
 use crate::generate::Guessing;
 use crate::ledger::LedgerSettings;
 use crate::local::LocalSettings;
 use crate::model_folder::load_model;
 use crate::node::{Node, NodeSettings};
+use crate::principal::{Principal, TenantId, is_name};
 use crate::serve::{ListenSettings, TlsFiles};
 use crate::traces::Traces;
 use crate::usage::sink::SinkSettings;
@@ -66,6 +69,18 @@ pub struct Args {
     /// How long a local client may hold a piece of shared memory that was filled for it, in seconds
     #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     local_lease_s: u64,
+    /// Publish here, such as on tcp://127.0.0.1:5557, what blocks come and go, by ZeroMQ as vLLM does. Nobody is asked who it is
+    #[arg(long, value_name = "tcp://IP:PORT", value_parser = endpoint)]
+    kv_events: Option<SocketAddr>,
+    /// Answer here who missed some of these events
+    #[arg(long, value_name = "tcp://IP:PORT", value_parser = endpoint, requires = "kv_events")]
+    kv_events_replay: Option<SocketAddr>,
+    /// Topic of these events, such as kv@NODE@MODEL; a router says what it asks for [default: empty, as vLLM's]
+    #[arg(long, value_name = "TEXT", requires = "kv_events", default_value = "", hide_default_value = true)]
+    kv_events_topic: String,
+    /// Whose events these are; needed with --policy
+    #[arg(long, value_name = "TENANT", requires = "kv_events")]
+    kv_events_tenant: Option<String>,
     /// Space for stored blocks, such as 500GiB; beyond it what is worth least goes first [default: what it takes now and nineteen
     /// twentieths of what is free]
     #[arg(long, value_name = "SIZE")]
@@ -164,6 +179,13 @@ fn block_tokens(text: &str) -> Result<u32, String> {
     }
 }
 
+/// An address as ZeroMQ writes it; `*` is every one that this host has.
+fn endpoint(text: &str) -> Result<SocketAddr, String> {
+    let address = text.strip_prefix("tcp://").unwrap_or(text);
+    let address = address.strip_prefix("*:").map_or(address.into(), |port| format!("0.0.0.0:{port}"));
+    address.parse().map_err(|_| "must be tcp://IP:PORT".into())
+}
+
 /// Serves until SIGINT or SIGTERM.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let tls = args.tls_cert.clone().zip(args.tls_key.clone()).map(|(certificate, key)| TlsFiles {
@@ -180,6 +202,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             .local
             .clone()
             .map(|path| LocalSettings { path, lease: Duration::from_secs(args.local_lease_s) }),
+        events: args.kv_events.map(|address| publisher(&args, address)).transpose()?,
     };
     anyhow::ensure!(args.ttl_s.len() == 4, "--ttl-s takes four numbers of seconds, got {}", args.ttl_s.len());
     // Before anything is made or loaded.
@@ -248,16 +271,32 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     runtime.block_on(async {
         let running = serve::start(node.clone(), &listen, stop_signal()?).await?;
         // All there is on standard output: scripts wait for it and read the ports from it.
-        println!("listening on {}", running.address);
-        if let Some(http) = running.http {
-            println!("http on {http}");
-        }
+        let mut addresses = format!("listening on {}\n", running.address);
+        let more = running.http.map(|http| format!("http on {http}\n"));
+        let (events, replay) = running.events.map_or((None, None), |(events, replay)| (Some(events), replay));
+        let events = events.map(|events| format!("kv events on tcp://{events}\n"));
+        let replay = replay.map(|replay| format!("kv events replay on tcp://{replay}\n"));
+        addresses.extend([more, events, replay].into_iter().flatten());
+        std::io::stdout().write_all(addresses.as_bytes()).context("cannot write to standard output")?;
         running.wait().await
     })?;
     node.traces.stop();
     runtime.shutdown_timeout(Duration::from_secs(5));
     tracing::info!("stopped");
     Ok(())
+}
+
+fn publisher(args: &Args, address: SocketAddr) -> anyhow::Result<PublisherSettings> {
+    let tenant = match &args.kv_events_tenant {
+        Some(name) if is_name(name) => TenantId(name.clone()),
+        Some(name) => anyhow::bail!("--kv-events-tenant: {name:?} is not the name of a tenant"),
+        None if args.policy.is_some() => anyhow::bail!(
+            "--kv-events shows the events of one tenant to whoever connects: say whose, with --kv-events-tenant"
+        ),
+        None => Principal::local().tenant,
+    };
+    let topic = args.kv_events_topic.clone();
+    Ok(PublisherSettings { address, replay: args.kv_events_replay, topic, tenant })
 }
 
 /// What opening found, at the level that it deserves.
