@@ -4,7 +4,8 @@ CONTEXT, TRAINED_CONTEXT = 32768, 1024  # with YaRN, and before it
 
 PLAIN = dict(rope_type="default", rope_theta=10000.0)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=CONTEXT / TRAINED_CONTEXT,
-            original_max_position_embeddings=TRAINED_CONTEXT, beta_fast=32, beta_slow=1)
+            original_max_position_embeddings=TRAINED_CONTEXT, beta_fast=32, beta_slow=1,
+            attention_factor=1.0)  # V4 does not scale cosines; nested parameters that leave it out mean YaRN's own scale
 
 # Per layer: the window alone, sparse attention over rows of 4 tokens (CSA), attention over all rows of 128 (HCA).
 # The entry behind the layers is that of the draft block.

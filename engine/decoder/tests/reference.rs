@@ -136,7 +136,11 @@ fn v4_in_both_namings() {
             },
         },
     });
-    compare(with(v4(), named));
+    compare(with(v4(), named.clone()));
+    // Nested parameters that leave the scale to YaRN, as `transformers` reads them.
+    let mut scaled = named;
+    scaled["rope_parameters"]["compress"]["attention_factor"] = Value::Null;
+    compare(with(v4(), scaled));
 }
 
 /// Other settings that a file may have, and a rotation that is not yet nested, whose own base counts for nothing.

@@ -378,7 +378,8 @@ impl Raw {
         crate::config::parse_schedule("mlp_layer_types", types, "hash_moe", "moe")
     }
 
-    /// Rotations of the window-only layers and of the others. V4 never scales cosines, whatever YaRN would.
+    /// Rotations of the window-only layers and of the others. The published form never scales cosines, whatever YaRN would;
+    /// the nested form of `transformers` says so with an `attention_factor` of 1, and without one YaRN's own scale is meant.
     fn ropes(&self) -> (RopeConfig, RopeConfig) {
         let (mut main, mut compress) = match &self.rope_parameters {
             Some(Ropes::Nested { main, compress }) => (main.clone(), compress.clone()),
@@ -390,13 +391,12 @@ impl Raw {
                 let mut compress = scaling.cloned().unwrap_or_default();
                 // A base beside the scaling is not that of the layers which are scaled.
                 compress.rope_theta = None;
+                compress.attention_factor = compress.attention_factor.or(Some(1.0));
                 (RopeConfig::default(), compress)
             }
         };
         main.rope_theta = main.rope_theta.or(self.rope_theta);
         compress.rope_theta = compress.rope_theta.or(self.compress_rope_theta).or(Some(160_000.0));
-        main.attention_factor = main.attention_factor.or(Some(1.0));
-        compress.attention_factor = compress.attention_factor.or(Some(1.0));
         (main, compress)
     }
 }

@@ -289,10 +289,20 @@ impl Reference<'_> {
         for pair in 0..rope / 2 {
             let (i, j) = (first + 2 * pair, first + 2 * pair + 1);
             let (sin, cos) = (position * self.frequency_v4(pair, rope, ratio)).sin_cos();
-            out[i] = row[i] * cos - row[j] * sin;
-            out[j] = row[j] * cos + row[i] * sin;
+            let scaling = self.rope_scaling_v4(ratio);
+            out[i] = (row[i] * cos - row[j] * sin) * scaling;
+            out[j] = (row[j] * cos + row[i] * sin) * scaling;
         }
         out
+    }
+
+    /// Only the nested form can ask for it, by leaving `attention_factor` out.
+    fn rope_scaling_v4(&self, ratio: usize) -> f64 {
+        let named = &self.checkpoint.config["rope_parameters"][if ratio == 0 { "main" } else { "compress" }];
+        match (named["factor"].as_f64(), named["attention_factor"].as_f64()) {
+            (Some(factor), None) => 0.1 * factor.ln() + 1.0,
+            (_, given) => given.unwrap_or(1.0),
+        }
     }
 
     fn frequency_v4(&self, pair: usize, dim: usize, ratio: usize) -> f64 {
