@@ -13,7 +13,14 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads the bytes of `tokenizer.json`.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(error)?;
+        // The crate panics at some of what is no JSON, and at a few fields that are not what they should be.
+        serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|broken| error(broken.into()))?;
+        let read = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
+        let mut inner =
+            read.unwrap_or_else(|_| Err("crate tokenizers gave up on it".into())).map_err(error)?;
+        // Left over from training in many published files: a prompt is neither cut nor filled up.
+        inner.with_truncation(None).map_err(error)?;
+        inner.with_padding(None);
         Ok(Self { inner, digest: *blake3::hash(bytes).as_bytes() })
     }
 
@@ -93,8 +100,12 @@ mod tests {
 
     use super::*;
 
-    /// A byte-level tokenizer without merges, one token per byte, and one special token.
     fn byte_level() -> Tokenizer {
+        Tokenizer::from_bytes(byte_level_file().to_string().as_bytes()).unwrap()
+    }
+
+    /// A byte-level tokenizer without merges, one token per byte, and one special token.
+    fn byte_level_file() -> serde_json::Value {
         // Bytes that do not print are spelled as characters from 256 on, as in GPT-2.
         let mut vocab = serde_json::Map::new();
         let mut unprintable = 256..;
@@ -109,12 +120,24 @@ mod tests {
         });
         let byte_level =
             json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
-        let file = json!({
+        json!({
             "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special], "normalizer": null,
             "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        })
+    }
+
+    #[test]
+    fn a_prompt_is_neither_cut_nor_filled_up_whatever_the_file_says() {
+        let mut file = byte_level_file();
+        file["truncation"] =
+            json!({"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0});
+        file["padding"] = json!({
+            "strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0,
+            "pad_token": "!",
         });
-        Tokenizer::from_bytes(file.to_string().as_bytes()).unwrap()
+        let tokenizer = Tokenizer::from_bytes(file.to_string().as_bytes()).unwrap();
+        assert_eq!(tokenizer.encode("five5").unwrap().len(), 5);
     }
 
     #[test]
@@ -152,6 +175,15 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_tokenizer_is_refused() {
-        assert!(matches!(Tokenizer::from_bytes(b"{}").map(drop), Err(DecoderError::Tokenizer(_))));
+        let mut precompiled = byte_level_file();
+        precompiled["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": 5});
+        let mut unended = byte_level_file().to_string();
+        unended.truncate(unended.find("use_regex").unwrap());
+        for bytes in ["{}".to_owned(), precompiled.to_string(), unended] {
+            assert!(matches!(
+                Tokenizer::from_bytes(bytes.as_bytes()).map(drop),
+                Err(DecoderError::Tokenizer(_))
+            ));
+        }
     }
 }
