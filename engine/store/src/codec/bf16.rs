@@ -28,8 +28,8 @@ const MAX_ESCAPES_PERCENT: usize = 3;
 /// One row in so many is counted for the most common exponent. Counting is slow, and a near miss costs little.
 const COUNTED_ROW_STEP: usize = 4;
 const ESCAPE: u8 = 15;
-/// Numbers that are searched for escapes at once.
-const GROUP: usize = 64;
+/// Numbers up to which rows are put together as one.
+const JOINED_NUMBERS: usize = 1024;
 
 /// What one reference exponent is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -97,7 +97,7 @@ pub(super) fn decode(
     chunk: Chunk,
     kind: References,
     workspace: &mut Workspace,
-    rows: RowsMut<'_>,
+    mut rows: RowsMut<'_>,
 ) -> Result<(), Damaged> {
     let Workspace { entropy, bytes, references, .. } = workspace;
     let channels = rows.width / 2;
@@ -110,33 +110,40 @@ pub(super) fn decode(
     let stored_symbols = take(&mut stored, symbols_bytes)?;
     let mut escapes = stored;
 
-    let references = match kind {
-        References::PerChannel => stored_references,
-        References::PerLayer => {
-            let references = at_least(references, expanded);
-            for (run, &reference) in references.chunks_exact_mut(channels).zip(stored_references) {
-                run.fill(reference);
+    // Rows that lie one behind the other and share references are put together as one: a narrow one is not worth a loop.
+    let joined = if rows.are_contiguous() { (JOINED_NUMBERS / channels).clamp(1, chunk.run) } else { 1 };
+    let tile = joined * channels;
+    let references = at_least(references, chunk.rows / chunk.run * tile);
+    let stored_run = channels / kind.repetitions(channels);
+    for (tile, stored) in references.chunks_exact_mut(tile).zip(stored_references.chunks_exact(stored_run)) {
+        match kind {
+            References::PerChannel => {
+                tile.chunks_exact_mut(channels).for_each(|row| row.copy_from_slice(stored))
             }
-            references
+            References::PerLayer => tile.fill(stored[0]),
         }
-    };
+    }
     let symbols = at_least(bytes, half * channels);
     if !symbols.is_empty() {
         entropy.decompress(stored_symbols, symbols)?;
     }
-    let part = |t: usize| t * channels..(t + 1) * channels;
-    for (t, row) in rows.into_iter().enumerate() {
-        if t == 2 * half {
-            row.copy_from_slice(tail);
-            break;
-        }
-        let (numbers, _) = row.as_chunks_mut();
-        let (references, remainders) = (&references[part(t / chunk.run)], &remainders[part(t)]);
+    let mut t = 0;
+    while t < 2 * half {
+        let end = if t < half { half } else { 2 * half };
+        let count = joined.min(chunk.run - t % chunk.run).min(end - t);
+        let part = |t: usize| t * channels..(t + count) * channels;
+        let (numbers, _) = rows.cut(count).as_chunks_mut();
+        let references = &references[t / chunk.run * tile..][..count * channels];
+        let remainders = &remainders[part(t)];
         if t < half {
-            join_row::<0>(&symbols[part(t)], references, remainders, &mut escapes, numbers)?;
+            join_rows::<0>(&symbols[part(t)], references, remainders, &mut escapes, numbers)?;
         } else {
-            join_row::<4>(&symbols[part(t - half)], references, remainders, &mut escapes, numbers)?;
+            join_rows::<4>(&symbols[part(t - half)], references, remainders, &mut escapes, numbers)?;
         }
+        t += count;
+    }
+    if !tail.is_empty() {
+        rows.cut(1).copy_from_slice(tail);
     }
     if escapes.is_empty() { Ok(()) } else { Err(Damaged("escapes left over")) }
 }
@@ -197,20 +204,11 @@ fn split_row<const SHIFT: u8>(
         let number = u16::from_le_bytes(number);
         *remainder = ((number >> 8) & 0x80) as u8 | (number & 0x7F) as u8;
     }
-    for (group, symbols) in symbols.chunks(GROUP).enumerate() {
-        if has_escape::<SHIFT>(symbols) {
-            for (&number, &reference) in numbers.iter().zip(references).skip(group * GROUP).take(GROUP) {
-                let distance = reference.wrapping_sub(exponent(number));
-                if distance >= ESCAPE {
-                    escapes.push(distance);
-                }
-            }
-        }
-    }
+    escapes.extend(escaped::<SHIFT>(symbols).map(|at| references[at].wrapping_sub(exponent(numbers[at]))));
 }
 
-/// Puts a row together again.
-fn join_row<const SHIFT: u8>(
+/// Puts rows together again.
+fn join_rows<const SHIFT: u8>(
     symbols: &[u8],
     references: &[u8],
     remainders: &[u8],
@@ -221,22 +219,33 @@ fn join_row<const SHIFT: u8>(
     for (number, (&symbol, (&reference, &remainder))) in numbers.iter_mut().zip(parts) {
         *number = join(reference, (symbol >> SHIFT) & 0xF, remainder);
     }
-    for (group, symbols) in symbols.chunks(GROUP).enumerate() {
-        if has_escape::<SHIFT>(symbols) {
-            for (at, &symbol) in (group * GROUP..).zip(symbols) {
-                if (symbol >> SHIFT) & 0xF == ESCAPE {
-                    let (&distance, rest) = escapes.split_first().ok_or(Damaged("escapes run out"))?;
-                    *escapes = rest;
-                    numbers[at] = join(references[at], distance, remainders[at]);
-                }
-            }
-        }
-    }
-    Ok(())
+    escaped::<SHIFT>(symbols).try_for_each(|at| {
+        let (&distance, rest) = escapes.split_first().ok_or(Damaged("escapes run out"))?;
+        *escapes = rest;
+        numbers[at] = join(references[at], distance, remainders[at]);
+        Ok(())
+    })
 }
 
-fn has_escape<const SHIFT: u8>(symbols: &[u8]) -> bool {
-    symbols.iter().fold(0, |greatest, &symbol| ((symbol >> SHIFT) & 0xF).max(greatest)) == ESCAPE
+/// Where the escapes are, in order. Eight codes are looked at together: one in fifty is an escape, too few to look at each code
+/// and too many to pass over long groups without any.
+fn escaped<const SHIFT: u8>(symbols: &[u8]) -> impl Iterator<Item = usize> {
+    const LOW: u64 = 0x0F0F_0F0F_0F0F_0F0F;
+    const ONE: u64 = 0x0101_0101_0101_0101;
+    let (words, rest) = symbols.as_chunks();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let words = words.iter().copied().chain((!rest.is_empty()).then_some(last));
+    words.enumerate().flat_map(|(word, symbols)| {
+        // Of the codes only 15 carries into the upper half of its byte.
+        let mut found = (((u64::from_le_bytes(symbols) >> SHIFT) & LOW) + ONE) & (ONE << 4);
+        std::iter::from_fn(move || {
+            let first = found.trailing_zeros() as usize / 8;
+            let rest = found.checked_sub(1)?;
+            found &= rest;
+            Some(8 * word + first)
+        })
+    })
 }
 
 /// Biased exponent of a number.

@@ -98,6 +98,19 @@ impl<'a> RowsMut<'a> {
         self.len() * self.width
     }
 
+    /// Whether the field is all there is in a row.
+    pub(super) fn are_contiguous(&self) -> bool {
+        self.width == self.row_bytes
+    }
+
+    /// Cuts off the field of the first `count` rows; of more than one only where it is contiguous.
+    pub(super) fn cut(&mut self, count: usize) -> &'a mut [u8] {
+        debug_assert!(count == 1 || self.are_contiguous());
+        let (rows, rest) = std::mem::take(&mut self.plane).split_at_mut(count * self.row_bytes);
+        self.plane = rest;
+        &mut rows[self.offset..][..count * self.width]
+    }
+
     pub(super) fn into_iter(self) -> impl Iterator<Item = &'a mut [u8]> {
         let field = self.offset..self.offset + self.width;
         self.plane.chunks_exact_mut(self.row_bytes).map(move |row| &mut row[field.clone()])
