@@ -23,7 +23,7 @@ use crate::erasure::{Erase, Erasures};
 use crate::index::{Bulk, Changes, Entry, Index, Phase, SegmentState};
 use crate::io::{FileId, Op, PAGE, read_exact, wait};
 use crate::scan::{Met, Scan, Scanned};
-use crate::segment::{Ends, OpenSegment, RECORDS_AT, SegmentId, SegmentPage, last_page};
+use crate::segment::{Ends, OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage, last_page};
 use crate::shared::Shared;
 use crate::stats::MissCounts;
 use crate::{Result, StoreError};
@@ -317,9 +317,9 @@ impl Worker<'_> {
         let Some(seal) = seal else {
             tail.end_at(scanned.end.min(to.max(from)));
             self.remember(&tail, Phase::Open)?;
-            // A seal that could not be read just now would cut off, one day, what is appended behind it.
-            // Nor would one that could not be written in an earlier process, and that may still reach the device: the headers
-            // are written again, and the next flush rules that out.
+            // A seal that could not be read just now would cut off, one day, what is appended behind it. So would one that an
+            // earlier process failed to write and that may still reach the device: both headers are written again, the copy
+            // where the seal goes, and the next flush rules that out.
             let appendable = whole
                 && scanned.clean
                 && open
@@ -338,7 +338,7 @@ impl Worker<'_> {
     /// Makes what the scan has written again durable, and the header with it.
     fn flush(&self, found: &Found, header: Option<&SegmentPage>) -> std::io::Result<()> {
         if let Some(header) = header {
-            self.shared.write_headers(found.file, header)?;
+            self.shared.write_segment_page(found.file, 0, PageKind::Header, header)?;
         }
         wait(self.shared.disk.as_ref(), |reply| Op::sync(found.file, 0, reply)).map(drop)
     }
