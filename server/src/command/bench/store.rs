@@ -9,8 +9,8 @@ use esker_prefix::{BlockHash, NamespaceId, ScopeTag};
 
 use crate::bundled;
 
-/// Tokens of the demo's document whose latents stand for real ones.
-const REAL_TOKENS: usize = 4096;
+/// Tokens in a block of the small bundled model that make it about as large as one of 128 tokens is in V4-Flash.
+const REAL_BLOCK_TOKENS: u32 = 2048;
 
 /// What to measure
 #[derive(Debug, clap::Args)]
@@ -46,12 +46,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Decodes the start of the demo's document.
+/// Decodes the demo's document.
 fn real_blocks() -> anyhow::Result<RealBlocks> {
-    let loaded = bundled::load(KvFormat::Bf16, 128)?;
+    let loaded = bundled::load(KvFormat::Bf16, REAL_BLOCK_TOKENS)?;
     let tokens = loaded.tokenizer.encode(bundled::DEMO_DOCUMENT).context("the demo's document")?;
     let mut sequence = Sequence::new(&loaded.model);
-    sequence.prefill(&loaded.model, &tokens[..REAL_TOKENS.min(tokens.len())], Logits::Last)?;
+    sequence.prefill(&loaded.model, &tokens, Logits::Last)?;
     let layout = loaded.model.layout().clone();
     let identity = BlockIdentity {
         namespace: NamespaceId([0; 32]),
