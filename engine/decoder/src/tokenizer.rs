@@ -14,7 +14,7 @@ impl Tokenizer {
     /// Reads the bytes of `tokenizer.json`.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         // The crate panics at some of what is no JSON, and at a few fields that are not what they should be.
-        serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|broken| error(broken.into()))?;
+        serde_json::from_slice::<serde_json::Value>(bytes).map_err(|broken| error(broken.into()))?;
         let read = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes));
         let mut inner =
             read.unwrap_or_else(|_| Err("crate tokenizers gave up on it".into())).map_err(error)?;
