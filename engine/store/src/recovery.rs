@@ -213,7 +213,8 @@ impl Found {
         let from = state.map_or(RECORDS_AT, |state| state.watermark);
         let to = match seal {
             Some(seal) => seal.extent_bytes.min(last_page),
-            None if self.is_suspect() => from,
+            // Of a suspect one too: what failed to be acknowledged, an erasure for one, may be found once the index is gone, and then
+            // must not undo what was acknowledged without knowing of it.
             None if whole => last_page,
             None => len_bytes,
         };
@@ -286,11 +287,8 @@ impl Worker<'_> {
         self.shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
         let mut tail = Tail { id, class, generation, file, len_bytes, append_at: 0, published_at: 0 };
         tail.end_at(scanned.end);
-        if suspect {
-            // Nothing will be added to it, and its space returns with its last record.
-            self.shared.segments.update(id, |segment| segment.sealed = true);
-            return Ok(None);
-        }
+        // Nothing will be added to a suspect one, and its space returns with its last record.
+        let open_or_suspect = if suspect { Phase::Suspect } else { Phase::Open };
         if seal.is_none()
             && records.count > 0
             && let Err(error) = self.flush(found, header.as_ref())
@@ -299,17 +297,17 @@ impl Worker<'_> {
             // Some of it may have been acknowledged, by a process whose index is gone: scanned and flushed again next
             // time, neither appended to nor sealed until then.
             tail.end_at(from);
-            self.remember(&tail, Phase::Open)?;
+            self.remember(&tail, open_or_suspect)?;
             return Ok(None);
         }
         self.apply(records)?;
         if let Some(unread_at) = scanned.unread_at {
             // The device may read it next time: scanned again from there, neither appended to nor sealed.
             tail.end_at(unread_at);
-            self.remember(&tail, Phase::Open)?;
+            self.remember(&tail, open_or_suspect)?;
             return Ok(None);
         }
-        if scanned.torn {
+        if suspect || scanned.torn {
             // A seal would vouch for what is torn. Without one all payload is verified whenever the index is built anew.
             self.remember(&tail, Phase::Suspect)?;
             return Ok(None);

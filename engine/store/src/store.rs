@@ -379,14 +379,20 @@ impl Store {
     }
 
     /// Erases for good: when this returns, nothing of it is found, none of it can come back after any crash, and its
-    /// space is given back. Leases do not protect from it. Returns how many objects went.
+    /// space is given back. Leases do not protect from it. Returns how many objects went. After an error of the drive they are gone
+    /// as well, but may come back with a crash: erase again.
     pub fn erase(&self, what: Erase) -> Result<u64> {
         if self.shared.settings.skips_tombstone() {
             return self.shared.erase(what, u64::MAX);
         }
         let object = what.object();
         let id = object.id;
-        self.put(vec![object]).remove(0)?;
+        if let Err(error) = self.put(vec![object]).remove(0) {
+            // The record may be on the drive all the same, and would take with it, after the next crash, what is put again until
+            // then and answered with what is there already.
+            self.shared.erase(what, u64::MAX)?;
+            return Err(error);
+        }
         let record =
             self.shared.table.get(id).and_then(|located| self.shared.index.get(located.spot).transpose());
         let Some(entry) = record.transpose()? else { return Err(StoreError::Closed) };

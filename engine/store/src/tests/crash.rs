@@ -28,7 +28,8 @@ const STATES: u64 = 50_000;
 const STATES_OF_SCRIPT: u64 = 600;
 /// Scripts that have failed once: a segment had the number of one that was gone, and an older index took it for that one; a
 /// lease of what was erased and put again let go of itself. The last one fails by other ways, too: a seal that could not be
-/// written showed up after a power cut, and cut off what was appended since.
+/// written showed up after a power cut, and cut off what was appended since; an erasure that could not be acknowledged was passed
+/// over with the index and found without.
 const REGRESSIONS: &[u64] = &[829_415_642_273, 730_965_004_932_426, 900_247_531_705_698];
 /// Those from before scripts erased and time passed in them, which they are run without: a torn record was covered by a seal;
 /// a flush after a failed one was believed.
