@@ -33,7 +33,9 @@ use segments::{Made, Maker};
 /// Records of one batch.
 const MAX_BATCH_RECORDS: usize = 1024;
 /// Batches being written or flushed; one that waits for its turn to be flushed does not keep the disk busy.
-const MAX_BATCHES: usize = 4;
+const MAX_BATCHES: usize = 8;
+/// From this many bytes on a batch is written while another is. Less waits for company: each batch costs a flush.
+const LARGE_BATCH_BYTES: usize = 2 << 20;
 /// Declined objects that are remembered, so that what hangs on them is declined rather than refused as an orphan.
 const MAX_DECLINED: usize = 64 * 1024;
 
@@ -252,12 +254,12 @@ impl Writer {
         }
     }
 
-    /// Whether another batch should be formed now: while one is being written, only a full one.
+    /// Whether another batch should be formed now: while one is being written, only one that keeps the disk as busy.
     fn may_start(&self) -> bool {
         let waiting = !self.queue.is_empty() || !self.redo.is_empty();
-        let full = self.queued_bytes >= self.shared.settings.commit_bytes;
+        let large = self.queued_bytes >= self.shared.settings.commit_bytes.min(LARGE_BATCH_BYTES);
         let writing = self.batches.iter().any(Batch::is_writing);
-        waiting && self.batches.len() < MAX_BATCHES && (!writing || full)
+        waiting && self.batches.len() < MAX_BATCHES && (!writing || large)
     }
 
     /// Forms a batch of what waits and starts writing it.
@@ -430,52 +432,65 @@ impl Writer {
         let (number, run, position) = batch::untag(completion.tag);
         let Some(batch) = self.batches.iter_mut().find(|batch| batch.number == number) else { return };
         let Some(run) = batch.runs.get_mut(run) else { return };
+        let segment = run.tail.id;
         if let Some(position) = position {
             run.writing -= 1;
             if let Ok(moved) = completion.result {
                 self.shared.counters.written_bytes.add(moved as u64);
             }
             run.records[position].record = completion.buf.take();
+            if let Err(error) = completion.full() {
+                run.failed = true;
+                self.op_failed(segment, OpKind::Write, error);
+            }
         } else {
-            if let Some(since) = run.flushing.take() {
+            if let Some(since) = run.flushing {
                 self.shared.counters.flush_us.add(since.elapsed());
             }
-            run.flushed = true;
-        }
-        let what = if position.is_some() { OpKind::Write } else { OpKind::Sync };
-        if let Err(error) = completion.full() {
-            run.failed = true;
-            run.flushed = false;
-            let segment = run.tail.id;
-            self.op_failed(segment, what, error);
+            let flushed = completion.full();
+            // All that was written when it began, of whatever batch.
+            let runs = self.batches.iter_mut().flat_map(|batch| &mut batch.runs);
+            for run in runs.filter(|run| run.tail.id == segment && run.flushing.is_some()) {
+                run.flushing = None;
+                run.flushed = flushed.is_ok();
+                run.failed |= flushed.is_err();
+            }
+            if let Err(error) = flushed {
+                self.op_failed(segment, OpKind::Sync, error);
+            }
         }
         self.flush_written();
     }
 
-    /// Flushes what is written. Of one file one flush at a time: two could share out one error between them.
+    /// Flushes what is written. Of one file one flush at a time, for all batches that are written by then: two could share out one
+    /// error between them.
     fn flush_written(&mut self) {
         if self.failed.is_some() {
             return;
         }
-        let reply = self.reply();
-        let mut busy = Vec::new();
+        let (reply, now) = (self.reply(), Instant::now());
+        // Files of which nothing that comes later may be flushed now, and those of which a flush begins.
+        let (mut busy, mut begun): (Vec<FileId>, Vec<FileId>) = (Vec::new(), Vec::new());
         for batch in &mut self.batches {
             for (run_number, run) in batch.runs.iter_mut().enumerate().filter(|(_, run)| !run.flushed) {
                 let file = run.tail.file;
                 if busy.contains(&file) {
                     continue;
                 }
-                busy.push(file);
                 if run.writing > 0 || run.flushing.is_some() {
+                    busy.push(file);
                     continue;
                 }
                 if self.shared.settings.skips_flush() {
                     run.flushed = true;
-                    busy.pop();
                     continue;
                 }
-                run.flushing = Some(Instant::now());
-                self.shared.disk.submit(Op::sync(file, batch::tag(batch.number, run_number, None), &reply));
+                run.flushing = Some(now);
+                if !begun.contains(&file) {
+                    begun.push(file);
+                    let tag = batch::tag(batch.number, run_number, None);
+                    self.shared.disk.submit(Op::sync(file, tag, &reply));
+                }
             }
         }
     }
