@@ -44,6 +44,10 @@ const MAX_CONNECTION_AGE: Duration = Duration::from_secs(3600);
 /// Largest HTTP/2 frame that we take. Small ones cost a putter a system call every 16 KiB; what may be under way is bounded by the
 /// window of the connection, 1 MiB, which is left as it is.
 const FRAME_BYTES: u32 = 256 << 10;
+/// What a client may send ahead of being read, in one call and in all of a connection: a put of two mebibytes must not wait for a
+/// round trip in between.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 const KEEPALIVE: Duration = Duration::from_secs(20);
 /// After a stop signal, streams get this long to end by themselves.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -218,6 +222,8 @@ pub async fn start(
         .tcp_nodelay(true)
         .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
         .max_frame_size(FRAME_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
