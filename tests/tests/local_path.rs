@@ -58,7 +58,7 @@ impl Raw {
     ) -> Result<(Requests, Streaming<v1::FetchLocalReply>), Status> {
         let (requests, queue) = mpsc::channel(64);
         let fetch = Some(v1::FetchRequest { grant, ..Default::default() });
-        let start = FetchStep::Start(v1::FetchLocalStart { arena, fetch });
+        let start = FetchStep::Start(v1::FetchLocalStart { arena, fetch, together: false });
         let _ = requests.send(v1::FetchLocalRequest { step: Some(start) }).await;
         let replies = self.calls.clone().fetch_local(ReceiverStream::new(queue)).await?;
         Ok((Requests(requests), replies.into_inner()))
@@ -294,27 +294,30 @@ async fn lies_are_named_and_end_only_their_call() -> Result<()> {
     ] {
         assert_eq!(raw.fetch_with(arena, grant).await.err().map(|s| s.code()), Some(Code::NotFound));
     }
-    // Objects that lie elsewhere, or are of another length.
+    // Objects that lie elsewhere, or are of another length, or too many at a time.
     let (bytes, put_at, end_at) =
         (layout.object_bytes(ObjectKind::Block), raw.attached.put_at, raw.attached.arena_bytes);
-    for (at, bytes) in [
-        (0, bytes),
-        (put_at - 1, bytes),
-        (end_at - bytes + 1, bytes),
-        (u64::MAX - 5, bytes),
-        (put_at, bytes - 1),
-        (put_at, 0),
-        (put_at, u64::MAX),
+    for (at, bytes, count) in [
+        (0, bytes, 1),
+        (put_at - 1, bytes, 1),
+        (end_at - bytes + 1, bytes, 1),
+        (u64::MAX - 5, bytes, 1),
+        (put_at, bytes - 1, 1),
+        (put_at, 0, 1),
+        (put_at, u64::MAX, 1),
+        (put_at, bytes, 1025),
     ] {
         let prefix = v1::PutPrefix {
             namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
             tokens: prompt.tokens.iter().map(|token| token.0).collect(),
             ..Default::default()
         };
-        let start = v1::PutLocalStart { arena: raw.attached.arena.clone(), prefix: Some(prefix) };
+        let start =
+            v1::PutLocalStart { arena: raw.attached.arena.clone(), prefix: Some(prefix), together: false };
         let object =
             v1::LocalObject { kind: v1::ObjectKind::Block.into(), tokens: prompt.boundary(1), at, bytes };
-        let steps = [PutStep::Start(start), PutStep::Object(object)];
+        let objects = vec![object; count];
+        let steps = [PutStep::Start(start), PutStep::Objects(v1::LocalObjects { objects })];
         let steps = steps.map(|step| v1::PutLocalRequest { step: Some(step) });
         let mut replies = raw.calls.clone().put_local(tokio_stream::iter(steps)).await?.into_inner();
         let refused = loop {
@@ -324,7 +327,7 @@ async fn lies_are_named_and_end_only_their_call() -> Result<()> {
                 Err(status) => break Some(status.code()),
             }
         };
-        assert_eq!(refused, Some(Code::InvalidArgument), "{bytes} bytes at {at}");
+        assert_eq!(refused, Some(Code::InvalidArgument), "{count} of {bytes} bytes at {at}");
     }
     fetch_all(&node, &LocalClient::attach(&path).await?, &prompt).await?;
     node.kill()

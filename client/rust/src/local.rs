@@ -3,6 +3,7 @@
 
 mod arena;
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -51,10 +52,15 @@ impl LocalClient {
     pub async fn fetch(&self, fetch: v1::FetchRequest) -> Result<LocalFetch> {
         use v1::fetch_local_request::Step;
         let (requests, queue) = mpsc::channel(REQUESTS);
-        let start = v1::FetchLocalStart { arena: self.arena.id(), fetch: Some(fetch) };
+        let start = v1::FetchLocalStart { arena: self.arena.id(), fetch: Some(fetch), together: true };
         let _ = requests.try_send(v1::FetchLocalRequest { step: Some(Step::Start(start)) });
         let replies = self.calls.clone().fetch_local(ReceiverStream::new(queue)).await?.into_inner();
-        Ok(LocalFetch { arena: Arc::clone(&self.arena), replies, requests: Some(requests) })
+        Ok(LocalFetch {
+            arena: Arc::clone(&self.arena),
+            replies,
+            requests: Some(requests),
+            several: VecDeque::new(),
+        })
     }
 
     /// Stores objects of a prefix, parents first. One result per object: a refusal is a result too.
@@ -67,7 +73,8 @@ impl LocalClient {
             // A put that has ended says why in its replies.
             async move { requests.send(v1::PutLocalRequest { step: Some(step) }).await.is_ok() }
         };
-        send(Step::Start(v1::PutLocalStart { arena: self.arena.id(), prefix: Some(prefix) })).await;
+        let start = v1::PutLocalStart { arena: self.arena.id(), prefix: Some(prefix), together: true };
+        send(Step::Start(start)).await;
         let mut replies = self.calls.clone().put_local(ReceiverStream::new(queue)).await?.into_inner();
         let (mut results, mut taken, mut sent) = (Vec::new(), 0, 0);
         let mut place = self.arena.put_area();
@@ -78,8 +85,8 @@ impl LocalClient {
                 while taken < sent {
                     match replies.message().await?.and_then(|reply| reply.event) {
                         Some(Event::Taken(count)) => taken = taken.max(count),
-                        Some(Event::Result(result)) => {
-                            results.push(result);
+                        Some(event) => {
+                            results.extend(results_of(event));
                             taken = taken.max(results.len() as u64);
                         }
                         None => return Ok(results),
@@ -108,11 +115,18 @@ impl LocalClient {
         }
         drop(requests);
         while let Some(reply) = replies.next().await.transpose()? {
-            if let Some(Event::Result(result)) = reply.event {
-                results.push(result);
-            }
+            results.extend(reply.event.map(results_of).unwrap_or_default());
         }
         Ok(results)
+    }
+}
+
+fn results_of(event: v1::put_local_reply::Event) -> Vec<PutResult> {
+    use v1::put_local_reply::Event;
+    match event {
+        Event::Taken(_) => Vec::new(),
+        Event::Result(result) => vec![result],
+        Event::Results(v1::PutReplies { results }) => results,
     }
 }
 
@@ -122,6 +136,8 @@ pub struct LocalFetch {
     replies: Streaming<v1::FetchLocalReply>,
     /// Taken when everything has come: the node then waits for the last slots only.
     requests: Option<mpsc::Sender<v1::FetchLocalRequest>>,
+    /// Slots that came together and were not given out yet.
+    several: VecDeque<v1::FilledSlot>,
 }
 
 /// A step of a fetch.
@@ -138,20 +154,24 @@ impl LocalFetch {
     /// The next step; `None` after the last one.
     pub async fn next(&mut self) -> Result<Option<LocalEvent>> {
         use v1::fetch_local_reply::Event;
-        let Some(requests) = &self.requests else { return Ok(None) };
-        let Some(reply) = self.replies.message().await? else { return Ok(None) };
-        Ok(Some(match reply.event.ok_or(WireError::Missing("event"))? {
-            Event::Filled(filled) => {
+        loop {
+            let Some(requests) = &self.requests else { return Ok(None) };
+            if let Some(filled) = self.several.pop_front() {
                 self.arena.check(&filled)?;
                 let (arena, requests) = (Arc::clone(&self.arena), requests.clone());
-                LocalEvent::Filled(Filled { arena, filled, requests })
+                return Ok(Some(LocalEvent::Filled(Filled { arena, filled, requests })));
             }
-            Event::Missing(missing) => LocalEvent::Missing(missing),
-            Event::Done(done) => {
-                self.requests = None;
-                LocalEvent::Done(done)
+            let Some(reply) = self.replies.message().await? else { return Ok(None) };
+            match reply.event.ok_or(WireError::Missing("event"))? {
+                Event::Filled(filled) => self.several.push_back(filled),
+                Event::Several(v1::FilledSlots { slots }) => self.several.extend(slots),
+                Event::Missing(missing) => return Ok(Some(LocalEvent::Missing(missing))),
+                Event::Done(done) => {
+                    self.requests = None;
+                    return Ok(Some(LocalEvent::Done(done)));
+                }
             }
-        }))
+        }
     }
 }
 

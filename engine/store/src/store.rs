@@ -16,7 +16,7 @@ use crate::erasure::Erase;
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::hits::HitCounts;
 use crate::index::{Entry, Index};
-use crate::io::{self, BufferPool, ByteGate, Disk, IoEngine, Region};
+use crate::io::{self, AlignedBuf, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
 use crate::record::RecordHeader;
@@ -257,6 +257,11 @@ impl Store {
             }
         }
         Submitted { shared: Arc::clone(&self.shared), started, outcomes, replies }
+    }
+
+    /// Memory for `bytes` that are to be put, of that which the store recycles. Its content is unspecified.
+    pub fn buffer(&self, bytes: usize) -> AlignedBuf {
+        self.shared.pool.take(bytes)
     }
 
     /// The longest leading run of `ids` that is present, in order.

@@ -9,8 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use esker_proto::v1;
+use esker_store::io::AlignedBuf;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 
 const PAGE: u64 = 4096;
@@ -94,6 +95,7 @@ impl Arena {
             put_at: PUT_AT,
             lease_ms: u32::try_from(self.lease.as_millis()).unwrap_or(u32::MAX),
             refused: String::new(),
+            together: true,
         }
     }
 
@@ -104,14 +106,21 @@ impl Arena {
         Call { arena: Arc::clone(self), number: state.next_call }
     }
 
-    /// Copies out what a client says it has put: a range of the put area, or nothing.
-    pub(crate) fn take(&self, at: u64, bytes: u64) -> Option<std::io::Result<Bytes>> {
+    /// Copies out what a client says it has put: a range of the put area, or nothing. `into` gives memory for so many bytes, whole
+    /// pages: what was in use before costs the kernel less than what is new.
+    pub(crate) fn take(
+        &self,
+        at: u64,
+        bytes: u64,
+        into: impl FnOnce(usize) -> AlignedBuf,
+    ) -> Option<std::io::Result<Bytes>> {
         let end = at.checked_add(bytes)?;
         if at < PUT_AT || end > ARENA_BYTES {
             return None;
         }
-        let mut copy = BytesMut::zeroed(usize::try_from(bytes).ok()?);
-        Some(self.file.read_exact_at(&mut copy, at).map(|()| copy.freeze()))
+        let bytes = usize::try_from(bytes).ok()?;
+        let mut copy = into(bytes);
+        Some(self.file.read_exact_at(&mut copy[..bytes], at).map(|()| copy.into_bytes().slice(..bytes)))
     }
 
     /// The client is gone: calls end, and the memory goes back although the client may still have it mapped.
@@ -174,6 +183,11 @@ impl Call {
             SlotError::Closed
         })?;
         Ok(slot)
+    }
+
+    /// Whether [`slot`](Self::slot) would not wait, unless another call comes first.
+    pub(crate) fn has_free_slot(&self) -> bool {
+        !self.arena.state().free.is_empty()
     }
 
     /// Takes a slot back that this call has filled. `false` if it holds no such slot.
@@ -353,10 +367,12 @@ mod tests {
     fn only_the_put_area_is_taken_from_and_the_length_is_sealed() {
         let arena = arena();
         arena.file.write_all_at(b"abc", PUT_AT).unwrap();
-        assert_eq!(arena.take(PUT_AT, 3).unwrap().unwrap(), Bytes::from_static(b"abc"));
+        let pool = esker_store::io::BufferPool::new(0);
+        let take = |at, bytes| arena.take(at, bytes, |bytes| pool.take(bytes));
+        assert_eq!(take(PUT_AT, 3).unwrap().unwrap(), Bytes::from_static(b"abc"));
         for (at, bytes) in [(0, 8), (PUT_AT - 1, 2), (ARENA_BYTES, 1), (PUT_AT, PUT_BYTES + 1), (u64::MAX, 2)]
         {
-            assert!(arena.take(at, bytes).is_none(), "{at} {bytes}");
+            assert!(take(at, bytes).is_none(), "{at} {bytes}");
         }
         assert!(arena.file.set_len(0).is_err() && arena.file.set_len(ARENA_BYTES * 2).is_err());
     }

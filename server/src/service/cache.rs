@@ -161,7 +161,7 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
         let busy = self.node.live.enter();
         tokio::spawn(async move {
             let _busy = busy;
-            let answers = Answers { replies: &sender, wrap: |reply| reply };
+            let answers = Answers { replies: &sender, wrap: |replies| replies };
             if let Err(status) = put.run(Chunked(steps), &answers).await {
                 // Nobody listens any more if this fails; whole objects were stored or refused all the same.
                 let _ = sender.send(Err(status)).await;

@@ -1,5 +1,6 @@
 //! `Local`: fetches and puts whose bytes pass through the caller's arena. See `local.rs` for the arena, `local.proto` for the rules.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -8,6 +9,7 @@ use bytes::Bytes;
 use esker_prefix::{KvLayout, ObjectKind};
 use esker_proto::v1::{self, fetch_local_reply, fetch_local_request, put_local_reply, put_local_request};
 use esker_proto::{Assembled, object_kind};
+use esker_store::Store;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -24,6 +26,10 @@ use crate::principal::principal_of;
 
 /// Replies buffered for a client: as many as it can hold slots, and a few that name none.
 const FETCH_REPLIES: usize = 32;
+/// Slots that go out in one message at most: a quarter of an arena's.
+const SLOTS_TOGETHER: usize = 4;
+/// Objects that one message of a put names.
+const MAX_ANNOUNCED: usize = 1024;
 
 /// The service.
 pub(crate) struct LocalService {
@@ -49,7 +55,11 @@ impl v1::local_server::Local for LocalService {
         let deadline = deadline_of(&request);
         let mut steps = request.into_inner();
         let first = next_message(&mut steps, "fetch").await?.and_then(|message| message.step);
-        let Some(fetch_local_request::Step::Start(v1::FetchLocalStart { arena, fetch: Some(fetch) })) = first
+        let Some(fetch_local_request::Step::Start(v1::FetchLocalStart {
+            arena,
+            fetch: Some(fetch),
+            together,
+        })) = first
         else {
             return Err(Status::invalid_argument(
                 "the first message of a fetch must be `start`, with `fetch`",
@@ -72,6 +82,9 @@ impl v1::local_server::Local for LocalService {
             deadline,
             slot: None,
             parts: Vec::new(),
+            filled: Vec::new(),
+            worth: 1,
+            together,
             first: true,
             failed: false,
         };
@@ -94,7 +107,8 @@ impl v1::local_server::Local for LocalService {
         let principal = principal_of(&request)?;
         let mut steps = request.into_inner();
         let first = next_message(&mut steps, "put").await?.and_then(|message| message.step);
-        let Some(put_local_request::Step::Start(v1::PutLocalStart { arena, prefix: Some(prefix) })) = first
+        let Some(put_local_request::Step::Start(v1::PutLocalStart { arena, prefix: Some(prefix), together })) =
+            first
         else {
             return Err(Status::invalid_argument(
                 "the first message of a put must be `start`, with `prefix`",
@@ -105,11 +119,19 @@ impl v1::local_server::Local for LocalService {
         let put = blocking(move || Put::open(&node, &admission, &principal, prefix)).await?;
         let (sender, receiver) = mpsc::channel(PUT_REPLIES);
         let replies = sender.downgrade();
-        let objects = Objects { steps, arena, layout: put.layout().clone(), taken: 0, replies };
+        let objects = Objects {
+            steps,
+            store: Arc::clone(&self.node.store),
+            arena,
+            layout: put.layout().clone(),
+            announced: VecDeque::new(),
+            taken: 0,
+            replies,
+        };
         let busy = self.node.live.enter();
         tokio::spawn(async move {
             let _busy = busy;
-            let wrap = |reply| v1::PutLocalReply { event: Some(put_local_reply::Event::Result(reply)) };
+            let wrap = if together { in_one } else { one_by_one };
             if let Err(status) = put.run(objects, &Answers { replies: &sender, wrap }).await {
                 // Nobody listens any more if this fails; whole objects were stored or refused all the same.
                 let _ = sender.send(Err(status)).await;
@@ -157,14 +179,19 @@ async fn take_releases(mut steps: Streaming<v1::FetchLocalRequest>, caller: Arc<
     caller.end();
 }
 
-/// Planes in slots of the caller's arena. A slot goes out when the next plane does not fit any more; the first one with the first
-/// plane, so that the caller can begin.
+/// Planes in slots of the caller's arena. A slot is over when the next plane does not fit any more; it goes out then, or with some
+/// others where the caller takes them together. The first one goes out with the first plane, so that the caller can begin.
 struct Slots {
     replies: Replies<v1::FetchLocalReply>,
     caller: Arc<Caller>,
     deadline: Option<Instant>,
     slot: Option<FetchSlot>,
     parts: Vec<v1::LocalPart>,
+    /// Slots that are over and did not go out yet.
+    filled: Vec<v1::FilledSlot>,
+    /// How many of them are worth a message: more and more, up to [`SLOTS_TOGETHER`].
+    worth: usize,
+    together: bool,
     first: bool,
     failed: bool,
 }
@@ -176,9 +203,45 @@ impl Slots {
 
     /// Sends out what was filled.
     fn flush(&mut self) -> bool {
-        let Some(FetchSlot { slot, stamp, .. }) = self.slot.take() else { return true };
-        let parts = std::mem::take(&mut self.parts);
-        self.send(fetch_local_reply::Event::Filled(v1::FilledSlot { slot, stamp, parts }))
+        self.end_slot();
+        self.send_filled()
+    }
+
+    fn end_slot(&mut self) {
+        if let Some(FetchSlot { slot, stamp, .. }) = self.slot.take() {
+            let parts = std::mem::take(&mut self.parts);
+            self.filled.push(v1::FilledSlot { slot, stamp, parts });
+        }
+    }
+
+    fn send_filled(&mut self) -> bool {
+        let mut slots = std::mem::take(&mut self.filled);
+        if self.together && slots.len() > 1 {
+            return self.send(fetch_local_reply::Event::Several(v1::FilledSlots { slots }));
+        }
+        slots.drain(..).all(|slot| self.send(fetch_local_reply::Event::Filled(slot)))
+    }
+
+    /// Ends a slot that is full.
+    fn turn_over(&mut self) -> bool {
+        self.end_slot();
+        if self.together && self.filled.len() < self.worth {
+            return true;
+        }
+        self.worth = (2 * self.worth).min(SLOTS_TOGETHER);
+        self.send_filled()
+    }
+
+    /// A slot to write into, `None` if nobody takes those that are filled.
+    fn open_slot(&mut self) -> Result<Option<FetchSlot>, Status> {
+        if let Some(slot) = self.slot {
+            return Ok(Some(slot));
+        }
+        // Whoever waits for a slot must not keep some back.
+        if !self.caller.call.has_free_slot() && !self.send_filled() {
+            return Ok(None);
+        }
+        self.caller.call.slot(self.deadline, || self.caller.is_over()).map(Some).map_err(refused)
     }
 
     fn write(&mut self, kind: ObjectKind, tokens: u64, plane: u32, bytes: &[u8]) -> Result<bool, Status> {
@@ -188,13 +251,10 @@ impl Slots {
             // A plane that fits a slot is not cut.
             let room = self.slot.as_ref().map_or(0, FetchSlot::room);
             let crowded = room == 0 || rest.len() > room && rest.len() <= FetchSlot::capacity();
-            if self.slot.is_some() && crowded && !self.flush() {
+            if self.slot.is_some() && crowded && !self.turn_over() {
                 return Ok(false);
             }
-            let mut slot = match self.slot {
-                Some(slot) => slot,
-                None => self.caller.call.slot(self.deadline, || self.caller.is_over()).map_err(refused)?,
-            };
+            let Some(mut slot) = self.open_slot()? else { return Ok(false) };
             let part = &rest[..rest.len().min(slot.room())];
             let at = slot.write(&self.caller.call, part).map_err(|error| {
                 tracing::error!(%error, "an arena cannot be written");
@@ -269,11 +329,24 @@ fn refused(error: SlotError) -> Status {
     }
 }
 
+fn in_one(results: Vec<v1::PutReply>) -> Vec<v1::PutLocalReply> {
+    let results = v1::PutReplies { results };
+    vec![v1::PutLocalReply { event: Some(put_local_reply::Event::Results(results)) }]
+}
+
+fn one_by_one(results: Vec<v1::PutReply>) -> Vec<v1::PutLocalReply> {
+    let wrap = |result| v1::PutLocalReply { event: Some(put_local_reply::Event::Result(result)) };
+    results.into_iter().map(wrap).collect()
+}
+
 /// Objects that lie in the caller's arena.
 struct Objects {
     steps: Streaming<v1::PutLocalRequest>,
+    store: Arc<Store>,
     arena: Arc<Arena>,
     layout: Arc<KvLayout>,
+    /// Those of the last message that were not looked at yet.
+    announced: VecDeque<v1::LocalObject>,
     taken: u64,
     /// Weak, so that the stream of replies ends with the put.
     replies: mpsc::WeakSender<Result<v1::PutLocalReply, Status>>,
@@ -292,7 +365,8 @@ impl Objects {
                 object.bytes
             )));
         }
-        let taken = self.arena.take(object.at, object.bytes).ok_or_else(|| {
+        let into = |bytes| self.store.buffer(bytes);
+        let taken = self.arena.take(object.at, object.bytes, into).ok_or_else(|| {
             Status::invalid_argument(format!(
                 "{} bytes at {} are not in the put area of the arena",
                 object.bytes, object.at
@@ -310,14 +384,30 @@ impl Objects {
 
 impl Source for Objects {
     async fn next(&mut self) -> Result<Option<Next>, Status> {
-        let Some(message) = next_message(&mut self.steps, "put").await? else { return Ok(None) };
-        let Some(put_local_request::Step::Object(object)) = message.step else {
-            return Err(Status::invalid_argument("a put has one `start`; what follows is `object`"));
-        };
+        while self.announced.is_empty() {
+            let Some(message) = next_message(&mut self.steps, "put").await? else { return Ok(None) };
+            match message.step {
+                Some(put_local_request::Step::Object(object)) => self.announced.push_back(object),
+                Some(put_local_request::Step::Objects(v1::LocalObjects { objects }))
+                    if objects.len() <= MAX_ANNOUNCED =>
+                {
+                    self.announced = objects.into();
+                }
+                _ => {
+                    return Err(Status::invalid_argument(format!(
+                        "a put has one `start`; what follows is `object`, or `objects` with at most {MAX_ANNOUNCED}"
+                    )));
+                }
+            }
+        }
+        let Some(object) = self.announced.pop_front() else { return Ok(None) };
         // No await from here on: what was taken cannot be lost.
         let whole = tokio::task::block_in_place(|| self.take(&object))?;
         self.taken += 1;
-        if let Some(replies) = self.replies.upgrade() {
+        // Once for each message: more would tell the caller no sooner that it may go on.
+        if self.announced.is_empty()
+            && let Some(replies) = self.replies.upgrade()
+        {
             let taken = v1::PutLocalReply { event: Some(put_local_reply::Event::Taken(self.taken)) };
             // Where there is no room, results are on their way that say the same.
             let _ = replies.try_send(Ok(taken));

@@ -32,8 +32,10 @@ const IDLE_PROGRESS: Duration = Duration::from_secs(30);
 /// Raw bytes gathered before a commit, and the longest a whole object waits for company.
 const PUT_BATCH_BYTES: usize = 2 << 20;
 const PUT_LINGER: Duration = Duration::from_millis(2);
-/// Batches of one put that are on their way to the drive while the next is gathered.
-const PUT_BATCHES: usize = 3;
+/// Raw bytes of one put that are on their way to the drive while the next are gathered: at least, and where the node has memory
+/// left for more puts than there are.
+const PUT_AHEAD_BYTES: u64 = 3 * PUT_BATCH_BYTES as u64;
+const PUT_AMPLE_BYTES: u64 = 8 * PUT_BATCH_BYTES as u64;
 
 /// An object, and its tokens as the caller counts them.
 struct Numbered {
@@ -102,9 +104,15 @@ impl Put {
         node.tenants.admit_stored(&node.store, &tenant)?;
         let object = layout.object_bytes(ObjectKind::Block).max(layout.object_bytes(ObjectKind::State));
         let gathered = object.max(PUT_BATCH_BYTES as u64);
-        let held = (2 * object).max((PUT_BATCHES as u64 + 1) * PUT_BATCH_BYTES as u64);
+        let held = |ahead: u64| (gathered + ahead).max(2 * object);
+        let free = (admission.put_memory.available_permits() as u64) << 10;
+        let ample = Some(held(PUT_AMPLE_BYTES)).filter(|held| free - free.min(*held) >= PUT_MEMORY_BYTES / 2);
+        let ample = ample.and_then(|held| Some((held, node.tenants.fly(&tenant, held).ok()?)));
+        let (held, in_flight) = match ample {
+            Some(ample) => ample,
+            None => (held(PUT_AHEAD_BYTES), node.tenants.fly(&tenant, held(PUT_AHEAD_BYTES))?),
+        };
         let committing_bytes = usize::try_from(held - gathered).unwrap_or(usize::MAX);
-        let in_flight = node.tenants.fly(&tenant, held)?;
         let kib = u32::try_from(held >> 10).unwrap_or(u32::MAX);
         let permit = Arc::clone(&admission.put_memory)
             .try_acquire_many_owned(kib)
@@ -211,10 +219,10 @@ impl Put {
         match gathering {
             Gathering::Whole(assembler) => assembler.finish().map_err(from_wire),
             Gathering::Parts(reader, open) => {
-                for (kind, tokens) in open {
-                    let reason = format!("it lacks planes, for which it waits {} s", WAIT.as_secs());
-                    answers.send(waiting_reply(kind, tokens, reason)).await?;
-                }
+                let reason = format!("it lacks planes, for which it waits {} s", WAIT.as_secs());
+                let waiting =
+                    open.into_iter().map(|(kind, tokens)| waiting_reply(kind, tokens, reason.clone()));
+                answers.send(waiting.collect()).await?;
                 reader.finish().map_err(from_wire)
             }
         }
@@ -339,13 +347,12 @@ impl Put {
         commits.submitting = Some(submitting);
         let batch = UnderWay { named, bytes, storing, over: None };
         if self.buffered {
-            for &(kind, tokens) in &batch.named {
+            let accepted = batch.named.iter().map(|&(kind, tokens)| {
                 let (kind, outcome) = (v1::ObjectKind::from(kind).into(), v1::Outcome::Stored.into());
                 let durability = v1::Durability::Buffered.into();
-                let reason = String::new();
-                let reply = v1::PutReply { kind, tokens, outcome, durability, reason };
-                answers.send(reply).await?;
-            }
+                v1::PutReply { kind, tokens, outcome, durability, reason: String::new() }
+            });
+            answers.send(accepted.collect()).await?;
         }
         commits.under_way.push_back(batch);
         Ok(())
@@ -378,6 +385,8 @@ impl Put {
             }
             return Ok(());
         }
+        let mut replies = Vec::with_capacity(results.len());
+        let mut over = Ok(());
         for ((kind, tokens), result) in batch.named.into_iter().zip(results) {
             let wire_kind = v1::ObjectKind::from(kind).into();
             let reply = match result {
@@ -401,15 +410,17 @@ impl Put {
                     let status = from_store(&error);
                     use tonic::Code::{Aborted, FailedPrecondition, InvalidArgument};
                     if !matches!(status.code(), InvalidArgument | FailedPrecondition | Aborted) {
-                        return Err(status);
+                        over = Err(status);
+                        break;
                     }
                     let (kind, outcome) = (wire_kind, v1::Outcome::Refused.into());
                     v1::PutReply { kind, tokens, outcome, durability: 0, reason: error.to_string() }
                 }
             };
-            answers.send(reply).await?;
+            replies.push(reply);
         }
-        Ok(())
+        answers.send(replies).await?;
+        over
     }
 }
 
@@ -436,7 +447,7 @@ impl Commits {
     /// Whether another batch of this many bytes has to wait. One alone always goes.
     fn is_full(&self, bytes: usize, limit_bytes: usize) -> bool {
         let under_way = self.under_way.iter().map(|batch| batch.bytes).sum::<usize>();
-        !self.under_way.is_empty() && (self.under_way.len() >= PUT_BATCHES || under_way + bytes > limit_bytes)
+        !self.under_way.is_empty() && under_way + bytes > limit_bytes
     }
 
     /// Returns when the oldest batch is stored; never without one. May be given up and called again.
@@ -481,16 +492,22 @@ impl Source for Chunked {
     }
 }
 
-/// Where the results of a put go, and how they look there.
+/// Where the results of a put go, and how those that became known at one time look there.
 pub(super) struct Answers<'a, R> {
     pub(super) replies: &'a mpsc::Sender<Result<R, Status>>,
-    pub(super) wrap: fn(v1::PutReply) -> R,
+    pub(super) wrap: fn(Vec<v1::PutReply>) -> Vec<R>,
 }
 
 impl<R> Answers<'_, R> {
-    async fn send(&self, reply: v1::PutReply) -> Result<(), Status> {
-        let sent = self.replies.send_timeout(Ok((self.wrap)(reply)), IDLE_PROGRESS).await;
-        sent.map_err(|_| Status::cancelled("the client stopped taking results"))
+    async fn send(&self, results: Vec<v1::PutReply>) -> Result<(), Status> {
+        if results.is_empty() {
+            return Ok(());
+        }
+        for reply in (self.wrap)(results) {
+            let sent = self.replies.send_timeout(Ok(reply), IDLE_PROGRESS).await;
+            sent.map_err(|_| Status::cancelled("the client stopped taking results"))?;
+        }
+        Ok(())
     }
 }
 

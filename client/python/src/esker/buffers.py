@@ -4,6 +4,7 @@ the CPU becomes a flat view of bytes. Nothing is copied.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Any, Union
 
@@ -30,6 +31,20 @@ def pieces(buffers: Buffers, writable: bool = False) -> list[memoryview]:
     """One flat view for each piece."""
     several = isinstance(buffers, (list, tuple))
     return [flat(buffer, writable) for buffer in (buffers if several else [buffers])]
+
+
+#: From here on copying is worth letting other threads of Python run meanwhile.
+_LONG_COPY_BYTES = 64 << 10
+
+
+def copy(into: memoryview, data: memoryview) -> None:
+    """Copies flat bytes onto as many others."""
+    if len(data) < _LONG_COPY_BYTES or data.readonly or len(into) != len(data):
+        into[:] = data
+        return
+    # A slice assignment would hold Python's lock; ctypes lets it go. The objects keep the memory where it is.
+    target, source = ctypes.c_char.from_buffer(into), ctypes.c_char.from_buffer(data)
+    ctypes.memmove(ctypes.addressof(target), ctypes.addressof(source), len(data))
 
 
 def _tensor(tensor: Any) -> Any:
@@ -59,6 +74,6 @@ class Scatter:
                 offset -= len(piece)
                 continue
             part = data[: len(piece) - offset]
-            piece[offset : offset + len(part)] = part
+            copy(piece[offset : offset + len(part)], part)
             data = data[len(part) :]
             offset = 0

@@ -32,9 +32,11 @@ DOWN_S = 1.0
 #: A warning of one kind is logged once in this time, in seconds.
 WARN_EVERY_S = 30.0
 #: Chunks that stand for themselves are moved by several calls at a time, each of at least this many bytes: while one waits for the
-#: drive, the next is on its way.
+#: drive, the next is on its way. Through shared memory a put does so by itself, and two fetches keep a drive busy.
 SIDE_BY_SIDE_BYTES = 8 << 20
 SIDE_BY_SIDE = 4
+LOCAL_PUTS = 1
+LOCAL_FETCHES = 2
 #: What one put or get may carry, in bytes: it bounds how long a call takes and how much is lost with it.
 MAX_CALL_BYTES = 128 << 20
 
@@ -145,18 +147,13 @@ class ChunkStore:
         Chained keys are given from the start of the prompt, even where only the last of them are wanted.
         """
         loaded = dict.fromkeys(into, False)
-        if self._chained:
-            for some in self._batches(into):
-                for position in self._get(keys, {at: into[at] for at in some}):
-                    loaded[position] = True
-            return loaded
-
-        def get(some: list[int]) -> list[int]:
-            named = [keys[position] for position in some]
-            return [some[at] for at in self._get(named, {at: into[position] for at, position in enumerate(some)})]
-
-        for positions in self._side_by_side(get, into):
-            loaded.update(dict.fromkeys(positions, True))
+        for some in self._batches(into):
+            if self._chained:
+                named, memory = keys, {position: into[position] for position in some}
+            else:
+                named, memory = [keys[position] for position in some], {at: into[some[at]] for at in range(len(some))}
+            for at in self._get(named, memory):
+                loaded[at if self._chained else some[at]] = True
         return loaded
 
     def put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> dict[int, bool]:
@@ -177,7 +174,7 @@ class ChunkStore:
                 named = [keys[position] for position in some]
                 return [some[at] for at in self._put(named, {at: chunks[position] for at, position in enumerate(some)})]
 
-            for positions in self._side_by_side(put, missing):
+            for positions in self._side_by_side(put, missing, LOCAL_PUTS):
                 stored.update(dict.fromkeys(positions, True))
         # Another writer may have been first with other bytes meanwhile.
         refused = [position for position in missing if not stored[position]]
@@ -199,18 +196,24 @@ class ChunkStore:
         return dict(zip(asked, present))
 
     def _side_by_side(
-        self, move: Callable[[list[int]], list[int]], positions: Mapping[int, Buffers]
+        self, move: Callable[[list[int]], list[int]], positions: Iterable[int], local: int
     ) -> Iterable[list[int]]:
-        share = -(-len(positions) * self.chunk_bytes // SIDE_BY_SIDE)
-        batches = self._batches(positions, max(share, SIDE_BY_SIDE_BYTES))
+        """Moves by several calls at a time; by `local` of them through shared memory."""
+        calls = local if self._client._is_local() else SIDE_BY_SIDE
+        ordered = sorted(positions)
+        share = -(-len(ordered) * self.chunk_bytes // calls)
+        batches = self._batches(ordered, max(share, SIDE_BY_SIDE_BYTES))
         if len(batches) <= 1:
             return [move(some) for some in batches]
+        return self._pool().map(move, batches)
+
+    def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="esker-chunks")
-        return self._threads.map(move, batches)
+            return self._threads
 
-    def _batches(self, positions: Mapping[int, Buffers], call_bytes: int = MAX_CALL_BYTES) -> list[list[int]]:
+    def _batches(self, positions: Iterable[int], call_bytes: int = MAX_CALL_BYTES) -> list[list[int]]:
         call_bytes = min(call_bytes, MAX_CALL_BYTES)
         step = max(1, min(call_bytes // max(1, self.chunk_bytes), MAX_CHAIN_BLOCKS // self._parts))
         ordered = sorted(positions)
@@ -251,35 +254,49 @@ class ChunkStore:
         found = self._lookup(keys, grant=True)
         if found is None or not found.grant:
             return []
+        grant = found.grant
         present = self._present(found, len(keys))
         wanted = [position for position in into if present[position]]
-        block_tokens = self._layout.block_tokens
-        memory = {
-            position * self._parts + part: self._cut(into[position], part, writable=True)
-            for position in wanted
-            for part in range(self._parts)
-        }
+        try:
+            loaded = [
+                position
+                for some in self._side_by_side(lambda some: self._fetch(grant, some, into), wanted, LOCAL_FETCHES)
+                for position in some
+            ]
+        finally:
+            # Nobody waits for it.
+            self._pool().submit(self._give_up, grant)
+        self._count(loaded=len(loaded), loaded_bytes=len(loaded) * self.chunk_bytes)
+        return loaded
 
-        def place(kind: Kind, tokens: int, plane: int) -> Buffers:
-            return memory[tokens // block_tokens - 1][plane]
+    def _fetch(self, grant: bytes, positions: Sequence[int], into: Mapping[int, Buffers]) -> list[int]:
+        block_tokens = self._layout.block_tokens
 
         def fetch(namespace: Namespace) -> list[int]:
-            if not wanted:
-                return []
+            memory = {
+                position * self._parts + part: self._cut(into[position], part, writable=True)
+                for position in positions
+                for part in range(self._parts)
+            }
+
+            def place(kind: Kind, tokens: int, plane: int) -> Buffers:
+                return memory[tokens // block_tokens - 1][plane]
+
             fetched = self._client.fetch(
-                namespace, found.grant, into=place, blocks=sorted(memory), timeout_s=self._transfer_timeout_s
+                namespace, grant, into=place, blocks=sorted(memory), timeout_s=self._transfer_timeout_s
             )
             self._count(corrupt=len(fetched.missing))
             whole = {tokens // block_tokens - 1 for _, tokens in fetched.whole}
             parts = range(self._parts)
-            return [at for at in wanted if all(at * self._parts + part in whole for part in parts)]
+            return [at for at in positions if all(at * self._parts + part in whole for part in parts)]
 
+        return self._try("load", fetch) or []
+
+    def _give_up(self, grant: bytes) -> None:
         try:
-            loaded = self._try("load", fetch) or []
-        finally:
-            self.let_go(found.grant)
-        self._count(loaded=len(loaded), loaded_bytes=len(loaded) * self.chunk_bytes)
-        return loaded
+            self._client.release(grant, timeout_s=self._lookup_timeout_s)
+        except Exception:  # noqa: BLE001: a grant that the node does not hear of expires
+            pass
 
     def _put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> list[int]:
         block_tokens = self._layout.block_tokens

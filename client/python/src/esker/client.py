@@ -47,6 +47,19 @@ DEFAULT_TIMEOUT_S = 30.0
 ATTACH_AGAIN_S = 30.0
 
 
+#: Objects in shared memory are announced to the node when they are this many bytes, then more each time, or this many objects.
+FIRST_ANNOUNCE_BYTES = 2 << 20
+ANNOUNCE_BYTES = 8 << 20
+MAX_ANNOUNCED = 1024
+
+
+def _announced(objects: list[Any], together: bool) -> Iterator[Any]:
+    if together and objects:
+        yield message("PutLocalRequest", objects=message("LocalObjects", objects=objects))
+    else:
+        yield from (message("PutLocalRequest", object=object) for object in objects)
+
+
 def local_path(address: str) -> str | None:
     """The path of a Unix socket, where the address names one."""
     return address.removeprefix("unix:").replace("//", "", 1) if address.startswith("unix:") else None
@@ -384,13 +397,15 @@ class Client:
             arena.close()
 
     def _fetch_local(self, arena: Arena, receiver: calls.Receiver, request: Any, timeout_s: float | None) -> Fetched:
-        requests = Requests(message("FetchLocalStart", arena=arena.id, fetch=request))
+        requests = Requests(message("FetchLocalStart", arena=arena.id, fetch=request, together=arena.together))
         replies = self._stub(calls.FETCH_LOCAL, "stream_stream")(iter(requests), **self._how(timeout_s))
         try:
             for reply in replies:
-                if reply.HasField("filled"):
-                    arena.read(reply.filled, receiver.take)
-                    requests.release(reply.filled.slot)
+                filled = [reply.filled] if reply.HasField("filled") else reply.several.slots
+                for slot in filled:
+                    arena.read(slot, receiver.take)
+                if filled:
+                    requests.release([slot.slot for slot in filled])
                 else:
                     receiver.take(reply)
                     if receiver.done:
@@ -420,17 +435,23 @@ class Client:
         failed: list[Exception] = []
 
         def sent() -> Iterator[Any]:
-            yield message("PutLocalRequest", start=message("PutLocalStart", arena=arena.id, prefix=prefix))
+            start = message("PutLocalStart", arena=arena.id, prefix=prefix, together=arena.together)
+            yield message("PutLocalRequest", start=start)
             try:
+                # Some at a time: each message costs as much as copying a quarter of a mebibyte.
+                some: list[Any] = []
+                some_bytes, enough_bytes = 0, FIRST_ANNOUNCE_BYTES
                 for object in objects:
                     planes = calls.object_planes(layout, object)
                     length = layout.object_bytes(object.kind)
+                    if some and (some_bytes >= enough_bytes or len(some) == MAX_ANNOUNCED or not room.has_room(length)):
+                        yield from _announced(some, arena.together)
+                        some, some_bytes, enough_bytes = [], 0, min(2 * enough_bytes, ANNOUNCE_BYTES)
                     at = room.place(length)
                     arena.write(at, planes)
-                    written = message(
-                        "LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length
-                    )
-                    yield message("PutLocalRequest", object=written)
+                    some.append(message("LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length))
+                    some_bytes += length
+                yield from _announced(some, arena.together)
             except Exception as error:
                 failed.append(error)
                 raise
@@ -441,6 +462,7 @@ class Client:
             for reply in self._stub(calls.PUT_LOCAL, "stream_stream")(sent(), **self._how(timeout_s)):
                 if reply.HasField("result"):
                     results.append(calls.put_result(reply.result))
+                results += map(calls.put_result, reply.results.results)
                 taken = max(len(results), reply.taken)
                 if taken > free:
                     room.free(taken - free)
@@ -457,6 +479,13 @@ class Client:
         if failed.retry or isinstance(failed, (NotFound, NodeFailed)):
             self._detach()
         return failed
+
+    def _is_local(self) -> bool:
+        """Whether payload passes through shared memory, as far as the node can be reached."""
+        try:
+            return self._attached() is not None
+        except EskerError:
+            return False
 
     # How calls are made
 

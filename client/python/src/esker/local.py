@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .buffers import Buffers, pieces
+from .buffers import Buffers, copy, pieces
 from .errors import LimitReached, ProtocolError, Unreachable
 from .wire import MAX_MESSAGE_BYTES, PlaneChunk, message, message_class
 
@@ -49,6 +49,8 @@ class Arena:
             socket.close(descriptor)
         self._view = memoryview(self._memory)
         self.id: bytes = attached.arena
+        #: Whether the node takes several objects, and gives several results, in one message.
+        self.together: bool = attached.together
         self._slots = attached.slots
         self._slot_bytes = attached.slot_bytes
         self._slots_at = attached.slots_at
@@ -115,7 +117,7 @@ class Arena:
         """Copies planes into the put area."""
         for plane in buffers:
             for piece in pieces(plane):
-                self._view[at : at + len(piece)] = piece
+                copy(self._view[at : at + len(piece)], piece)
                 at += len(piece)
 
     def close(self) -> None:
@@ -143,6 +145,11 @@ class PutRoom:
         with self._changed:
             self._placed.clear()
             self._closed = False
+
+    def has_room(self, length: int) -> bool:
+        """Whether :meth:`place` would not wait."""
+        with self._changed:
+            return self._closed or self._fits(length) is not None
 
     def place(self, length: int) -> int:
         """Where an object of this length may be written; waits for room."""
@@ -189,9 +196,9 @@ class Requests:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._queue.put(message("FetchLocalRequest", start=start))
 
-    def release(self, slot: int) -> None:
-        """A slot was read."""
-        self._queue.put(message("FetchLocalRequest", release=message("ReleaseSlots", slots=[slot])))
+    def release(self, slots: Sequence[int]) -> None:
+        """Slots were read."""
+        self._queue.put(message("FetchLocalRequest", release=message("ReleaseSlots", slots=slots)))
 
     def end(self) -> None:
         """Nothing more is sent."""
