@@ -28,7 +28,8 @@ fn loaders_stand_the_corpus_and_mutations_of_it() {
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) << 20 | 0x5EED);
     println!("ESKER_SEED={seed}");
     let mut random = Random(seed);
-    let targets: [(&str, fn(&[u8]) -> bool); 3] = [
+    type Accepts = fn(&[u8]) -> bool;
+    let targets: [(&str, Accepts); 3] = [
         ("model_config", targets::config),
         ("checkpoint", targets::checkpoint),
         ("tokenizer", targets::tokenizer),
