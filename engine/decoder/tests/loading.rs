@@ -15,8 +15,6 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 use support::{Checkpoint, Random, serialise, v4, v32, with};
 
-type Target = fn(&[u8]) -> bool;
-
 /// Of each file of the corpus.
 const MUTATIONS: usize = 300;
 

@@ -3,7 +3,7 @@
 //! A fetch plans its reads in the order of delivery, joins neighbours, keeps several in flight, has them verified by the
 //! store's threads, and yields the planes in order. Whole objects take one read each or less, since header and planes
 //! are contiguous, but for the start of the first, which is read alone; a selection of planes, or the order by plane,
-//! reads the headers of all objects first.
+//! reads the headers of all objects first. Small records in the order by plane are read once and kept till their last plane.
 //!
 //! Invariants: a plane is yielded only after it passed `verify.rs`; an object that fails yields one miss and nothing
 //! after it; a bad read is repeated once per object; dropping the fetch frees everything, what is in flight as it completes.
@@ -28,9 +28,14 @@ use crate::segment::SegmentId;
 use crate::shared::Shared;
 use crate::table::Located;
 use crate::{Found, MissKind};
-use plan::{Item, Part, Read};
+use plan::{Item, Kept, Part, Read};
 pub(crate) use verifying::Verifiers;
-use verifying::{Arrival, Context, Route, Step, Taken, Target};
+use verifying::{Arrival, Context, Job, Route, Step, Taken, Target};
+
+/// Records up to this length, on average, are read once and kept where planes come by rank.
+const SMALL_RECORD_BYTES: usize = 64 << 10;
+/// Share of the bytes that all fetches may have in flight of which one may keep so much: the half.
+const KEPT_SHARE: usize = 2;
 
 /// What to fetch.
 #[derive(Clone, Debug)]
@@ -121,6 +126,8 @@ pub struct Fetch {
     planned: VecDeque<Read>,
     /// Reads submitted, in the order of delivery.
     in_flight: VecDeque<InFlight>,
+    /// Reads of whole records of which planes are still to be taken.
+    kept: Vec<Kept>,
     /// What is being yielded; a repeated read lies above the one that it repeats.
     current: Vec<Taken>,
     /// Bytes of both.
@@ -165,11 +172,19 @@ impl Fetch {
             header: found.header.clone().unwrap_or_default(),
             found,
         };
-        let whole = planes == PlaneSelection::All && (order == FetchOrder::ByObject || objects.len() < 2);
+        let all = planes == PlaneSelection::All;
+        let whole = all && (order == FetchOrder::ByObject || objects.len() < 2);
+        // Of small records a read for each rank would come by nearly all of their bytes every time.
+        let record_bytes: usize = objects.iter().map(|found| found.located.record_bytes()).sum();
+        let keeps = all
+            && !whole
+            && record_bytes <= objects.len() * SMALL_RECORD_BYTES
+            && record_bytes <= shared.settings.read_bytes_in_flight / KEPT_SHARE;
         let context = Arc::new(Context {
             targets: objects.into_iter().map(target).collect(),
             planes,
             one_of_head: order != FetchOrder::ByObject,
+            keeps,
             pool: Arc::clone(&shared.pool),
             skip_verification: shared.settings.skips_verification(),
             breaker: Arc::clone(&shared.breaker),
@@ -201,6 +216,7 @@ impl Fetch {
             fates: vec![Fate::default(); count],
             planned: VecDeque::new(),
             in_flight: VecDeque::new(),
+            kept: Vec::new(),
             current: Vec::new(),
             held_bytes: 0,
             next_tag: 0,
@@ -242,11 +258,16 @@ impl Fetch {
 
     fn plan(&mut self, items: Vec<Item>) {
         let merge_bytes = self.shared.settings.read_merge_bytes;
-        let targets = &self.context.targets;
-        self.planned = plan::join(items, merge_bytes, |item| {
-            let (segment, start, len) = targets[item.object].extent(item.part);
+        let Context { targets, keeps, .. } = &*self.context;
+        let extent = |item: &Item| {
+            let part = if *keeps && item.part == Part::Head { Part::Record } else { item.part };
+            let (segment, start, len) = targets[item.object].extent(part);
             (segment, start..start + len)
-        });
+        };
+        self.planned = match self.kept.is_empty() {
+            true => plan::join(items, merge_bytes, extent),
+            false => plan::from_kept(items, &self.kept, merge_bytes, extent),
+        };
     }
 
     /// Starts as many reads as the budgets allow; at least one if nothing else is going on.
@@ -273,10 +294,20 @@ impl Fetch {
         self.next_tag += 1;
         self.held_bytes += len_bytes;
         let mut arrived = None;
+        if read.kept.is_some() {
+            let (context, fetch) = (Arc::clone(&self.context), self.reply.clone());
+            let route =
+                Route { context, read: Arc::new(read), threads: None, fetch, submitted: Instant::now() };
+            if let Err(unsent) = self.shared.verifiers.jobs().send(Job::of_kept(route, tag, permit)) {
+                arrived = Some(unsent.0.take());
+            }
+            self.in_flight.push_back(InFlight { tag, len_bytes, arrived });
+            return;
+        }
         match self.shared.segments.get(read.segment) {
             Some(_) if !self.shared.admits_read() => {
                 let steps = self.context.take(&read, Err(MissKind::Unavailable));
-                arrived = Some(Taken { tag, steps, read_bytes: 0, _permit: Some(permit) });
+                arrived = Some(Taken { tag, steps, read_bytes: 0, kept: None, _permit: Some(permit) });
             }
             Some(segment) => {
                 let buf = self.shared.pool.take(len_bytes);
@@ -291,7 +322,7 @@ impl Fetch {
             }
             None => {
                 let steps = self.context.take(&read, Err(MissKind::Absent));
-                arrived = Some(Taken { tag, steps, read_bytes: 0, _permit: Some(permit) });
+                arrived = Some(Taken { tag, steps, read_bytes: 0, kept: None, _permit: Some(permit) });
             }
         }
         self.in_flight.push_back(InFlight { tag, len_bytes, arrived });
@@ -310,12 +341,13 @@ impl Fetch {
                     self.arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
                 }
             };
-            let taken = match arrival {
+            let mut taken = match arrival {
                 Some(Arrival::Taken(taken)) => taken,
                 Some(Arrival::Read(job)) => job.take(),
                 None => return false,
             };
             self.shared.counters.read_bytes.add(taken.read_bytes as u64);
+            self.kept.extend(taken.kept.take());
             let position = self.in_flight.iter().position(|read| read.tag == taken.tag);
             if let Some(position) = position {
                 self.in_flight[position].arrived = Some(taken);
@@ -372,11 +404,11 @@ impl Fetch {
         let target = &self.context.targets[item.object];
         let (segment, start, len) = target.extent(item.part);
         let range = plan::pages(start..start + len);
-        let read = Read { segment, range, items: vec![item] };
+        let read = Read { segment, range, items: vec![item], kept: None };
         let skip = usize::try_from(read.range.start - target.found.located.spot.offset).unwrap_or(0);
         let bytes = self.shared.read(&target.found.located, skip, read.len_bytes());
         let steps = self.context.take(&read, bytes.map(|buf| buf.into_bytes()));
-        self.current.push(Taken { tag: u64::MAX, steps, read_bytes: 0, _permit: None });
+        self.current.push(Taken { tag: u64::MAX, steps, read_bytes: 0, kept: None, _permit: None });
         None
     }
 
@@ -405,6 +437,7 @@ impl Fetch {
         self.context.cancelled.store(true, Ordering::Relaxed);
         self.planned.clear();
         self.in_flight.clear();
+        self.kept.clear();
         self.held_bytes = 0;
         self.current.clear();
         self.phase = Phase::Over;
@@ -446,6 +479,7 @@ impl Fetch {
             }
             Phase::Records | Phase::Planes | Phase::Over => {
                 self.phase = Phase::Over;
+                self.kept.clear();
                 return false;
             }
         }

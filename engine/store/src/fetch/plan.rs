@@ -3,11 +3,16 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use crate::io::PAGE;
+use bytes::Bytes;
+
+use crate::io::{PAGE, Permit};
 use crate::segment::SegmentId;
 
 /// Bytes that are read for nothing rather than starting another read.
 const MAX_GAP_BYTES: u64 = 16 << 10;
+
+/// Taken from one kept piece at once, so that more than one thread has something to do.
+const KEPT_READ_BYTES: usize = 128 << 10;
 
 /// Something to take from a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,11 +38,17 @@ pub(super) struct Read {
     pub(super) segment: SegmentId,
     pub(super) range: Range<u64>,
     pub(super) items: Vec<Item>,
+    /// The range, where an earlier read left it, and how many bytes of it are wanted now.
+    pub(super) kept: Option<(Bytes, usize)>,
 }
 
 impl Read {
+    /// Bytes that it brings.
     pub(super) fn len_bytes(&self) -> usize {
-        usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX)
+        match self.kept {
+            Some((_, wanted_bytes)) => wanted_bytes,
+            None => usize::try_from(self.range.end - self.range.start).unwrap_or(usize::MAX),
+        }
     }
 }
 
@@ -61,9 +72,56 @@ pub(super) fn join(
                 continue;
             }
         }
-        reads.push_back(Read { segment, range, items: vec![item] });
+        reads.push_back(Read { segment, range, items: vec![item], kept: None });
     }
     reads
+}
+
+/// What was read and stays until all of a fetch is given.
+pub(super) struct Kept {
+    pub(super) segment: SegmentId,
+    pub(super) start: u64,
+    pub(super) bytes: Bytes,
+    pub(super) _permit: Option<Permit>,
+}
+
+/// Takes `items` in their order from what is kept, neighbours from one piece together; what is in none of it has to be read.
+pub(super) fn from_kept(
+    items: Vec<Item>,
+    kept: &[Kept],
+    merge_bytes: usize,
+    extent: impl Fn(&Item) -> (SegmentId, Range<u64>),
+) -> VecDeque<Read> {
+    let mut reads: VecDeque<Read> = VecDeque::new();
+    for item in items {
+        let (segment, range) = extent(&item);
+        let Some(piece) = kept.iter().find(|piece| piece.holds(segment, &range)) else {
+            reads.extend(join(vec![item], merge_bytes, &extent));
+            continue;
+        };
+        let item_bytes = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        if let Some(Read { segment: last, range, items, kept: Some((_, wanted_bytes)) }) = reads.back_mut()
+            && (*last, range.start) == (segment, piece.start)
+            && *wanted_bytes + item_bytes <= KEPT_READ_BYTES
+        {
+            items.push(item);
+            *wanted_bytes += item_bytes;
+            continue;
+        }
+        let kept = Some((piece.bytes.clone(), item_bytes));
+        reads.push_back(Read { segment, range: piece.range(), items: vec![item], kept });
+    }
+    reads
+}
+
+impl Kept {
+    fn range(&self) -> Range<u64> {
+        self.start..self.start + self.bytes.len() as u64
+    }
+
+    fn holds(&self, segment: SegmentId, range: &Range<u64>) -> bool {
+        self.segment == segment && self.start <= range.start && range.end <= self.range().end
+    }
 }
 
 /// `range` rounded outward to pages, and never empty.

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::plan::{Item, Part, Read};
+use super::plan::{Item, Kept, Part, Read};
 use super::{FetchEvent, PlaneSelection};
 use crate::breaker::Breaker;
 use crate::io::{BufferPool, Completion, Deliver, Permit};
@@ -30,6 +30,8 @@ pub(super) struct Context {
     pub(super) planes: PlaneSelection,
     /// Of a record's start that is read alone only the first plane is given: others that lie in it come in their turn.
     pub(super) one_of_head: bool,
+    /// Whole records are read, and kept until all their planes have had their turn.
+    pub(super) keeps: bool,
     pub(super) pool: Arc<BufferPool>,
     pub(super) skip_verification: bool,
     pub(super) breaker: Arc<Breaker>,
@@ -54,6 +56,8 @@ pub(super) struct Taken {
     pub(super) steps: VecDeque<(Item, Result<Step, MissKind>)>,
     /// Bytes that were read.
     pub(super) read_bytes: usize,
+    /// The read itself, where more is to be taken from it later.
+    pub(super) kept: Option<Kept>,
     pub(super) _permit: Option<Permit>,
 }
 
@@ -84,7 +88,14 @@ pub(super) enum Arrival {
 /// A read to be verified.
 pub(crate) struct Job {
     route: Route,
-    completion: Completion,
+    source: Source,
+}
+
+/// Where the bytes of a read come from.
+enum Source {
+    Disk(Completion),
+    /// An earlier read left them.
+    Kept(u64, Permit),
 }
 
 /// The threads. They end when the store and all reads are gone.
@@ -120,7 +131,7 @@ fn run(jobs: &Mutex<Receiver<Job>>) {
 impl Deliver for Route {
     fn deliver(&self, completion: Completion) {
         self.context.read_us.add(self.submitted.elapsed());
-        let job = Job { route: self.clone(), completion };
+        let job = Job { route: self.clone(), source: Source::Disk(completion) };
         let _ = match &self.threads {
             Some(threads) => threads.send(job).map_err(drop),
             None => self.fetch.send(Arrival::Read(job)).map_err(drop),
@@ -129,10 +140,23 @@ impl Deliver for Route {
 }
 
 impl Job {
+    /// Of what an earlier read left.
+    pub(super) fn of_kept(route: Route, tag: u64, permit: Permit) -> Self {
+        Self { route, source: Source::Kept(tag, permit) }
+    }
+
     /// Proves and decodes what was read.
     pub(super) fn take(self) -> Taken {
-        let Self { route: Route { context, read, .. }, mut completion } = self;
-        let (tag, permit) = (completion.tag, completion.permit.take());
+        let Self { route: Route { context, read, .. }, source } = self;
+        let mut completion = match source {
+            Source::Disk(completion) => completion,
+            Source::Kept(tag, permit) => {
+                let bytes = read.kept.as_ref().map(|(bytes, _)| bytes.clone()).ok_or(MissKind::ReadError);
+                let steps = context.take(&read, bytes);
+                return Taken { tag, steps, read_bytes: 0, kept: None, _permit: Some(permit) };
+            }
+        };
+        let (tag, mut permit) = (completion.tag, completion.permit.take());
         let bytes = match completion.full() {
             Ok(Some(buf)) => Ok(buf.into_bytes()),
             Ok(None) => Err(MissKind::ReadError),
@@ -144,7 +168,13 @@ impl Job {
             Err(_) => {}
         }
         let read_bytes = bytes.as_ref().map_or(0, Bytes::len);
-        Taken { tag, steps: context.take(&read, bytes), read_bytes, _permit: permit }
+        let kept = bytes.as_ref().ok().filter(|_| context.keeps).map(|bytes| Kept {
+            segment: read.segment,
+            start: read.range.start,
+            bytes: bytes.clone(),
+            _permit: permit.take(),
+        });
+        Taken { tag, steps: context.take(&read, bytes), read_bytes, kept, _permit: permit }
     }
 }
 
