@@ -96,7 +96,39 @@ fn a_selection_reads_less_than_the_whole() {
 fn ranks_say_which_planes_come_first() {
     let dir = tempfile::tempdir().unwrap();
     let (store, found) = store(dir.path(), settings());
-    let plain = fetch(&store, all(found.clone()));
+    come_by_rank(&store, &found);
+}
+
+#[test]
+fn of_small_records_each_byte_is_read_once_in_the_order_of_ranks() {
+    let dir = tempfile::tempdir().unwrap();
+    // The second has no room to keep what it reads.
+    for (keeps, read_bytes_in_flight) in [(true, 64 << 20), (false, 64 << 10)] {
+        let settings = StoreSettings { read_bytes_in_flight, ..settings() };
+        let store = Store::open(&dir.path().join(keeps.to_string()), settings).unwrap();
+        assert!(store.put(chain(0, 100, &[300, 5000, 9000])).iter().all(Result::is_ok));
+        let found = store.lookup(&(0..100).map(id).collect::<Vec<_>>());
+        let record_bytes: usize = found.iter().map(|found| found.located.record_bytes()).sum();
+        let read_bytes = come_by_rank(&store, &found);
+        assert_eq!(read_bytes.iter().all(|&read| read <= record_bytes as u64), keeps, "{read_bytes:?}");
+        // A damaged record is a miss, and read once more before that.
+        let spot = found[7].located.spot;
+        let segment = dir.path().join(keeps.to_string()).join("segments").join(spot.segment.file_name());
+        let file = std::fs::File::options().write(true).open(segment).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 64], spot.offset + 8000).unwrap();
+        let order = FetchOrder::ByRank([0, 1, 2].into());
+        let events: Vec<_> = store.fetch(FetchRequest { order, ..all(found.clone()) }).collect();
+        let missed = |event: &FetchEvent| matches!(event, FetchEvent::Miss { object: 7, .. });
+        assert_eq!(events.iter().filter(|event| missed(event)).count(), 1);
+        let planes = events.iter().filter(|event| matches!(event, FetchEvent::Plane { .. })).count();
+        assert!((3 * 99..3 * 100).contains(&planes), "{planes}");
+    }
+}
+
+/// Fetches in several orders. Bytes read by each fetch.
+fn come_by_rank(store: &Store, found: &[crate::Found]) -> Vec<u64> {
+    let plain = fetch(store, all(found.to_vec()));
+    let mut read_bytes = Vec::new();
     for (ranks, expected) in [
         (vec![5, 2, 1], vec![vec![0], vec![2], vec![1]]),
         (vec![0, 1, 1], vec![vec![0], vec![1, 2]]),
@@ -104,8 +136,9 @@ fn ranks_say_which_planes_come_first() {
         (vec![3, 2], vec![vec![0], vec![1], vec![2]]),
         (vec![], vec![vec![0], vec![1, 2]]),
     ] {
+        let before = store.stats().read_bytes;
         let order = FetchOrder::ByRank(ranks.clone().into());
-        let mut events = store.fetch(FetchRequest { order, ..all(found.clone()) });
+        let mut events = store.fetch(FetchRequest { order, ..all(found.to_vec()) });
         for planes in expected {
             for wanted in 0..found.len() {
                 for &position in &planes {
@@ -118,7 +151,9 @@ fn ranks_say_which_planes_come_first() {
             }
         }
         assert!(events.next().is_none());
+        read_bytes.push(store.stats().read_bytes - before);
     }
+    read_bytes
 }
 
 #[test]
