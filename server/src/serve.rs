@@ -41,8 +41,7 @@ const MAX_STREAMS_PER_CONNECTION: u32 = 256;
 const MAX_PENDING_RESETS: usize = 32;
 /// Connections are closed in good order after this long, so that load balancers can move clients.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(3600);
-/// Largest HTTP/2 frame that we take. Small ones cost a putter a system call every 16 KiB; what may be under way is bounded by the
-/// window of the connection, 1 MiB, which is left as it is.
+/// Largest HTTP/2 frame that we take. Small ones cost a putter a system call every 16 KiB.
 const FRAME_BYTES: u32 = 256 << 10;
 /// What a client may send ahead of being read, in one call and in all of a connection: a put of two mebibytes must not wait for a
 /// round trip in between.

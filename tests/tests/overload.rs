@@ -17,8 +17,6 @@ use v1::prefix_cache_client::PrefixCacheClient;
 
 const CAGE_BYTES: u64 = 512 << 20;
 const HUGE_PUTS: u64 = 1_000;
-/// Streams that one connection may hold; each client here has some of them.
-const PUTS_PER_CONNECTION: u64 = 50;
 
 /// Blocks of about 8 MiB.
 fn huge_layout() -> Result<Arc<KvLayout>> {
@@ -29,6 +27,17 @@ fn huge_layout() -> Result<Arc<KvLayout>> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_huge_puts_at_once_end_in_refusals() -> Result<()> {
+    huge_puts(50).await
+}
+
+/// What a connection may send ahead of being read does not add up to more than there is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_huge_puts_by_a_connection_each_end_in_refusals() -> Result<()> {
+    huge_puts(1).await
+}
+
+/// A thousand, so many by each connection.
+async fn huge_puts(puts_per_connection: u64) -> Result<()> {
     let folder = scratch();
     let Some(cage) = Cage::new(CAGE_BYTES) else { return Ok(()) };
     let options = ["--no-model", "--segment-mib", "64"];
@@ -41,12 +50,12 @@ async fn a_thousand_huge_puts_at_once_end_in_refusals() -> Result<()> {
     let bytes: usize = blocks.iter().flat_map(|object| &object.planes).map(Bytes::len).sum();
     ensure!(bytes > 8 << 20, "blocks of {bytes} bytes are not huge");
 
-    let connections = HUGE_PUTS / PUTS_PER_CONNECTION;
+    let connections = HUGE_PUTS / puts_per_connection;
     let mut puts = tokio::task::JoinSet::new();
     for connection in 0..connections {
         let channel = Channel::from_shared(format!("http://{}", node.address))?.connect().await?;
-        for at in 0..PUTS_PER_CONNECTION {
-            let seed = 10 + connection * PUTS_PER_CONNECTION + at;
+        for at in 0..puts_per_connection {
+            let seed = 10 + connection * puts_per_connection + at;
             let mut prompt = Prompt::new(namespace, &layout, seed, 2);
             prompt.seed = model.seed;
             let steps = put_steps(&prompt, blocks.clone());
