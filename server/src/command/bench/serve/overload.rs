@@ -1,8 +1,9 @@
 //! Goodput under overload: requests that are answered whole and in time, at three times the rate that saturates the node.
 //!
-//! A request is a lookup and the fetch of 2,048 tokens, 7 MB, within a second. The peak is the best rate of a few clients that each
-//! ask again when they have their answer; the overload comes at its own pace, whatever becomes of it, and nobody repeats what was
-//! refused.
+//! A request is a lookup and the fetch of 2,048 tokens, 7 MB, within a second. The peak is the rate of a few clients that each ask
+//! again when they have their answer, as many as give most; the overload comes at its own pace, whatever becomes of it, and nobody
+//! repeats what was refused. Both are measured in turn, several times and for as long: the best of a few short looks would be as much
+//! luck as peak.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +23,7 @@ const BLOCKS: u32 = 16;
 const IN_TIME: Duration = Duration::from_secs(1);
 const CONCURRENCIES: [usize; 4] = [2, 4, 8, 16];
 const STEP: Duration = Duration::from_secs(2);
-const OVERLOAD: Duration = Duration::from_secs(6);
+const ROUNDS: usize = 4;
 const CONNECTIONS: usize = 16;
 
 pub(super) fn run(bed: &Bed, figures: &mut Map<String, Value>) -> anyhow::Result<()> {
@@ -32,18 +33,62 @@ pub(super) fn run(bed: &Bed, figures: &mut Map<String, Value>) -> anyhow::Result
             channels.push(bed.connect().await?);
         }
         let asking = Asking::new(bed, channels);
-        let mut peak_per_s = 0.0;
+        let (mut best, mut best_per_s) = (1, 0.0);
         for clients in CONCURRENCIES {
-            peak_per_s = f64::max(peak_per_s, asking.closed(clients).await);
+            let per_s = asking.closed(clients).await.good_per_s();
+            if per_s > best_per_s {
+                (best, best_per_s) = (clients, per_s);
+            }
         }
-        let (good_per_s, offered_per_s, refused) = asking.open(3.0 * peak_per_s).await;
-        figures.insert("goodput_peak_per_s".into(), peak_per_s.into());
-        figures.insert("goodput_offered_per_s".into(), offered_per_s.into());
-        figures.insert("goodput_per_s".into(), good_per_s.into());
-        figures.insert("goodput_refused_share".into(), refused.into());
-        figures.insert("goodput_at_3x".into(), (good_per_s / peak_per_s).into());
+        let (mut peak, mut overload) = (Outcome::default(), Outcome::default());
+        for _ in 0..ROUNDS {
+            let round = asking.closed(best).await;
+            peak += round;
+            overload += asking.open(3.0 * round.good_per_s()).await;
+        }
+        let mut tell = |name: &str, value: f64| figures.insert(name.into(), value.into());
+        tell("goodput_peak_clients", f64::from(u32::try_from(best).unwrap_or(u32::MAX)));
+        tell("goodput_peak_per_s", peak.good_per_s());
+        tell("goodput_offered_per_s", overload.sent / overload.asked_s);
+        tell("goodput_per_s", overload.good_per_s());
+        tell("goodput_refused_share", overload.refused / overload.sent);
+        tell("goodput_late_share", 1.0 - (overload.refused + overload.good) / overload.sent);
+        tell("goodput_at_3x", overload.good_per_s() / peak.good_per_s());
         Ok(())
     })
+}
+
+/// What became of requests.
+#[derive(Clone, Copy, Default)]
+struct Outcome {
+    sent: f64,
+    good: f64,
+    refused: f64,
+    /// For how long requests came.
+    asked_s: f64,
+    /// Until the last was answered.
+    elapsed_s: f64,
+}
+
+impl Outcome {
+    fn good_per_s(&self) -> f64 {
+        self.good / self.elapsed_s
+    }
+
+    fn count(&mut self, outcome: Option<bool>) {
+        self.good += f64::from(u8::from(outcome == Some(true)));
+        self.refused += f64::from(u8::from(outcome.is_none()));
+    }
+}
+
+impl std::ops::AddAssign for Outcome {
+    fn add_assign(&mut self, other: Self) {
+        self.sent += other.sent;
+        self.good += other.good;
+        self.refused += other.refused;
+        self.asked_s += other.asked_s;
+        self.elapsed_s += other.elapsed_s;
+    }
 }
 
 struct Asking {
@@ -89,48 +134,44 @@ impl Asking {
         }
     }
 
-    /// Good answers a second of clients that ask again when they have their answer.
-    async fn closed(self: &Arc<Self>, clients: usize) -> f64 {
+    /// Clients that ask again when they have their answer.
+    async fn closed(self: &Arc<Self>, clients: usize) -> Outcome {
         let started = Instant::now();
         let mut running = tokio::task::JoinSet::new();
         for _ in 0..clients {
             let this = Arc::clone(self);
             running.spawn(async move {
-                let mut good = 0_u32;
+                let mut own = Outcome::default();
                 while started.elapsed() < STEP {
-                    good += u32::from(this.once().await == Some(true));
+                    own.sent += 1.0;
+                    own.count(this.once().await);
                 }
-                good
+                own
             });
         }
-        let good: u32 = running.join_all().await.into_iter().sum();
-        f64::from(good) / started.elapsed().as_secs_f64()
+        let mut all = Outcome::default();
+        running.join_all().await.into_iter().for_each(|own| all += own);
+        Outcome { asked_s: STEP.as_secs_f64(), elapsed_s: started.elapsed().as_secs_f64(), ..all }
     }
 
-    /// Good answers a second, requests a second, and the share that was refused, where requests come at a rate of their own.
-    async fn open(self: &Arc<Self>, per_s: f64) -> (f64, f64, f64) {
+    /// Requests that come at a rate of their own.
+    async fn open(self: &Arc<Self>, per_s: f64) -> Outcome {
         let started = Instant::now();
         let mut running = tokio::task::JoinSet::new();
-        let (mut sent, mut good, mut refused) = (0_u32, 0_u32, 0_u32);
-        let mut count = |outcome: Option<bool>| {
-            good += u32::from(outcome == Some(true));
-            refused += u32::from(outcome.is_none());
-        };
-        while started.elapsed() < OVERLOAD {
-            while f64::from(sent) < started.elapsed().as_secs_f64() * per_s {
+        let mut all = Outcome::default();
+        while started.elapsed() < STEP {
+            while all.sent < started.elapsed().as_secs_f64() * per_s {
                 let this = Arc::clone(self);
                 running.spawn(async move { this.once().await });
-                sent += 1;
+                all.sent += 1.0;
             }
             while let Some(Ok(outcome)) = running.try_join_next() {
-                count(outcome);
+                all.count(outcome);
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         // Those that come in the end count for the time that they take.
-        running.join_all().await.into_iter().for_each(&mut count);
-        let elapsed_s = started.elapsed().as_secs_f64();
-        let (sent, good, refused) = (f64::from(sent), f64::from(good), f64::from(refused));
-        (good / elapsed_s, sent / OVERLOAD.as_secs_f64(), refused / sent)
+        running.join_all().await.into_iter().for_each(|outcome| all.count(outcome));
+        Outcome { asked_s: STEP.as_secs_f64(), elapsed_s: started.elapsed().as_secs_f64(), ..all }
     }
 }
