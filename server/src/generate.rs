@@ -90,7 +90,10 @@ pub(crate) struct Account {
     /// Of the computed tokens of the prompt, those whose rows are stored already.
     pub(crate) replayed_tokens: usize,
     pub(crate) completion_tokens: usize,
+    /// Of what was put back, as it lies on the drive.
     pub(crate) bytes_read: u64,
+    /// The same, as it was put.
+    pub(crate) raw_bytes: u64,
     pub(crate) restore: Duration,
     pub(crate) prefill: Duration,
     pub(crate) stopped: bool,
@@ -151,7 +154,7 @@ pub(crate) fn generate(
     let (stores, resident_bytes) = (job.stores, job.resident_bytes);
     let run = Run { node, engine, stores, resident_bytes, drafts };
     let first = run.first_logits(&tokens, job.restore, &mut trail, &mut sequence, emit)?;
-    let First { logits, hit_tokens, replayed_tokens, bytes_read, restored, parked_us } = first;
+    let First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked_us } = first;
     let prefilled = Instant::now();
     listen(emit(Event::Prompt { tokens: prompt_tokens, hit_tokens, stores: job.stores }))?;
     let parked = |sequence: &Sequence| {
@@ -219,6 +222,7 @@ pub(crate) fn generate(
         guessed_tokens: steps.guessed_tokens,
         accepted_tokens: steps.accepted_tokens,
         bytes_read,
+        raw_bytes,
         restore: restored - started,
         prefill: prefilled - restored,
         stopped,
@@ -238,6 +242,7 @@ struct First {
     hit_tokens: usize,
     replayed_tokens: usize,
     bytes_read: u64,
+    raw_bytes: u64,
     restored: Instant,
     /// Time waited for parked rows, in microseconds, if there are any.
     parked_us: Option<Arc<AtomicU64>>,
@@ -291,9 +296,10 @@ impl Run<'_> {
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
             trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
             let logits = prefill(engine, trail, prompt, sequence, drafts, emit)?;
-            let (bytes_read, replayed_tokens) = (resumed.bytes_read, resumed.replayed_tokens);
+            let (bytes_read, raw_bytes) = (resumed.bytes_read, resumed.raw_bytes);
+            let replayed_tokens = resumed.replayed_tokens;
             let parked_us = resumed.parked_us.take();
-            Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, restored, parked_us })
+            Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked_us })
         })
     }
 }

@@ -9,7 +9,7 @@
 //! | `esker_hit_tokens` | `hit_tokens` |
 //! | `esker_miss_tokens` of all reasons, `esker_prefill_tokens` of generations | `miss_tokens` |
 //! | `esker_completion_tokens` | `completion_tokens` |
-//! | `esker_fetched_bytes` of engines' fetches | `bytes_served` |
+//! | `esker_fetched_bytes` | `bytes_served`: both of planes as they were put |
 //! | `esker_puts{outcome="stored"}` by engines, times the tokens of a block | `write_tokens` |
 //! | `esker_ledger_tokens`, `esker_ledger_served_bytes`, `esker_ledger_records{outcome="written"}` | sums of all |
 //!
@@ -18,8 +18,6 @@
 //!   customer, and a crashed engine is given the benefit of the doubt ([`what_bypasses_settle_shows`]);
 //! - a generation that comes again under its request id is served twice and billed once;
 //! - warm-up jobs are an operator's, not a request: `esker_warmup_tokens`, and no usage but what their blocks occupy;
-//! - `bytes_served` of generations are bytes of records as they lie on the drive, `esker_fetched_bytes` those of planes as they
-//!   were given out: compression is between them;
 //! - counters begin at 0 when a node starts, the ledger does not.
 
 use anyhow::{Context, Result, ensure};
@@ -144,6 +142,7 @@ async fn graphs_and_bills_agree_where_they_count_the_same() -> Result<()> {
     // Engines: prompts of few beginnings and many lengths, so that there are hits of every length.
     let mut random = Random::announced();
     let (mut engine, mut requests) = (Account::default(), 0_u64);
+    let fetched = |seen: &Samples| count(seen, "esker_fetched_bytes_total", &[]);
     for number in 0..30 {
         let blocks = u32::try_from(1 + random.below(8))?;
         let prompt = Prompt::new(namespace, &layout, 1 + random.below(3), blocks);
@@ -176,8 +175,10 @@ async fn graphs_and_bills_agree_where_they_count_the_same() -> Result<()> {
         ("hit", count(&seen, "esker_hit_tokens_total", &of_generations), billed.hit_tokens),
         ("miss", missed(&seen, "generate"), billed.miss_tokens),
         ("computed", count(&seen, "esker_prefill_tokens_total", &[]), billed.miss_tokens),
+        ("bytes", fetched(&seen) - engine.bytes_served, billed.bytes_served),
         ("completion", count(&seen, "esker_completion_tokens_total", &[]), billed.completion_tokens),
     ];
+    ensure!(billed.bytes_served > 0, "a hit of no bytes: {billed:?}");
     assert!(agree.iter().all(|(_, counted, billed)| counted == billed), "{agree:?}");
     assert_eq!((billed.requests, billed.hit_tokens), (asked, hit));
 

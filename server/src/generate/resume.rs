@@ -47,8 +47,10 @@ enum Restored {
 /// What was found of a prompt and is in the sequence, or on its way there.
 #[derive(Default)]
 pub(super) struct Resumed<'scope> {
-    /// Bytes of the records.
+    /// Bytes of the records, as they lie on the drive.
     pub(super) bytes_read: u64,
+    /// Bytes of their planes, as they were put.
+    pub(super) raw_bytes: u64,
     /// Tokens that were computed although their rows are stored, because their state is not.
     pub(super) replayed_tokens: usize,
     /// Time that was waited for parked rows, in microseconds; counted on as they are read.
@@ -144,7 +146,7 @@ impl<'a> Resumption<'a> {
         std::thread::scope(|scope| {
             let reading = scope.spawn(move || read(node, trail, plan, &verified));
             let mut told = Ok(());
-            for (part, record_bytes) in parts {
+            for (part, size) in parts {
                 let restored = match part {
                     Restored::Block(block) => sequence.restore(model, &block),
                     Restored::State(state) => sequence.restore_state(model, &state),
@@ -154,7 +156,8 @@ impl<'a> Resumption<'a> {
                     tracing::warn!(%error, "what is stored does not fit the model");
                     break;
                 }
-                resumed.bytes_read += record_bytes;
+                resumed.bytes_read += size.stored_bytes;
+                resumed.raw_bytes += size.raw_bytes;
                 told = listen(emit(Event::Restoring { done: sequence.tokens(), total }));
                 if told.is_err() {
                     break;
@@ -198,6 +201,7 @@ impl<'a> Resumption<'a> {
         // What a part of a record takes is told from its share of the whole.
         let of_blocks = blocks.iter().map(|found| found.stored_bytes * read_raw / all_raw).sum::<u64>();
         resumed.bytes_read = of_blocks + plan.state.as_ref().map_or(0, |state| state.stored_bytes);
+        resumed.raw_bytes = read_raw * count as u64 + plan.state.as_ref().map_or(0, |state| state.raw_bytes);
         let wanted = planes.filter(|plane| !stays(plane));
         let wanted = wanted.map(|plane| (plane.group, plane.first_layer..plane.first_layer + plane.layers));
         let request = FetchRequest {
@@ -298,12 +302,19 @@ fn plan(node: &Node, model: &Model, trail: &Trail<'_>, prompt_tokens: usize) -> 
     }
 }
 
-/// Fetches blocks and then the state, and sends each with the bytes of its record, until one is missing or nobody takes
-/// them.
-fn read(node: &Node, trail: &Trail<'_>, plan: Plan, verified: &SyncSender<(Restored, u64)>) {
+/// Bytes of an object: of its record, and of its planes as they were put.
+#[derive(Clone, Copy)]
+struct Size {
+    stored_bytes: u64,
+    raw_bytes: u64,
+}
+
+/// Fetches blocks and then the state, and sends each with its size, until one is missing or nobody takes them.
+fn read(node: &Node, trail: &Trail<'_>, plan: Plan, verified: &SyncSender<(Restored, Size)>) {
     let blocks = plan.blocks.len();
     let objects: Vec<Found> = plan.blocks.into_iter().chain(plan.state).collect();
-    let record_bytes: Vec<u64> = objects.iter().map(|found| found.stored_bytes).collect();
+    let size = |found: &Found| Size { stored_bytes: found.stored_bytes, raw_bytes: found.raw_bytes };
+    let sizes: Vec<Size> = objects.iter().map(size).collect();
     let kinds = |object| if object < blocks { ObjectKind::Block } else { ObjectKind::State };
     let mut fetch = node.store.fetch(FetchRequest {
         objects,
@@ -327,7 +338,7 @@ fn read(node: &Node, trail: &Trail<'_>, plan: Plan, verified: &SyncSender<(Resto
             Ok(part) => part,
             Err(error) => return tracing::warn!(%error, "what is stored does not fit the layout"),
         };
-        if verified.send((part, record_bytes[object])).is_err() {
+        if verified.send((part, sizes[object])).is_err() {
             return;
         }
     }

@@ -110,7 +110,7 @@ impl Bill {
                 miss_tokens: prompt - hit,
                 write_tokens: Some(writes(self.ttl, account.write_tokens.min(prompt - hit))),
                 completion_tokens: account.completion_tokens as u64,
-                bytes_served: account.bytes_read,
+                bytes_served: account.raw_bytes,
                 status: "ok".into(),
                 complete: true,
                 miss_reason: "absent".into(),
