@@ -779,9 +779,14 @@ fn killed_anywhere_the_bill_is_never_too_high() {
         let before = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice::<Value>(&text).ok());
         let before = before.unwrap_or_default();
         let add = |name: &str, more: u64| before[name].as_u64().unwrap_or(0) + more;
+        let at = |point: &&str| {
+            before["at"][*point].as_u64().unwrap_or(0) + by_point.get(point).map_or(0, |&n| n as u64)
+        };
+        let at: serde_json::Map<_, _> =
+            POINTS.iter().map(|point| ((*point).to_owned(), at(point).into())).collect();
         let figures = serde_json::json!({
             "kills": add("kills", died.load(Relaxed::Relaxed) as u64), "unbilled": add("unbilled", under),
-            "over": add("over", over), "lost": add("lost", lost),
+            "over": add("over", over), "lost": add("lost", lost), "at": at,
         });
         std::fs::write(path, figures.to_string()).unwrap();
     }
