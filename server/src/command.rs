@@ -1,5 +1,15 @@
 //! The subcommands of `esker`, one per file.
 
+/// Prints a line of a result as [`print`](command::print) does, where the library's own macro would panic.
+macro_rules! say {
+    ($($arg:tt)*) => { $crate::command::print(&(format!($($arg)*) + "\n"))? };
+}
+
+/// Tells people a line as [`tell`](command::tell) does, where the library's own macro would panic.
+macro_rules! note {
+    ($($arg:tt)*) => { $crate::command::tell(format_args!($($arg)*)) };
+}
+
 pub mod bench;
 pub mod demo;
 pub mod fsck;
@@ -25,6 +35,13 @@ pub struct NodeArgs {
     /// Address of a running node
     #[arg(long, default_value = "127.0.0.1:7410", value_name = "HOST:PORT", env = "ESKER_NODE")]
     node: String,
+    #[command(flatten)]
+    credentials: CredentialArgs,
+}
+
+/// Who asks a node, and how it is known.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CredentialArgs {
     /// Authority of the node's certificate, PEM: the connection is by TLS
     #[arg(long, value_name = "FILE", env = "ESKER_CA")]
     ca: Option<PathBuf>,
@@ -39,11 +56,11 @@ pub struct NodeArgs {
     token: Option<PathBuf>,
 }
 
-impl NodeArgs {
-    async fn connect(&self) -> anyhow::Result<Client> {
+impl CredentialArgs {
+    fn read(&self) -> anyhow::Result<Credentials> {
         let read =
             |path: &PathBuf| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-        let credentials = Credentials {
+        Ok(Credentials {
             authority: self.ca.as_ref().map(read).transpose()?,
             identity: match self.cert.as_ref().zip(self.key.as_ref()) {
                 Some((chain, key)) => Some((read(chain)?, read(key)?)),
@@ -56,10 +73,18 @@ impl NodeArgs {
                 ),
                 None => None,
             },
-        };
+        })
+    }
+}
+
+impl NodeArgs {
+    async fn connect(&self) -> anyhow::Result<Client> {
+        let credentials = self.credentials.read()?;
         let hint = "name the authority of the node's certificate with --ca FILE";
         match Client::connect_as(&self.node, &credentials).await {
-            Err(error @ ClientError::Credentials(_)) if self.ca.is_none() => Err(error).context(hint),
+            Err(error @ ClientError::Credentials(_)) if credentials.authority.is_none() => {
+                Err(error).context(hint)
+            }
             connected => Ok(connected?),
         }
     }
@@ -96,15 +121,24 @@ impl TextArgs {
     }
 }
 
-/// Prints a whole result. Who reads it may have seen enough and closed the pipe, like `head`.
+/// Prints results. Who reads them may have seen enough and closed the pipe, like `head`.
 fn print(text: &str) -> anyhow::Result<()> {
+    is_taken(text).map(|_| ())
+}
+
+/// The same, and whether anybody still reads.
+fn is_taken(text: &str) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("cannot write to standard output"),
     }
+}
+
+/// Tells people something on standard error. Where that is closed or full there is nobody to tell.
+pub fn tell(text: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// A runtime for the commands that talk to a node.

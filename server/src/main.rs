@@ -46,7 +46,9 @@ fn main() -> ExitCode {
     // Messages for people go to standard error; standard output carries results only.
     let filter = tracing_subscriber::EnvFilter::try_from_env("ESKER_LOG").unwrap_or_else(|_| "info".into());
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    // A message that cannot be written, on a disk that is full, is lost; telling that in the same place would end the process.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).log_internal_errors(false);
+    log.with_writer(std::io::stderr).init();
     let result = match Cli::parse().command {
         Command::Fsck(args) => match command::fsck::run(&args) {
             Ok(code) => return code,
@@ -70,7 +72,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("esker: {}", causes(&error));
+            command::tell(format_args!("esker: {}", causes(&error)));
             ExitCode::FAILURE
         }
     }

@@ -33,17 +33,18 @@ enum Bench {
 }
 
 /// Prints figures: one JSON object, or a table.
-fn tell(figures: Map<String, Value>, json: bool) {
+fn tell(figures: Map<String, Value>, json: bool) -> anyhow::Result<()> {
     if json {
-        println!("{}", Value::Object(figures));
-        return;
+        say!("{}", Value::Object(figures));
+        return Ok(());
     }
     for (key, value) in figures {
         match value.as_f64() {
-            Some(number) => println!("{key:<36} {number:>14.3}"),
-            None => println!("{key:<36} {value}"),
+            Some(number) => say!("{key:<36} {number:>14.3}"),
+            None => say!("{key:<36} {value}"),
         }
     }
+    Ok(())
 }
 
 /// Runs the bench that was asked for.

@@ -57,33 +57,28 @@ async fn demo(args: Args) -> anyhow::Result<()> {
     let second = questions.next().context("the second bundled question is missing")?;
     let folder = Folder::new(args.data)?;
 
-    eprintln!("1. A node with an empty store reads the document.");
+    note!("1. A node with an empty store reads the document.");
     let node = Node::start(&folder.0.join("a")).await?;
     let about = node.client.describe().await?;
-    eprintln!(
-        "   model {} with {} parameters, data in {}",
-        about.model,
-        about.parameters,
-        folder.0.display()
-    );
+    note!("   model {} with {} parameters, data in {}", about.model, about.parameters, folder.0.display());
     let cold = node.ask(&document, first, args.max_new_tokens).await?;
     cold.tell(first);
 
-    eprintln!("2. The node is killed with SIGKILL once the blocks are durable, and started again.");
+    note!("2. The node is killed with SIGKILL once the blocks are durable, and started again.");
     let waited = node.wait_until_durable(&about, &cold.prompt).await?;
-    eprintln!("   durable {:.0} ms after the answer", ms(waited));
+    note!("   durable {:.0} ms after the answer", ms(waited));
     node.kill()?;
     let restarted = Instant::now();
     let node = Node::start(&folder.0.join("a")).await?;
-    eprintln!("   back after {:.0} ms", ms(restarted.elapsed()));
+    note!("   back after {:.0} ms", ms(restarted.elapsed()));
 
-    eprintln!("3. The same document, another question.");
+    note!("3. The same document, another question.");
     let warm = node.ask(&document, second, args.max_new_tokens).await?;
     warm.tell(second);
     let store_bytes = node.client.describe().await?.store_bytes;
     node.kill()?;
 
-    eprintln!("4. The same request on a node with an empty store.");
+    note!("4. The same request on a node with an empty store.");
     let node = Node::start(&folder.0.join("b")).await?;
     let reference = node.ask(&document, second, args.max_new_tokens).await?;
     node.kill()?;
@@ -91,10 +86,10 @@ async fn demo(args: Args) -> anyhow::Result<()> {
     let identical = warm.tokens == reference.tokens && warm.logits == reference.logits;
     let verdict =
         if identical { "the same tokens and logits, bit for bit" } else { "DIFFERENT tokens or logits" };
-    eprintln!("   first token after {:.0} ms; {verdict}", ms(reference.ttft));
+    note!("   first token after {:.0} ms; {verdict}", ms(reference.ttft));
 
     let speedup = ms(cold.ttft) / ms(warm.ttft);
-    println!(
+    say!(
         "{}",
         json!({
             "cold_ttft_ms": round(ms(cold.ttft)),
@@ -132,7 +127,7 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            eprintln!("could not remove {}: {error}", self.0.display());
+            note!("could not remove {}: {error}", self.0.display());
         }
     }
 }
@@ -261,8 +256,8 @@ struct Answer {
 impl Answer {
     fn tell(&self, question: &str) {
         let usage = &self.usage;
-        eprintln!("   {question}{}", self.text.replace('\n', "\n   "));
-        eprintln!(
+        note!("   {question}{}", self.text.replace('\n', "\n   "));
+        note!(
             "   first token after {:.0} ms: {} of {} tokens from the cache in {:.0} ms, {} computed in {:.0} ms; \
              {:.1} MiB read from SSD",
             ms(self.ttft),

@@ -47,17 +47,17 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         None => report.problems(),
     };
     if args.json {
-        println!("{}", to_json(&report));
+        say!("{}", to_json(&report));
     } else {
-        tell(&report);
+        tell(&report)?;
     }
     Ok(if left == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn tell(report: &FsckReport) {
+fn tell(report: &FsckReport) -> anyhow::Result<()> {
     let bytes = |bytes: u64| HumanBytes(bytes);
-    println!("{} segments, {} verified", report.segments, bytes(report.read_bytes));
-    println!("{:>12} sound records, {}", report.live, bytes(report.live_bytes));
+    say!("{} segments, {} verified", report.segments, bytes(report.read_bytes));
+    say!("{:>12} sound records, {}", report.live, bytes(report.live_bytes));
     let notes = [
         (report.to_recover, "records that the next opening takes in"),
         (report.quarantined, "bad records in quarantine"),
@@ -75,27 +75,28 @@ fn tell(report: &FsckReport) {
         (report.bad_segments.len() as u64, "segments without a sound page of their own"),
     ];
     for (count, what) in notes.iter().chain(&problems).filter(|(count, _)| *count > 0) {
-        println!("{count:>12} {what}");
+        say!("{count:>12} {what}");
     }
     for (kind, count) in report.bad.iter() {
-        println!("{count:>12}   {kind}");
+        say!("{count:>12}   {kind}");
     }
     if report.dead_bytes > 0 {
-        println!("{:>12} neither live nor given back", bytes(report.dead_bytes).to_string());
+        say!("{:>12} neither live nor given back", bytes(report.dead_bytes).to_string());
     }
     if let Some(error) = &report.index_error {
-        println!("the index cannot be read: {error}");
+        say!("the index cannot be read: {error}");
     }
     match (report.repair, report.problems()) {
-        (_, 0) => println!("clean"),
-        (None, problems) => println!("{problems} problems; --repair mends what can be mended"),
-        (Some(repair), _) => println!(
+        (_, 0) => say!("clean"),
+        (None, problems) => say!("{problems} problems; --repair mends what can be mended"),
+        (Some(repair), _) => say!(
             "mended: index {}, {} bad records taken out of it, {} given back",
             if repair.rebuilt { "built anew" } else { "kept" },
             repair.quarantined,
             bytes(repair.given_back_bytes)
         ),
     }
+    Ok(())
 }
 
 fn to_json(report: &FsckReport) -> serde_json::Value {

@@ -1,13 +1,11 @@
 //! `esker generate`.
 
-use std::io::Write;
 use std::time::Instant;
 
-use anyhow::Context;
 use esker_client::{Event, Prompt, Request};
 use serde_json::json;
 
-use super::{NodeArgs, TextArgs, client_runtime};
+use super::{NodeArgs, TextArgs, client_runtime, is_taken};
 
 /// Arguments of `esker generate`.
 #[derive(Debug, clap::Args)]
@@ -58,9 +56,9 @@ async fn stream(args: Args) -> anyhow::Result<()> {
             Event::Token(token) => {
                 first.get_or_insert_with(|| started.elapsed());
                 written.push_str(&token.text);
-                if !args.json {
-                    print!("{}", token.text);
-                    std::io::stdout().flush().context("cannot write to standard output")?;
+                // Nobody reads any more: nothing more needs to be computed.
+                if !args.json && !is_taken(&token.text)? {
+                    return Ok(());
                 }
             }
             Event::Usage(usage) => {
@@ -76,10 +74,10 @@ async fn stream(args: Args) -> anyhow::Result<()> {
                         "restore_us": usage.restore_us,
                         "prefill_us": usage.prefill_us,
                     });
-                    println!("{}", json!({"text": written, "ttft_ms": ttft_ms, "usage": usage}));
+                    say!("{}", json!({"text": written, "ttft_ms": ttft_ms, "usage": usage}));
                 } else {
-                    println!("{}", usage.rest_of_text);
-                    eprintln!(
+                    say!("{}", usage.rest_of_text);
+                    note!(
                         "{} prompt tokens: {} from the cache ({} bytes read), {} computed; first token after {ttft_ms:.0} ms",
                         usage.prompt_tokens,
                         usage.prompt_cache_hit_tokens,

@@ -28,7 +28,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let settings = GoldenSettings { block_tokens: args.block_tokens, ..GoldenSettings::default() };
     let report = golden::check(&name, &config, shards, &golden, settings)
         .with_context(|| format!("cannot check {}", args.dir.display()))?;
-    println!("{}", serde_json::to_string(&report)?);
+    say!("{}", serde_json::to_string(&report)?);
     if !report.passed() {
         bail!("{name} is out of tolerance");
     }

@@ -25,9 +25,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let dir = store_folder(&args.data);
     let found = esker_store::stat(&dir).with_context(|| format!("cannot read {}", args.data.display()))?;
     if args.json {
-        println!("{}", to_json(&found));
+        say!("{}", to_json(&found));
     } else {
-        tell(&found);
+        tell(&found)?;
     }
     Ok(())
 }
@@ -63,14 +63,14 @@ fn groups(found: &StoreStat) -> [(&'static str, Vec<(String, Amount)>); 4] {
     ]
 }
 
-fn tell(found: &StoreStat) {
+fn tell(found: &StoreStat) -> anyhow::Result<()> {
     if found.in_use {
-        println!("in use: this is how it was a moment ago; the server itself counts bytes written and read");
+        say!("in use: this is how it was a moment ago; the server itself counts bytes written and read");
     }
-    let line = |name: &str, amount: &Amount| {
+    let line = |name: &str, amount: &Amount| -> anyhow::Result<()> {
         let (raw, stored) =
             (HumanBytes(amount.raw_bytes).to_string(), HumanBytes(amount.stored_bytes).to_string());
-        println!(
+        say!(
             "{name:<64} {:>12} tokens {:>9} objects {raw:>12} raw {stored:>12} stored {:>6.2}x {:>9} hits of {:>12} tokens",
             amount.tokens,
             amount.objects,
@@ -78,21 +78,22 @@ fn tell(found: &StoreStat) {
             amount.hits.count,
             amount.hits.tokens
         );
+        Ok(())
     };
-    line("all", &found.total);
+    line("all", &found.total)?;
     for (title, rows) in groups(found) {
-        println!("{title}");
-        rows.iter().filter(|(_, amount)| amount.objects > 0).for_each(|(name, amount)| {
-            line(&format!("  {name}"), amount);
-        });
+        say!("{title}");
+        for (name, amount) in rows.iter().filter(|(_, amount)| amount.objects > 0) {
+            line(&format!("  {name}"), amount)?;
+        }
     }
-    println!("leases: {}", found.leases.len());
+    say!("leases: {}", found.leases.len());
     for lease in &found.leases {
         let left = HumanDuration(std::time::Duration::from_secs(lease.remaining_s.into()));
-        println!("  {} {} ends, {left} left", hex(&lease.id.0), lease.ends);
+        say!("  {} {} ends, {left} left", hex(&lease.id.0), lease.ends);
     }
     let sum = |part: fn(&esker_store::SegmentStat) -> u64| HumanBytes(found.segments.iter().map(part).sum());
-    println!(
+    say!(
         "segments: {} of {} begun; {} long, {} live, {} dead, {} given back",
         found.segments.len(),
         found.segments_begun,
@@ -101,18 +102,19 @@ fn tell(found: &StoreStat) {
         sum(|segment| segment.dead_bytes),
         sum(|segment| segment.given_back_bytes)
     );
-    println!(
+    say!(
         "written: {} ever, for {} accepted: {:.3} times",
         HumanBytes(found.wear.written_bytes),
         HumanBytes(found.wear.accepted_bytes),
         amplification(found)
     );
-    println!(
+    say!(
         "index: {} on disk; {} of memory, {:.1} bytes an object",
         HumanBytes(found.index_bytes),
         HumanBytes(found.table_bytes),
         found.table_bytes as f64 / found.total.objects.max(1) as f64
     );
+    Ok(())
 }
 
 fn to_json(found: &StoreStat) -> Value {

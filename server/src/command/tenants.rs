@@ -38,10 +38,10 @@ async fn tenants(args: Args) -> anyhow::Result<()> {
     };
     let v1::EraseTenantReply { objects, epochs } = client.erase_tenant(tenant).await?;
     if args.json {
-        println!("{}", json!({"tenant": tenant, "objects": objects, "epochs": epochs}));
+        say!("{}", json!({"tenant": tenant, "objects": objects, "epochs": epochs}));
     } else {
         let epochs: Vec<String> = epochs.iter().map(u32::to_string).collect();
-        println!("{tenant}: {objects} objects erased; the keys of epoch {} are destroyed", epochs.join(", "));
+        say!("{tenant}: {objects} objects erased; the keys of epoch {} are destroyed", epochs.join(", "));
     }
     Ok(())
 }

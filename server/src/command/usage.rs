@@ -452,7 +452,7 @@ async fn export(args: ExportArgs) -> anyhow::Result<()> {
                         0 => format!("records behind {}", gap.after_sequence),
                         next => format!("records {} to {}", gap.after_sequence + 1, next - 1),
                     };
-                    eprintln!("esker: {lost} are lost: {}", gap.reason);
+                    note!("esker: {lost} are lost: {}", gap.reason);
                     written += 1;
                 }
                 // Written now rather than with the next batch, whenever that comes.
@@ -507,16 +507,18 @@ fn verify_folder(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
                        "segment": gap.segment, "offset": gap.offset, "reason": gap.reason})
             })
             .collect();
-        println!(
+        say!(
             "{}",
             json!({"segments": found.segments, "records": found.records, "last_sequence": found.last_sequence,
                    "gaps": gaps})
         );
     } else {
-        println!("{} records in {} segments", grouped(found.records.into()), found.segments);
-        found.gaps.iter().for_each(|gap| println!("DAMAGED: {gap}"));
+        say!("{} records in {} segments", grouped(found.records.into()), found.segments);
+        for gap in &found.gaps {
+            say!("DAMAGED: {gap}");
+        }
         if found.gaps.is_empty() {
-            println!("every record is sound, in sequence, and chained to the one before it");
+            say!("every record is sound, in sequence, and chained to the one before it");
         }
     }
     Ok(if found.gaps.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -109,7 +109,7 @@ async fn warmup(args: Args) -> anyhow::Result<()> {
         return list(&client, args.json).await;
     }
     if let Some(name) = &args.cancel {
-        tell(&client.cancel_warmup(name).await?, args.json);
+        tell(&client.cancel_warmup(name).await?, args.json)?;
         return Ok(());
     }
     if let Some(name) = &args.watch {
@@ -121,7 +121,7 @@ async fn warmup(args: Args) -> anyhow::Result<()> {
     for request in jobs {
         let job = client.submit_warmup(request).await?;
         if args.dry_run || args.no_wait {
-            tell(&job, args.json);
+            tell(&job, args.json)?;
         }
         names.push(job.job);
     }
@@ -140,7 +140,7 @@ async fn list(client: &Client, json: bool) -> anyhow::Result<()> {
         let jobs = client.list_warmups(&after).await?;
         let Some(last) = jobs.last() else { return Ok(()) };
         after.clone_from(&last.job);
-        jobs.iter().for_each(|job| tell(job, json));
+        jobs.iter().try_for_each(|job| tell(job, json))?;
     }
 }
 
@@ -200,7 +200,7 @@ async fn watch(args: &Args, mut client: Client, name: &str) -> anyhow::Result<()
     }
     show.bar.finish_and_clear();
     let job = job.context("the node said nothing of the job")?;
-    tell(&job, args.json);
+    tell(&job, args.json)?;
     match job.state() {
         State::Done => Ok(()),
         State::Stopped => bail!("{name} was stopped: {}", job.reason),
@@ -234,7 +234,7 @@ impl Show {
         );
         if self.bar.is_hidden() && self.told.elapsed() >= LINE_INTERVAL {
             self.told = Instant::now();
-            eprintln!("{}: {text}", job.job);
+            note!("{}: {text}", job.job);
         }
         self.bar.set_message(text);
     }
@@ -265,10 +265,10 @@ impl Rate {
     }
 }
 
-fn tell(job: &v1::WarmupJob, json: bool) {
+fn tell(job: &v1::WarmupJob, json: bool) -> anyhow::Result<()> {
     let state = job.state().as_str_name().trim_start_matches("WARMUP_STATE_").to_lowercase();
     if json {
-        println!(
+        say!(
             "{}",
             json!({"job": job.job, "state": state, "prompts": job.prompts, "prompts_done": job.prompts_done,
                    "tokens": job.tokens, "tokens_cached": job.tokens_cached, "tokens_computed": job.tokens_computed,
@@ -276,7 +276,7 @@ fn tell(job: &v1::WarmupJob, json: bool) {
                    "compute_ms": job.compute_ms, "compute_ms_left": job.compute_ms_left, "reason": job.reason,
                    "priority": job.priority})
         );
-        return;
+        return Ok(());
     }
     let mut text = format!("{}: {state}, {} prompts, {} tokens", job.job, job.prompts, job.tokens);
     if job.state() == State::Planned {
@@ -302,7 +302,8 @@ fn tell(job: &v1::WarmupJob, json: bool) {
     if !job.reason.is_empty() {
         text += &format!(" ({})", job.reason);
     }
-    println!("{text}");
+    say!("{text}");
+    Ok(())
 }
 
 /// A line of the file.

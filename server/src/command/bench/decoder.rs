@@ -59,7 +59,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
                     rows: &[&str],
                     run: &dyn Fn(&mut Map<String, Value>) -> anyhow::Result<()>| {
         if wanted(name) {
-            eprintln!("{title}");
+            note!("{title}");
             // What one part cannot measure costs no other's rows.
             if let Err(error) = run(&mut figures) {
                 missing(&mut figures, rows, &format!("{error:#}"));
@@ -79,7 +79,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     part("ordered", "restore in order, 128k cached tokens", &["ordered_restore_gain"], &|figures| {
         ordered::run(dir.path(), figures)
     });
-    super::tell(figures, args.json);
+    super::tell(figures, args.json)?;
     Ok(())
 }
 
@@ -109,7 +109,7 @@ fn load() -> anyhow::Result<LoadedModel> {
 
 /// Says in the figures, and on standard error, that rows are missing, and why.
 fn missing(figures: &mut Map<String, Value>, rows: &[&str], why: &str) {
-    eprintln!("   missing: {}: {why}", rows.join(", "));
+    note!("   missing: {}: {why}", rows.join(", "));
     let list = figures.entry("missing").or_insert_with(|| json!({}));
     if let Some(list) = list.as_object_mut() {
         list.extend(rows.iter().map(|row| ((*row).to_owned(), json!(why))));

@@ -86,14 +86,14 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let real = real_runs(&trace, &capacities, &args)?;
     if args.json {
         for run in &runs {
-            println!("{}", line(run, &trace, &args));
+            say!("{}", line(run, &trace, &args));
         }
         for (capacity_bytes, run) in &real {
-            println!("{}", real_line(*capacity_bytes, run, &trace, &args));
+            say!("{}", real_line(*capacity_bytes, run, &trace, &args));
         }
         return Ok(());
     }
-    println!(
+    say!(
         "{}: {} requests, {} tokens, {} distinct blocks of {} tokens",
         args.trace.display(),
         trace.requests.len(),
@@ -101,10 +101,12 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
         trace.blocks(),
         trace.block_tokens
     );
-    print!("{}", Table { trace: &trace, runs: &runs, bytes_per_token: u64::from(args.bytes_per_token) });
+    super::super::print(
+        &Table { trace: &trace, runs: &runs, bytes_per_token: u64::from(args.bytes_per_token) }.to_string(),
+    )?;
     for (capacity_bytes, run) in &real {
         let stats = &run.stats;
-        println!(
+        say!(
             "{:>22}  real store  {:>9.2} {:>9} {:>12} {:>12} {:>10.2}",
             human_bytes(*capacity_bytes),
             run.hit_ratio() * 100.0,
@@ -113,7 +115,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             stats.evicted,
             run.wall_s
         );
-        println!(
+        say!(
             "{:>22}  accepted {}, written/accepted {:.4}; {} expired, {} declined, {} given back; {} blocks read and compared",
             "",
             human_bytes(run.accepted_bytes),

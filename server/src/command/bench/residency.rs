@@ -73,20 +73,20 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let loaded = args.on.load(context)?;
     let contexts = measure(loaded, args)?;
     if args.json {
-        println!("{}", serde_json::to_string(&contexts).context("figures")?);
+        say!("{}", serde_json::to_string(&contexts).context("figures")?);
         return Ok(());
     }
     for context in contexts {
-        println!(
+        say!(
             "{} tokens, {:.1} MiB of rows; all in memory: first token {:.1} ms, step {:.2} ms",
             context.cached_tokens,
             context.parkable_bytes as f64 / f64::from(1 << 20),
             context.resident_first_token_ms,
             context.resident_step_ms
         );
-        println!("  share  first token ms  step ms  waited ms  rows picked  in pool  planes read  KiB read");
+        say!("  share  first token ms  step ms  waited ms  rows picked  in pool  planes read  KiB read");
         for share in &context.shares {
-            println!(
+            say!(
                 "  {:>4}% {:>15.1} {:>8.2} {:>10.2} {:>12.0} {:>8.0} {:>12.1} {:>9.1}",
                 share.resident_percent,
                 share.first_token_ms,
@@ -98,9 +98,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
                 share.bytes_read / 1024.0
             );
         }
-        println!("  new turn  parked ms  restored ms  MiB read");
+        say!("  new turn  parked ms  restored ms  MiB read");
         for turn in &context.turns {
-            println!(
+            say!(
                 "  {:>8} {:>10.1} {:>12.1} {:>9.1}",
                 turn.new_tokens,
                 turn.parked_first_token_ms,

@@ -85,12 +85,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let loaded = args.on.load(context)?;
     let rows = measure(loaded, &args.on.dir, &args.tokens, args.new_tokens, args.rounds)?;
     if args.json {
-        println!("{}", serde_json::to_string(&rows).context("figures")?);
+        say!("{}", serde_json::to_string(&rows).context("figures")?);
         return Ok(());
     }
-    println!("cached tokens   ordered ms     whole ms  computed ms   gain   speedup   MiB read");
+    say!("cached tokens   ordered ms     whole ms  computed ms   gain   speedup   MiB read");
     for row in rows {
-        println!(
+        say!(
             "{:>13} {:>12.1} {:>12.1} {:>12.0} {:>6.2} {:>9.1} {:>10.1}",
             row.cached_tokens,
             row.ordered_ms,

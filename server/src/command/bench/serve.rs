@@ -33,31 +33,31 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     let wanted = |part: &str| args.only.is_empty() || args.only.iter().any(|only| only == part);
     let mut figures = Map::new();
-    eprintln!("prefixes of 100,096 tokens");
+    note!("prefixes of 100,096 tokens");
     let bed = Bed::new(&args.dir)?;
     if wanted("fetch") {
-        eprintln!("fetch: in process, gRPC, shared memory, mTLS");
+        note!("fetch: in process, gRPC, shared memory, mTLS");
         fetching::run(&bed, &mut figures)?;
     }
     if wanted("lookup") {
-        eprintln!("lookup, 64 clients");
+        note!("lookup, 64 clients");
         looking::run(&bed, &mut figures)?;
     }
     if wanted("settle") {
-        eprintln!("settle, 64 clients");
+        note!("settle, 64 clients");
         settling::run(&bed, &mut figures)?;
     }
     if wanted("overload") {
-        eprintln!("overload");
+        note!("overload");
         overload::run(&bed, &mut figures)?;
     }
     if wanted("encryption") {
-        eprintln!("encryption");
+        note!("encryption");
         let encrypted = Bed::encrypted(&args.dir)?;
         fetching::encrypted(&bed, &encrypted, &mut figures)?;
         encrypted.close()?;
     }
     bed.close()?;
-    super::tell(figures, args.json);
+    super::tell(figures, args.json)?;
     Ok(())
 }

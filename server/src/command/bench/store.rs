@@ -33,7 +33,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    eprintln!("real latents of the bundled model");
+    note!("real latents of the bundled model");
     let options = Options {
         dir: &args.dir,
         real: real_blocks()?,
@@ -41,8 +41,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         trace: args.trace.as_deref(),
         only: args.only.clone(),
     };
-    let figures = esker_benches::store::run(&options, &|part| eprintln!("{part}"))?;
-    super::tell(figures, args.json);
+    let figures = esker_benches::store::run(&options, &|part| note!("{part}"))?;
+    super::tell(figures, args.json)?;
     Ok(())
 }
 
