@@ -225,7 +225,7 @@ fn the_commands_do_what_the_document_shows() -> Result<()> {
 #[test]
 fn the_options_that_the_document_names_exist() -> Result<()> {
     let mut help = String::new();
-    for command in ["serve", "fsck", "warmup", "usage", "tenants"] {
+    for command in ["serve", "fsck", "warmup", "usage", "tenants", "top"] {
         help += &text_of(&output([command, "--help"]).stdout);
     }
     help += &text_of(&output(["usage", "export", "--help"]).stdout);

@@ -1,29 +1,28 @@
 //! `esker top`: the essentials of a running node in a terminal, as its page tells them.
 
+mod look;
+
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Read, Write as _};
-use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::io::IsTerminal;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use serde_json::Value;
 
-/// Longest wait for the node.
-const TIMEOUT: Duration = Duration::from_secs(10);
+use self::look::Look;
+use super::{CredentialArgs, is_taken, print};
+
 /// Most lines of sessions, tenants, jobs and happenings each.
 const MAX_LINES: usize = 8;
 const BAR: usize = 24;
 
-/// Arguments of `esker top`.
+/// Arguments of `esker top`. Where the node asks who calls, the account needs the role admin.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Where the node listens for HTTP (its --http)
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7411", env = "ESKER_HTTP")]
-    http: SocketAddr,
-    /// File with the bearer token of an account with the role admin, where the node asks for one
-    #[arg(long, value_name = "FILE")]
-    token: Option<PathBuf>,
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7411", env = "ESKER_HTTP")]
+    http: String,
+    #[command(flatten)]
+    credentials: CredentialArgs,
     /// Seconds between two looks
     #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     every: u64,
@@ -34,50 +33,22 @@ pub struct Args {
 
 /// Shows the node until it is interrupted.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let token = args.token.as_ref().map(|path| {
-        let text = std::fs::read_to_string(path);
-        text.with_context(|| format!("cannot read {}", path.display()))
-    });
-    let token = token.transpose()?;
-    let look = || ask(args.http, token.as_deref().map(str::trim)).map(|seen| frame(&seen));
-    let mut out = std::io::stdout();
-    if args.once || !out.is_terminal() {
-        out.write_all(look()?.as_bytes())?;
-        return Ok(());
+    let look = Look::new(&args.http, &args.credentials.read()?)?;
+    let look = || look.overview().map(|seen| frame(&seen));
+    if args.once || !std::io::stdout().is_terminal() {
+        return print(&look()?);
     }
     // The first look tells at once whether this is a node.
     let mut shown = look()?;
     loop {
         // From the top left; each line is cleared behind its end, and then what is below the last.
         let text = shown.replace('\n', "\x1b[K\n");
-        write!(out, "\x1b[H{text}\x1b[J")?;
-        out.flush()?;
+        if !is_taken(&format!("\x1b[H{text}\x1b[J"))? {
+            return Ok(());
+        }
         std::thread::sleep(Duration::from_secs(args.every));
         shown = look().unwrap_or_else(|error| format!("the node does not answer: {error:#}\n"));
     }
-}
-
-fn ask(http: SocketAddr, token: Option<&str>) -> anyhow::Result<Value> {
-    let hint = || format!("cannot ask {http}: is a node running there with --http {http}?");
-    let mut stream = TcpStream::connect_timeout(&http, TIMEOUT).with_context(hint)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
-    let authorization = token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
-    // HTTP/1.0: the answer comes whole, and its end is the connection's.
-    write!(stream, "GET /api/overview HTTP/1.0\r\nhost: {http}\r\n{authorization}\r\n").with_context(hint)?;
-    let mut reply = String::new();
-    stream.read_to_string(&mut reply).with_context(hint)?;
-    let (head, body) = reply.split_once("\r\n\r\n").with_context(|| format!("{http} does not speak HTTP"))?;
-    let body: Value = serde_json::from_str(body)
-        .with_context(|| format!("what {http} answers is no node's: {}", first(head)))?;
-    if let Some(message) = body["error"]["message"].as_str() {
-        bail!("{message}");
-    }
-    Ok(body)
-}
-
-fn first(head: &str) -> &str {
-    head.lines().next().unwrap_or_default()
 }
 
 /// One screen of text.
