@@ -40,8 +40,8 @@ pub(crate) struct Granted {
 pub(crate) struct Delivered {
     /// Raw bytes of all of them.
     pub(crate) bytes: u64,
-    /// Planes by block, in the order of [`Answer::blocks`].
-    planes: Vec<u16>,
+    /// Which they are; `None` before the first fetch.
+    ticks: Option<Ticks>,
     /// Why something that was promised did not come.
     missed: Option<MissKind>,
 }
@@ -94,14 +94,18 @@ impl Granted {
         self.delivered.lock().unwrap_or_else(PoisonError::into_inner).missed
     }
 
-    /// Notes what one fetch delivered: raw bytes, and planes by block in the order of [`Answer::blocks`].
-    pub(crate) fn deliver(&self, bytes: u64, planes: &[u16]) {
+    /// Where the planes of a fetch are noted, for [`deliver`](Self::deliver).
+    pub(crate) fn ticks(&self) -> Ticks {
+        Ticks::new(self.answer.blocks.len(), self.answer.layout.planes(ObjectKind::Block).len())
+    }
+
+    /// Notes what one fetch delivered: raw bytes, and planes of blocks.
+    pub(crate) fn deliver(&self, bytes: u64, ticks: &Ticks) {
         let mut delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);
         delivered.bytes += bytes;
-        let blocks = delivered.planes.len().max(planes.len());
-        delivered.planes.resize(blocks, 0);
-        for (sum, more) in delivered.planes.iter_mut().zip(planes) {
-            *sum = sum.saturating_add(*more);
+        match &mut delivered.ticks {
+            Some(known) => known.add(ticks),
+            none => *none = Some(ticks.clone()),
         }
     }
 
@@ -109,12 +113,48 @@ impl Granted {
         self.delivered.lock().unwrap_or_else(PoisonError::into_inner).bytes
     }
 
-    /// Tokens of the leading blocks of which every plane was delivered.
+    /// Tokens of the blocks of which every plane was delivered. Wherever they are: what is before them a caller may have had.
     pub(crate) fn delivered_tokens(&self) -> u64 {
-        let whole = self.answer.layout.planes(ObjectKind::Block).len();
         let delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);
-        let blocks = delivered.planes.iter().take_while(|&&planes| usize::from(planes) >= whole).count();
+        let blocks = delivered.ticks.as_ref().map_or(0, Ticks::whole);
         blocks as u64 * u64::from(self.answer.layout.block_tokens())
+    }
+}
+
+/// Which planes of which blocks were delivered, in the order of [`Answer::blocks`]. One that comes twice counts once.
+#[derive(Clone, Debug)]
+pub(crate) struct Ticks {
+    planes: usize,
+    /// Of each block in turn, one bit for each of its planes.
+    words: Vec<u64>,
+}
+
+impl Ticks {
+    fn new(blocks: usize, planes: usize) -> Self {
+        Self { planes, words: vec![0; blocks * planes.div_ceil(64)] }
+    }
+
+    /// Notes a plane of the block at a position.
+    pub(crate) fn tick(&mut self, block: usize, plane: usize) {
+        let word = block * self.planes.div_ceil(64) + plane / 64;
+        if let Some(word) = self.words.get_mut(word).filter(|_| plane < self.planes) {
+            *word |= 1 << (plane % 64);
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (mine, other) in self.words.iter_mut().zip(&other.words) {
+            *mine |= other;
+        }
+    }
+
+    /// Blocks of which every plane is there.
+    fn whole(&self) -> usize {
+        if self.planes == 0 {
+            return 0;
+        }
+        let ticked = |words: &&[u64]| words.iter().map(|word| word.count_ones() as usize).sum::<usize>();
+        self.words.chunks_exact(self.planes.div_ceil(64)).filter(|words| ticked(words) == self.planes).count()
     }
 }
 

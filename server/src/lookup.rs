@@ -252,6 +252,20 @@ impl Answer {
         }
     }
 
+    /// The most tokens that an account may say came from this grant.
+    pub(crate) fn best_credit(&self) -> u64 {
+        if self.chained { self.best() } else { self.blocks.len() as u64 * self.block_tokens() }
+    }
+
+    /// Whether an account may say so many: a prefix that can be resumed, or some blocks where each stands for itself.
+    pub(crate) fn is_creditable(&self, tokens: u64) -> bool {
+        if self.chained {
+            self.is_resumable(tokens)
+        } else {
+            tokens > 0 && tokens <= self.best_credit() && tokens.is_multiple_of(self.block_tokens())
+        }
+    }
+
     /// Prefix lengths worth listing, descending.
     pub(crate) fn resume_points(&self) -> Vec<u64> {
         if has_states(&self.layout) && self.chained {

@@ -9,7 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use esker_client::v1;
-use esker_tests::{Node, Prompt, change, flat_layout, output, question, records, scratch, text_of, tokens};
+use esker_prefix::ObjectKind;
+use esker_tests::{
+    Node, Prompt, change, flat_layout, output, put_steps, question, records, scratch, staged_layout, text_of,
+    tokens,
+};
 use tonic::{Code, Status};
 
 /// A request that has looked its prompt up and fetched what was found.
@@ -201,6 +205,138 @@ async fn what_is_claimed_is_held_against_what_was_offered_and_delivered() -> Res
     settle(&node, failed).await?;
     let sums = sums(&node).await?;
     assert_eq!((sums.requests, sums.incomplete_requests, sums.prompt_tokens), (2, 1, prompt_tokens + 100));
+    node.kill()
+}
+
+/// Fetches these blocks of a grant, of these groups.
+async fn fetch_blocks(node: &Node, grant: &Bytes, blocks: &[u32], groups: &[String]) -> Result<()> {
+    let (blocks, groups) = (blocks.to_vec(), groups.to_vec());
+    node.fetch(v1::FetchRequest { grant: grant.clone(), blocks, groups, ..Default::default() }).await?;
+    Ok(())
+}
+
+/// An engine that has the first pages in its own memory fetches those behind them, and settles what it was given.
+#[tokio::test]
+async fn what_was_loaded_behind_skipped_pages_counts_and_no_more_than_that() -> Result<()> {
+    let folder = scratch();
+    let node = Node::store_only(&folder.path().join("data")).await?;
+    let prompt = stored(&node, 4, 1).await?;
+    let block = prompt.boundary(1);
+    let prompt_tokens = prompt.tokens.len() as u64;
+    let claim = |grant: &Bytes, used: u64| v1::SettleRequest {
+        grant: grant.clone(),
+        request_id: format!("skipping-{used}"),
+        prompt_tokens,
+        used_hit_tokens: used,
+        computed_tokens: prompt_tokens - used,
+        ..Default::default()
+    };
+    let grant = node.lookup(&prompt).await?.grant;
+    fetch_blocks(&node, &grant, &[2, 3], &[]).await?;
+    // The same blocks again deliver nothing new.
+    fetch_blocks(&node, &grant, &[3], &[]).await?;
+    for used in [3 * block, 4 * block] {
+        let refused = settle(&node, claim(&grant, used)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(
+            refused.message().contains(&format!("only {} tokens were delivered", 2 * block)),
+            "{refused}"
+        );
+    }
+    let usage = settle(&node, claim(&grant, 2 * block)).await?.usage.unwrap_or_default();
+    assert_eq!((usage.prompt_tokens, usage.cached_tokens), (prompt_tokens, 2 * block));
+    let sums = sums(&node).await?;
+    assert_eq!((sums.prompt_tokens, sums.hit_tokens), (prompt_tokens, 2 * block));
+    node.kill()
+}
+
+/// A part of a block's planes is not the block, however often it is fetched.
+#[tokio::test]
+async fn planes_that_come_twice_are_no_whole_block() -> Result<()> {
+    let folder = scratch();
+    let node = Node::store_only(&folder.path().join("data")).await?;
+    let layout = staged_layout();
+    let prompt = Prompt::new(node.register(&layout, 1).await?, &layout, 1, 40);
+    let mut objects = prompt.blocks(1..=40);
+    objects.push(prompt.state(40));
+    node.store(&prompt, objects).await?;
+    let found = node.lookup(&prompt).await?;
+    let grant = found.grant;
+    let used = found.best.unwrap_or_default().tokens;
+    let all: Vec<u32> = (0..40).collect();
+    let groups: Vec<String> = layout.groups().iter().map(|group| group.name.clone()).collect();
+    let of_blocks = layout.planes(ObjectKind::Block).iter().map(|plane| usize::from(plane.group));
+    let of_blocks: std::collections::BTreeSet<usize> = of_blocks.collect();
+    let (first, rest) = (&groups[*of_blocks.first().context("a group")?..][..1], &groups[1..]);
+    ensure!(of_blocks.len() > 1, "blocks of this layout have several groups");
+    let prompt_tokens = prompt.tokens.len() as u64;
+    let request = v1::SettleRequest {
+        grant: grant.clone(),
+        request_id: "parts".into(),
+        prompt_tokens,
+        used_hit_tokens: used,
+        computed_tokens: prompt_tokens - used,
+        ..Default::default()
+    };
+    for _ in 0..of_blocks.len() * 8 {
+        fetch_blocks(&node, &grant, &all, first).await?;
+    }
+    let refused = settle(&node, request.clone()).await.unwrap_err();
+    assert!(refused.message().contains("only 0 tokens were delivered"), "{refused}");
+    // The control: with the other planes the blocks are whole.
+    fetch_blocks(&node, &grant, &all, rest).await?;
+    settle(&node, request).await?;
+    node.kill()
+}
+
+/// Chunks that stand for themselves: any of them may be used, up to as many as came.
+#[tokio::test]
+async fn blocks_that_are_no_chain_are_credited_one_by_one() -> Result<()> {
+    let folder = scratch();
+    let node = Node::store_only(&folder.path().join("data")).await?;
+    let layout = flat_layout();
+    let namespace = node.register(&layout, 1).await?;
+    let prompt = Prompt::new(namespace, &layout, 1, 3);
+    let block = prompt.boundary(1);
+    let names =
+        |names: &[u8]| -> Vec<Bytes> { names.iter().map(|&name| Bytes::from(vec![name; 32])).collect() };
+    let prefix = v1::PutPrefix {
+        namespace: Bytes::copy_from_slice(namespace.as_bytes()),
+        engine_hashes: names(&[1, 2, 3]),
+        unchained: true,
+        ..Default::default()
+    };
+    let mut steps = put_steps(&prompt, prompt.blocks(1..=3));
+    steps[0] = v1::put_request::Step::Prefix(prefix);
+    let mut replies = node.put_steps(steps).await?;
+    while let Some(reply) = replies.message().await? {
+        ensure!(reply.outcome() == v1::Outcome::Stored, "{reply:?}");
+    }
+    let lookup = v1::LookupRequest {
+        namespace: Bytes::copy_from_slice(namespace.as_bytes()),
+        // The first is not there: no run from the start.
+        engine_hashes: names(&[9, 1, 2, 3]),
+        unchained: true,
+        ..Default::default()
+    };
+    let grant = node.cache.clone().lookup(lookup).await?.into_inner().grant;
+    fetch_blocks(&node, &grant, &[1, 3], &[]).await?;
+    let claim = |used: u64, computed: u64| v1::SettleRequest {
+        grant: grant.clone(),
+        request_id: format!("loose-{used}"),
+        prompt_tokens: used + computed,
+        used_hit_tokens: used,
+        computed_tokens: computed,
+        ..Default::default()
+    };
+    for (used, why) in
+        [(3 * block, "delivered whole"), (4 * block, "resume point"), (block + 1, "resume point")]
+    {
+        let refused = settle(&node, claim(used, 1)).await.unwrap_err();
+        assert!(refused.code() == Code::InvalidArgument && refused.message().contains(why), "{refused}");
+    }
+    let usage = settle(&node, claim(2 * block, 1)).await?.usage.unwrap_or_default();
+    assert_eq!(usage.cached_tokens, 2 * block);
     node.kill()
 }
 

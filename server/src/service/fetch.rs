@@ -105,7 +105,7 @@ impl Fetching {
         let block_tokens = u64::from(granted.answer.layout.block_tokens());
         let mut usable_tokens = labels.iter().map(|label| label.tokens).max().unwrap_or(0);
         let mut done = v1::FetchDone::default();
-        let mut planes_of = vec![0_u16; granted.answer.blocks.len()];
+        let mut ticks = granted.ticks();
         for event in node.store.fetch(request) {
             let taken = match event {
                 FetchEvent::Plane { object, plane, bytes, .. } => {
@@ -115,7 +115,7 @@ impl Fetching {
                     if taken {
                         done.planes += 1;
                         done.bytes += len;
-                        position.into_iter().for_each(|position| planes_of[position] += 1);
+                        position.into_iter().for_each(|position| ticks.tick(position, plane));
                     }
                     taken
                 }
@@ -132,7 +132,7 @@ impl Fetching {
                 break;
             }
         }
-        granted.deliver(done.bytes, &planes_of);
+        granted.deliver(done.bytes, &ticks);
         done.usable_tokens = usable_tokens;
         delivery.done(done);
     }

@@ -164,8 +164,8 @@ fn check_grant(
     let offer = Offer {
         prompt_tokens: answer.prompt_tokens,
         prompt_given: answer.prompt_given,
-        best: answer.best(),
-        is_resumable: &|tokens| answer.is_resumable(tokens),
+        best: answer.best_credit(),
+        is_resumable: &|tokens| answer.is_creditable(tokens),
         delivered: granted.delivered_tokens(),
         missed: granted.missed(),
     };
