@@ -126,3 +126,12 @@ def within(seconds: float, condition, every: float = 0.05):  # type: ignore[no-u
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds} s (line {sys._getframe(1).f_lineno})")
         time.sleep(every)
+
+
+def usage(node: Node) -> tuple[int, int, int]:
+    """Requests, prompt tokens and hit tokens that were settled so far, of all namespaces."""
+    import esker
+
+    with esker.Client(node.address) as client:
+        rows = client.usage()
+    return (rows[0].requests, rows[0].prompt_tokens, rows[0].hit_tokens) if rows else (0, 0, 0)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 
 import pytest
 
 import esker
+from esker.chunks import Account, ChunkStore
+from esker.connectors.identity import identity
 from layouts import DSA, blocks
 from support import Node, within
 
@@ -51,3 +55,53 @@ def test_settle_usage_and_export(node: Node) -> None:
             assert settled.input_tokens == 10
 
     asyncio.run(work())
+
+
+def test_chunks_settle_what_was_loaded_off_the_path(node: Node) -> None:
+    client = esker.Client(node.address)
+    for chained in (False, True):
+        name = f"chained {chained}"
+        chunks = ChunkStore(client, identity("test", name, "", {}), name, 20_000, chunk_tokens=64, chained=chained)
+        keys = [os.urandom(32) for _ in range(4)]
+        assert all(chunks.put(keys[:3], {at: os.urandom(20_000) for at in range(3)}).values())
+        memory = {at: bytearray(20_000) for at in range(4)}
+        # The first page is in the engine's own memory, and the last one is not stored.
+        assert chunks.get(keys, {at: memory[at] for at in (1, 2, 3)}, Account(f"{name}: one", 300)) == {1: True, 2: True, 3: False}
+        # Only some count; nothing does; nothing is there.
+        chunks.get(keys[:3], {at: memory[at] for at in range(3)}, Account(f"{name}: two", 300, counts=[1]))
+        chunks.get(keys[:3], {at: memory[at] for at in range(3)}, Account(f"{name}: three", 300, counts=[]))
+        chunks.get([os.urandom(32)], {0: memory[0]}, Account(f"{name}: four", 300))
+        chunks.settle_miss(Account(f"{name}: five", 300))
+        # Whose prompt is not known: what was used, and one more. With nothing used it is nothing.
+        chunks.get(keys[:3], {at: memory[at] for at in range(3)}, Account(f"{name}: six"))
+        chunks.get([os.urandom(32)], {0: memory[0]}, Account(f"{name}: seven"))
+        # The same again counts once.
+        chunks.settle_miss(Account(f"{name}: five", 300))
+        chunks.close()
+        events = client.export_usage(timeout_s=10)
+        records = {event.record.request_id: event.record for event in events if event.HasField("record")}
+        mine = {key.split(": ")[1]: record for key, record in records.items() if key.startswith(name)}
+        assert {key: (record.prompt_tokens, record.hit_tokens) for key, record in mine.items()} == {
+            "one": (300, 128),
+            "two": (300, 64),
+            "three": (300, 0),
+            "four": (300, 0),
+            "five": (300, 0),
+            "six": (193, 192),
+        }
+    assert client.usage()[0].requests == 12 and client.usage()[0].hit_tokens == 2 * (128 + 64 + 192)
+
+
+def test_accounts_never_wait_for_a_node_that_is_gone(node: Node) -> None:
+    client = esker.Client(node.address)
+    chunks = ChunkStore(client, identity("test", "gone", "", {}), "gone", 20_000, chunk_tokens=64)
+    keys, memory = [os.urandom(32)], {0: bytearray(20_000)}
+    assert chunks.put(keys, memory)[0]
+    node.kill()
+    started = time.monotonic()
+    for at in range(5_000):
+        chunks.settle_miss(Account(f"request {at}", 10))
+    assert time.monotonic() - started < 2, "thousands of accounts are handed over or dropped at once"
+    assert chunks._unsent <= 1024
+    assert chunks.get(keys, memory, Account("load", 100)) == {0: False}
+    chunks.close()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from .answers import Durability, Found, Namespace, Outcome, Ttl
@@ -31,12 +32,12 @@ MAX_PART_BYTES = 16 << 20
 DOWN_S = 1.0
 #: A warning of one kind is logged once in this time, in seconds.
 WARN_EVERY_S = 30.0
-#: Chunks that stand for themselves are moved by several calls at a time, each of at least this many bytes: while one waits for the
-#: drive, the next is on its way. Through shared memory a put does so by itself, and two fetches keep a drive busy.
+#: Chunks are moved by several calls at a time, each of at least this many bytes: while one waits for the drive, the next is on its
+#: way. Through shared memory one call does so by itself, and more of them only cost more.
 SIDE_BY_SIDE_BYTES = 8 << 20
 SIDE_BY_SIDE = 4
-LOCAL_PUTS = 1
-LOCAL_FETCHES = 2
+#: Accounts and releases that wait to be sent; beyond it they are dropped, and the node closes their grants as unused.
+MAX_UNSENT = 1024
 #: What one put or get may carry, in bytes: it bounds how long a call takes and how much is lost with it.
 MAX_CALL_BYTES = 128 << 20
 
@@ -48,6 +49,15 @@ class Identity:
     weights: bytes  # 32 bytes
     tokenizer: bytes  # 32 bytes
     facts: str  # engine, layout version, dtype, parallel coordinates...: canonical text, see connectors/identity.py
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Whose load it is: closed with what the node delivered, off the engine's path."""
+
+    request_id: str
+    prompt_tokens: int = 0  # 0 if the engine does not say: then what was used and one more, which is always computed
+    counts: Collection[int] | None = None  # positions of the keys that count as used; None for all
 
 
 @dataclasses.dataclass
@@ -108,6 +118,10 @@ class ChunkStore:
         self._namespace: Namespace | None = None
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+        # Never held for longer than a moment: an engine's scheduler takes it.
+        self._sending = threading.Lock()
+        self._sender: ThreadPoolExecutor | None = None
+        self._unsent = 0
         self._down_until = 0.0
         self._warned: dict[str, float] = {}
 
@@ -141,20 +155,43 @@ class ChunkStore:
         if grant:
             self._try("release", lambda _: self._client.release(grant, timeout_s=self._lookup_timeout_s))
 
-    def get(self, keys: Sequence[bytes], into: Mapping[int, Buffers]) -> dict[int, bool]:
+    def get(
+        self, keys: Sequence[bytes], into: Mapping[int, Buffers], account: Account | None = None
+    ) -> dict[int, bool]:
         """Loads the keys at the positions that ``into`` names into the memory given for them.
 
-        Chained keys are given from the start of the prompt, even where only the last of them are wanted.
+        Chained keys are given from the start of the prompt, even where only the last of them are wanted. With an ``account``
+        what was loaded is settled.
         """
         loaded = dict.fromkeys(into, False)
-        for some in self._batches(into):
-            if self._chained:
-                named, memory = keys, {position: into[position] for position in some}
-            else:
-                named, memory = [keys[position] for position in some], {at: into[some[at]] for at in range(len(some))}
-            for at in self._get(named, memory):
-                loaded[at if self._chained else some[at]] = True
+        if self._chained:
+            loaded.update(dict.fromkeys(self._get(keys, into, account), True))
+            return loaded
+        ordered = sorted(into)
+        step = MAX_CHAIN_BLOCKS // self._parts
+        for start in range(0, len(ordered), step):
+            some = ordered[start : start + step]
+            part = account
+            if account is not None and start > 0:
+                part = dataclasses.replace(account, request_id=f"{account.request_id}/{start}", prompt_tokens=0)
+            if part is not None and part.counts is not None:
+                part = dataclasses.replace(part, counts=[at for at in range(len(some)) if some[at] in part.counts])
+            memory = {at: into[position] for at, position in enumerate(some)}
+            for at in self._get([keys[position] for position in some], memory, part):
+                loaded[some[at]] = True
         return loaded
+
+    def settle_miss(self, account: Account) -> None:
+        """Closes the account of a request that found nothing. Returns at once and never raises."""
+        if account.prompt_tokens > 0:
+            self._later("settle", lambda: self._settle(account, b"", 0))
+
+    def close(self) -> None:
+        """Sends the accounts that wait. The client stays open."""
+        with self._sending:
+            sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.shutdown(wait=True)
 
     def put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> dict[int, bool]:
         """Stores the chunks of the keys at these positions; whether each is there now.
@@ -174,7 +211,7 @@ class ChunkStore:
                 named = [keys[position] for position in some]
                 return [some[at] for at in self._put(named, {at: chunks[position] for at, position in enumerate(some)})]
 
-            for positions in self._side_by_side(put, missing, LOCAL_PUTS):
+            for positions in self._side_by_side(put, missing):
                 stored.update(dict.fromkeys(positions, True))
         # Another writer may have been first with other bytes meanwhile.
         refused = [position for position in missing if not stored[position]]
@@ -196,10 +233,10 @@ class ChunkStore:
         return dict(zip(asked, present))
 
     def _side_by_side(
-        self, move: Callable[[list[int]], list[int]], positions: Iterable[int], local: int
+        self, move: Callable[[list[int]], list[int]], positions: Iterable[int]
     ) -> Iterable[list[int]]:
-        """Moves by several calls at a time; by `local` of them through shared memory."""
-        calls = local if self._client._is_local() else SIDE_BY_SIDE
+        """Moves by several calls at a time, where that is of use."""
+        calls = 1 if self._client._is_local() else SIDE_BY_SIDE
         ordered = sorted(positions)
         share = -(-len(ordered) * self.chunk_bytes // calls)
         batches = self._batches(ordered, max(share, SIDE_BY_SIDE_BYTES))
@@ -250,24 +287,78 @@ class ChunkStore:
         parts = range(self._parts)
         return [all(found.resumable(key * self._parts + part) for part in parts) for key in range(keys)]
 
-    def _get(self, keys: Sequence[bytes], into: Mapping[int, Buffers]) -> list[int]:
+    def _get(self, keys: Sequence[bytes], into: Mapping[int, Buffers], account: Account | None) -> list[int]:
         found = self._lookup(keys, grant=True)
         if found is None or not found.grant:
+            if found is not None and account is not None:
+                self.settle_miss(account)
             return []
         grant = found.grant
         present = self._present(found, len(keys))
         wanted = [position for position in into if present[position]]
+        loaded: list[int] = []
         try:
-            loaded = [
-                position
-                for some in self._side_by_side(lambda some: self._fetch(grant, some, into), wanted, LOCAL_FETCHES)
-                for position in some
-            ]
+            for some in self._side_by_side(lambda some: self._fetch(grant, some, into), wanted):
+                loaded += some
         finally:
             # Nobody waits for it.
-            self._pool().submit(self._give_up, grant)
+            used_tokens = self._used_tokens(into, loaded, account)
+            if account is not None and (used_tokens or account.prompt_tokens):
+                self._later("settle", lambda: self._settle(account, grant, used_tokens))
+            else:
+                self._later("release", lambda: self._client.release(grant, timeout_s=self._lookup_timeout_s))
         self._count(loaded=len(loaded), loaded_bytes=len(loaded) * self.chunk_bytes)
         return loaded
+
+    def _used_tokens(self, wanted: Iterable[int], loaded: Collection[int], account: Account | None) -> int:
+        """Of a chain an engine uses what comes before the first that is missing."""
+        there = set(loaded)
+        used = list(itertools.takewhile(there.__contains__, sorted(wanted))) if self._chained else loaded
+        counted = used if account is None or account.counts is None else set(used) & set(account.counts)
+        return len(counted) * self._parts * self._layout.block_tokens
+
+    def _settle(self, account: Account, grant: bytes, used_tokens: int) -> None:
+        computed_tokens = max(account.prompt_tokens - used_tokens, 1)
+        # The same again has the same name and counts once: a reply that was lost is asked for again.
+        for _ in range(2):
+            try:
+                self._client.settle(
+                    account.request_id,
+                    grant=grant,
+                    used_tokens=used_tokens,
+                    computed_tokens=computed_tokens,
+                    namespace=self._registered().id,
+                    timeout_s=self._lookup_timeout_s,
+                )
+                return
+            except EskerError as error:
+                if not error.retry:
+                    raise
+
+    def _later(self, what: str, call: Callable[[], None]) -> None:
+        """Has a call made by a thread of its own. What fails, or has no room, costs nobody anything: the grant expires as unused."""
+
+        def send() -> None:
+            try:
+                if self.healthy:
+                    call()
+            except Exception as error:  # noqa: BLE001
+                if what == "settle":
+                    self._warn(what, error)
+            finally:
+                with self._sending:
+                    self._unsent -= 1
+
+        with self._sending:
+            if self._unsent >= MAX_UNSENT:
+                return
+            if self._sender is None:
+                self._sender = ThreadPoolExecutor(1, thread_name_prefix="esker-settle")
+            try:
+                self._sender.submit(send)
+            except RuntimeError:  # the interpreter ends
+                return
+            self._unsent += 1
 
     def _fetch(self, grant: bytes, positions: Sequence[int], into: Mapping[int, Buffers]) -> list[int]:
         block_tokens = self._layout.block_tokens
@@ -291,12 +382,6 @@ class ChunkStore:
             return [at for at in positions if all(at * self._parts + part in whole for part in parts)]
 
         return self._try("load", fetch) or []
-
-    def _give_up(self, grant: bytes) -> None:
-        try:
-            self._client.release(grant, timeout_s=self._lookup_timeout_s)
-        except Exception:  # noqa: BLE001: a grant that the node does not hear of expires
-            pass
 
     def _put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> list[int]:
         block_tokens = self._layout.block_tokens
@@ -384,7 +469,8 @@ class ChunkStore:
         kind = f"{what}:{type(error).__name__}"
         if now - self._warned.get(kind, -WARN_EVERY_S) >= WARN_EVERY_S:
             self._warned[kind] = now
-            log.warning("esker: a %s failed and counts as a miss: %s: %s", what, type(error).__name__, error)
+            end = "is not on the bill" if what == "settle" else "counts as a miss"
+            log.warning("esker: a %s failed and %s: %s: %s", what, end, type(error).__name__, error)
 
 
 def _digest(data: bytes) -> bytes:

@@ -20,11 +20,11 @@ from lmcache.cli.commands.bench.l2_adapter_bench.data import (  # noqa: E402
     make_object_keys,
     wait_eventfd,
 )
-from lmcache.v1.distributed.api import MemoryLayoutDesc  # noqa: E402
+from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2AdapterConfig  # noqa: E402
 
-from support import Node, documented, within  # noqa: E402
+from support import Node, documented, usage, within  # noqa: E402
 
 SIZE = 65_536
 NO_LAYOUT = {0: MemoryLayoutDesc(shapes=[], dtypes=[])}
@@ -108,6 +108,29 @@ def test_store_lookup_load_and_unlock(node: Node, drivers: list[Driver]) -> None
     other = Driver(node, weights_revision="r2")
     drivers.append(other)
     assert other.lookup() == [] and other.lookup(layout) == [] and other.load() == []
+
+
+def test_what_was_loaded_is_on_the_bill_and_each_chunk_once(node: Node, drivers: list[Driver]) -> None:
+    driver = Driver(node)
+    drivers.append(driver)
+    assert driver.store(0, 6).is_successful() and driver.lookup() == [0, 1, 2, 3, 4, 5]
+    assert usage(node) == (0, 0, 0), "stores and lookups use nothing"
+    driver.adapter.submit_unlock(driver.keys)
+    assert driver.load() == [0, 1, 2, 3, 4, 5]
+    # A load says nothing of its prompt: what was used, and one token more.
+    assert within(10, lambda: usage(node) == (1, 6 * 256 + 1, 6 * 256)), usage(node)
+    assert driver.load() == [0, 1, 2, 3, 4, 5]
+    assert within(10, lambda: usage(node) == (2, 12 * 256 + 2, 12 * 256)), usage(node)
+    # Objects of two ranks and of two groups hold parts of the same tokens.
+    chunks = [os.urandom(32) for _ in range(2)]
+    driver.keys = [ObjectKey(chunk, "org/model", rank, group) for chunk in chunks for rank in (0, 1) for group in (0, 1)]
+    assert driver.store().is_successful() and driver.load() == list(range(8))
+    assert within(10, lambda: usage(node) == (3, 14 * 256 + 3, 14 * 256)), usage(node)
+    # Nothing is there: nothing is settled.
+    driver.keys = [ObjectKey(os.urandom(32), "org/model", 0) for _ in range(8)]
+    assert driver.load() == []
+    driver.adapter.close()
+    assert usage(node)[0] == 3
 
 
 def test_the_same_through_shared_memory(tmp_path: pathlib.Path, drivers: list[Driver]) -> None:

@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost  # noqa: E40
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
 
 from esker.connectors.sglang import EskerHiCache  # noqa: E402
-from support import Node, documented, within  # noqa: E402
+from support import Node, documented, usage, within  # noqa: E402
 
 PAGE = 64
 PAGES = 16
@@ -258,6 +258,27 @@ def test_ranks_of_mla_share_one_copy_and_others_do_not(node: Node, ranks: list[R
     other = Rank(node, weights_revision="r2")
     ranks.append(other)
     assert other.backend.batch_exists(names) == 0
+
+
+def test_what_was_loaded_is_on_the_bill_by_one_rank_and_once(node: Node, ranks: list[Rank]) -> None:
+    of_each = [Rank(node, rank=rank, ranks=2, mla=False) for rank in (0, 1)]
+    ranks += of_each
+    names = keys(5, "s")
+    for rank in of_each:
+        rank.fill(5)
+        writes = [rank.transfer(pool, names[:4], list(range(4))) for pool in rank.pools]
+        assert rank.backend.batch_set_v2(writes) == {pool: [True] * 4 for pool in rank.pools}
+    assert of_each[0].backend.batch_exists(names) == 4 and usage(node) == (0, 0, 0)
+    # Both ranks load all pools, which are parts of the same tokens.
+    for rank in of_each:
+        reads = [rank.transfer(pool, names, list(range(5))) for pool in rank.pools]
+        assert rank.backend.batch_get_v2(reads) == {pool: [True] * 4 + [False] for pool in rank.pools}
+    assert within(10, lambda: usage(node) == (1, 4 * PAGE + 1, 4 * PAGE)), usage(node)
+    assert of_each[0].backend.batch_get_v1(names[:3], torch.arange(3 * PAGE)) == [True] * 3
+    assert of_each[1].backend.batch_get_v1(names[:3], torch.arange(3 * PAGE)) == [True] * 3
+    for rank in of_each:
+        rank.backend.close()
+    assert usage(node) == (2, 7 * PAGE + 2, 7 * PAGE)
 
 
 def test_a_node_that_is_gone_never_raises(node: Node, ranks: list[Rank]) -> None:

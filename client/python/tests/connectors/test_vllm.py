@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support import Node, documented, within
+from support import Node, documented, usage, within
 
 pytest.importorskip("vllm")
 ENGINE = pathlib.Path(__file__).with_name("vllm_engine.py")
@@ -108,6 +108,8 @@ def test_a_second_process_finds_what_the_first_computed(model: str, node: Node) 
         assert computed["cached"] == 0
         assert first.do("flush")
         pages = set(first.do("pages"))
+        # It is on the bill as computed.
+        assert within(10, lambda: usage(node) == (1, PROMPT_TOKENS, 0)), usage(node)
     noise = max(distance(uncached[1], computed), 1e-5)
 
     with Engine(**connected) as second:
@@ -124,6 +126,8 @@ def test_a_second_process_finds_what_the_first_computed(model: str, node: Node) 
         assert restored["tokens"] == uncached[1]["tokens"]
         assert distance(uncached[1], restored) <= 2 * noise
         assert sources.get("disk") == cached, sources
+        # What the engine counts as cached is what the bill says.
+        assert within(10, lambda: usage(node) == (2, 2 * PROMPT_TOKENS, cached)), usage(node)
         # Bytes: every page that holds restored tokens is one that the first process computed.
         of_prefix = len(pages) * cached // (PROMPT_TOKENS + 6)
         assert len(pages & found) >= of_prefix - 4, (len(pages & found), of_prefix)

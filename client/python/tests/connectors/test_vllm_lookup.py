@@ -72,6 +72,7 @@ class Case:
         return types.SimpleNamespace(
             request_id=f"r{self.count}",
             num_tokens=len(tokens),
+            num_prompt_tokens=len(tokens),
             block_hashes=hashes,
             skip_reading_prefix_cache=False,
             num_preemptions=0,

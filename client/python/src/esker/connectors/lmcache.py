@@ -7,6 +7,8 @@ Invariants:
 - What a lookup locked is pinned by a grant of the node until it is unlocked or the grant expires, so a dead LMCache holds nothing
   for ever. Unlocking again, or what was never locked, is nothing.
 - An object counts as loaded only when the node has proven it and all of it has arrived.
+- What was loaded is settled, off the path: a load is an account of its own, as nothing says which request it is for, and a chunk
+  counts once, however many ranks and groups it has objects of.
 - The namespace binds model and revision of the weights; rank, object group and LMCache's salt are part of the name.
 - ``report_status`` turns unhealthy when the node cannot be reached or stores fail.
 """
@@ -14,11 +16,13 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -29,7 +33,7 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
 from lmcache.v1.platform.event_notifier import create_event_notifier
 
-from ..chunks import ChunkStore
+from ..chunks import Account, ChunkStore
 from .identity import identity, weights_revision
 from .settings import Settings
 
@@ -96,6 +100,8 @@ class EskerL2Adapter(L2AdapterInterface):
         self._done: dict[str, dict[int, Any]] = {"store": {}, "lookup": {}, "load": {}}
         self._holds = Holds(self._objects)
         self._failed_stores = 0
+        self._loads = itertools.count()
+        self._instance = uuid.uuid4().hex
         self._closed = False
 
     # Eventfds
@@ -159,7 +165,8 @@ class EskerL2Adapter(L2AdapterInterface):
 
     def _load(self, keys: "list[ObjectKey]", objects: "list[MemoryObj]") -> Bitmap:
         loaded = Bitmap(len(keys))
-        done = self._objects.move(keys, [item.byte_array for item in objects], ChunkStore.get)
+        account = f"lmcache/{self._instance}/{next(self._loads)}"
+        done = self._objects.move(keys, [item.byte_array for item in objects], ChunkStore.get, account)
         for at, there in enumerate(done):
             if there:
                 loaded.set(at)
@@ -193,6 +200,7 @@ class EskerL2Adapter(L2AdapterInterface):
         self._closed = True
         for threads in self._threads.values():
             threads.shutdown(wait=True, cancel_futures=True)
+        self._objects.close()
         self._client.close()
         for notifier in self._notifiers.values():
             notifier.close()
@@ -270,16 +278,35 @@ class Objects:
                 sizes = self._sizes[key.model_name] = Sizes(self._make("sizes", (key.model_name,), Sizes.BYTES))
             return sizes
 
-    def move(self, keys: "list[ObjectKey]", memory: list[memoryview], move: Callable[..., dict[int, bool]]) -> list[bool]:
-        """Stores or loads objects; whether each was."""
+    def close(self) -> None:
+        """Sends the accounts that wait."""
+        with self._lock:
+            stores = list(self._stores.values())
+        for store in stores:
+            store.close()
+
+    def move(
+        self,
+        keys: "list[ObjectKey]",
+        memory: list[memoryview],
+        move: Callable[..., dict[int, bool]],
+        account: str = "",
+    ) -> list[bool]:
+        """Stores objects, or loads them on an account; whether each was."""
         done = [False] * len(keys)
         groups: dict[int, tuple[ChunkStore, list[int]]] = {}
         for at, (key, piece) in enumerate(zip(keys, memory, strict=True)):
             store = self.store(key, len(piece))
             groups.setdefault(id(store), (store, []))[1].append(at)
-        for store, positions in groups.values():
+        counted: set[bytes] = set()
+        for number, (store, positions) in enumerate(groups.values()):
             names = [_name(keys[at]) for at in positions]
-            answers = move(store, names, {index: memory[at] for index, at in enumerate(positions)})
+            accounts = []
+            if account:
+                new = {keys[at].chunk_hash: index for index, at in enumerate(positions) if keys[at].chunk_hash not in counted}
+                counted.update(new)
+                accounts = [Account(f"{account}/{number}", counts=list(new.values()))]
+            answers = move(store, names, {index: memory[at] for index, at in enumerate(positions)}, *accounts)
             for index, at in enumerate(positions):
                 done[at] = answers[index]
             if move is ChunkStore.put and any(answers.values()):

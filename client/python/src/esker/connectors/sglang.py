@@ -14,8 +14,10 @@ Invariants:
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +32,7 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
-from ..chunks import ChunkStore
+from ..chunks import Account, ChunkStore
 from ..resume import Need, Presence, resume_points
 from .identity import identity, weights_revision
 from .settings import Settings
@@ -70,6 +72,17 @@ class EskerHiCache(HiCacheStorage):
         self._client = self._settings.client()
         self._pools: dict[str, Pool] = {}
         self._lock = threading.Lock()
+        # Ranks load parts of the same tokens: one of them settles.
+        places = ("tp_rank", "pp_rank", "attn_cp_rank", "dcp_rank")
+        self._settles = all(not getattr(storage_config, place, 0) for place in places)
+        self._loads = itertools.count()
+        self._instance = uuid.uuid4().hex
+
+    def _account(self, pool: str) -> Account | None:
+        """Of one load: nothing says which request it is for."""
+        if pool != _KV or not self._settles:
+            return None
+        return Account(f"sglang/{self._instance}/{next(self._loads)}")
 
     # Pools
 
@@ -148,7 +161,10 @@ class EskerHiCache(HiCacheStorage):
     def batch_get_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> dict[str, list[bool]]:
-        return {transfer.name: self._move(transfer, Pool.read) for transfer in transfers}
+        def read(pool: Pool, keys: list[str], indices: torch.Tensor) -> list[bool]:
+            return pool.read(keys, indices, self._account(pool.name))
+
+        return {transfer.name: self._move(transfer, read) for transfer in transfers}
 
     def batch_set_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
@@ -176,7 +192,7 @@ class EskerHiCache(HiCacheStorage):
     def batch_get_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
-        return _quiet(lambda: [False] * len(keys), lambda: self._pools[_KV].read(keys, host_indices))
+        return _quiet(lambda: [False] * len(keys), lambda: self._pools[_KV].read(keys, host_indices, self._account(_KV)))
 
     def batch_set_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
@@ -196,7 +212,8 @@ class EskerHiCache(HiCacheStorage):
     ) -> list[torch.Tensor | None]:
         def read() -> list[torch.Tensor | None]:
             store = self._pools[_KV].store("flat")
-            loaded = store.get(_names(keys), {at: target for at, target in enumerate(target_locations)})
+            into = {at: target for at, target in enumerate(target_locations)}
+            loaded = store.get(_names(keys), into, self._account(_KV))
             return [target if loaded[at] else None for at, target in enumerate(target_locations)]
 
         return _quiet(lambda: [None] * len(keys), read)
@@ -222,7 +239,9 @@ class EskerHiCache(HiCacheStorage):
         return False
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Sends the accounts that wait, and ends the connection."""
+        for pool in self._pools.values():
+            pool.close()
         self._client.close()
 
 
@@ -282,8 +301,15 @@ class Pool:
             return False
         return bool(keys)
 
-    def read(self, keys: list[str], indices: torch.Tensor) -> list[bool]:
-        """Loads pages into the pool."""
+    def close(self) -> None:
+        """Sends the accounts that wait."""
+        with self._lock:
+            stores = list(self._stores.values())
+        for store in stores:
+            store.close()
+
+    def read(self, keys: list[str], indices: torch.Tensor, account: Account | None = None) -> list[bool]:
+        """Loads pages into the pool, on an account."""
         if not self._fits(keys, indices):
             return [False] * len(keys)
         store = self.store("pages")
@@ -291,7 +317,7 @@ class Pool:
             into: dict[int, Any] = {at: _memory(page) for at, page in enumerate(self._pointers(indices))}
         else:
             into = {at: self.memory.get_dummy_flat_data_page() for at in range(len(keys))}
-        loaded = store.get(_names(keys), into)
+        loaded = store.get(_names(keys), into, account)
         if not self._by_pointer:
             for at, there in loaded.items():
                 if there:

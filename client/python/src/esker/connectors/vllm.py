@@ -10,6 +10,8 @@ Invariants:
   twice the lookup's time-out it counts as a miss.
 - Pages reach the engine's memory only when the node has proven them and all of a page has arrived. What fails is reported by
   block, and vLLM computes it (``kv_load_failure_policy: recompute``).
+- Each request is settled once, by threads of their own: what the first load gave it when that ended (a grant does not live as long
+  as a request may), or as computed when it finished without one.
 - A step is never failed by the store: saving copies pages and hands them to a bounded queue; what has no room is dropped.
 - The namespace binds model, revision of the weights, dtype, page layout, group and parallel rank. Ranks that hold identical
   latents (MLA) share one namespace, so one copy is kept, whichever rank writes first.
@@ -24,6 +26,7 @@ import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -38,7 +41,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1 import kv_cache_interface as specs
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from ..chunks import ChunkStore
+from ..chunks import Account, ChunkStore
 from ..client import Client
 from ..resume import Need, Presence, common, resume_points
 from .identity import identity, tokenizer_digest, weights_revision
@@ -57,6 +60,8 @@ log = logging.getLogger("esker")
 
 #: Block 0 stands for "no block" in vLLM's tables.
 NULL_BLOCK = 0
+#: Longest name of an account, in bytes.
+MAX_NAME_BYTES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Load:
 
     request: str
     pages: list[Pages]
+    #: What it is settled as; None where the request was settled before.
+    account: Account | None = None
 
 
 @dataclasses.dataclass
@@ -192,7 +199,7 @@ class EskerConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        self._scheduler.forget(request.request_id)
+        self._scheduler.finished(request)
         # Pages were copied when they were saved: nothing here keeps blocks alive.
         return False, None
 
@@ -253,6 +260,8 @@ class Shape:
             if getattr(parallel, name, 1) > 1:
                 raise ValueError(f"esker: {name} above 1 is not supported by this connector; use the tiering connector")
         self.tp_size: int = parallel.tensor_parallel_size
+        #: Names accounts: request ids begin anew with each engine.
+        self.engine = str(getattr(getattr(config, "kv_transfer_config", None), "engine_id", None) or uuid.uuid4())
         self._settings = settings
         self._revision = weights_revision(settings.weights_revision, model.model, getattr(model, "revision", None))
         self._tokenizer = tokenizer_digest(getattr(model, "tokenizer", None), str(model.model))
@@ -387,10 +396,11 @@ class SchedulerSide:
         if external_tokens <= 0 or self._silent:
             return
         verdict = self._verdicts[request.request_id]
+        account = self._account(request) if verdict.loaded_at is None else None
         verdict.loaded_at = request.num_preemptions
         local = verdict.local_tokens
         end = local + external_tokens
-        load = Load(request.request_id, [])
+        load = Load(request.request_id, [], account)
         for group, table in zip(self._shape.groups, tables):
             present = group.presence([True] * (end // group.page_tokens))
             blocks = {
@@ -464,8 +474,18 @@ class SchedulerSide:
             if blocks:
                 metadata.saves.append(Pages(group.index, self._shape.hashes(request, group)[:end], blocks))
 
+    def _account(self, request: "Request") -> Account:
+        return Account(f"vllm/{self._shape.engine}/{request.request_id}"[-MAX_NAME_BYTES:], request.num_prompt_tokens)
+
+    def finished(self, request: "Request") -> None:
+        """A request ended: what loaded nothing is settled here, as computed."""
+        verdict = self._verdicts.get(request.request_id)
+        if verdict is not None and verdict.loaded_at is None and not self._silent:
+            self._stores[0][0].settle_miss(self._account(request))
+        self.forget(request.request_id)
+
     def forget(self, request_id: str) -> None:
-        """A request ended."""
+        """Nothing more is known of a request."""
         verdict = self._verdicts.pop(request_id, None)
         if verdict is not None:
             verdict.answer.cancel()
@@ -487,8 +507,9 @@ class SchedulerSide:
             self.forget(request_id)
 
     def shutdown(self) -> None:
-        """Ends."""
+        """Ends; accounts that wait are still sent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._stores[0][0].close()
         self._client.close()
 
 
@@ -503,6 +524,9 @@ class WorkerSide:
         self._shape = shape
         self._client = client
         self._stores = [shape.store(client, group, rank) for group in shape.groups]
+        # Ranks and groups load parts of the same tokens: one of each settles.
+        history = [group.index for group in shape.groups if group.need is Need.HISTORY]
+        self._settles = (history[0] if history else 0) if rank == 0 else None
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="esker-load")
         # One thread: pages are stored in the order in which they were computed, parents first.
         self._saving = ThreadPoolExecutor(1, thread_name_prefix="esker-save")
@@ -534,13 +558,20 @@ class WorkerSide:
         failed: set[int] = set()
         started = time.monotonic()
         pages_loaded = bytes_loaded = 0
-        for pages in load.pages:
+        account = load.account
+        if account is not None and self._settles is not None and all(pages.group != self._settles for pages in load.pages):
+            self._stores[self._settles].settle_miss(account)
+        # The one that settles comes last: of a load that failed elsewhere nothing was used.
+        for pages in sorted(load.pages, key=lambda pages: pages.group == self._settles):
             group = self._shape.groups[pages.group]
             missing = set(pages.blocks)
+            on_account = None
+            if account is not None and pages.group == self._settles:
+                on_account = dataclasses.replace(account, counts=()) if failed else account
             try:
                 staged = {page: torch.empty(group.chunk_bytes, dtype=torch.uint8) for page in pages.blocks}
                 if not self._silent:
-                    loaded = self._stores[pages.group].get(pages.hashes, staged)
+                    loaded = self._stores[pages.group].get(pages.hashes, staged, on_account)
                     whole = {page for page, there in loaded.items() if there}
                     self._scatter(group, {pages.blocks[page]: staged[page] for page in whole})
                     missing -= whole
@@ -630,6 +661,8 @@ class WorkerSide:
         """Ends; what was handed over is still stored."""
         self._saving.shutdown(wait=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
+        for store in self._stores:
+            store.close()
         self._client.close()
 
 
