@@ -63,6 +63,8 @@ pub(crate) struct Tail {
     pub(crate) append_at: u64,
     /// End of the last record that was published.
     pub(crate) published_at: u64,
+    /// Store time at which it was begun, in seconds; later, if that is not known any more.
+    pub(crate) begun_s: u32,
 }
 
 /// Where recovery says that writing goes on.
@@ -235,7 +237,7 @@ impl Writer {
                 self.spares.insert(len_bytes, made);
             }
             Event::House(asked) => {
-                self.retire_expired();
+                self.retire_old();
                 self.maker.keep_house(asked);
             }
             Event::Close => return true,
@@ -243,11 +245,15 @@ impl Writer {
         false
     }
 
-    /// Closes the tails whose time to live is over, so that their segments can go.
-    fn retire_expired(&mut self) {
+    /// Closes the tails whose time to live is over, so that their segments can go, and those that have been filled for half of it:
+    /// what comes would keep what came first.
+    fn retire_old(&mut self) {
         let busy = |id| self.batches.iter().flat_map(|batch| &batch.runs).any(|run| run.tail.id == id);
-        let expired = |tail: &&Tail| self.shared.is_expired(tail.id) && !busy(tail.id);
-        let tails: Vec<Tail> = self.tails.values().filter(expired).copied().collect();
+        let old = |tail: &&Tail| {
+            self.shared.is_expired(tail.id) || self.shared.is_half_over(tail.class, tail.begun_s)
+        };
+        let retired = |tail: &&Tail| tail.published_at > RECORDS_AT && old(tail) && !busy(tail.id);
+        let tails: Vec<Tail> = self.tails.values().filter(retired).copied().collect();
         for tail in tails {
             self.tails.remove(&tail.class);
             self.maker.seal(tail, self.next_sequence - 1);
@@ -678,13 +684,20 @@ impl Deliver for Reply {
 
 impl Tail {
     /// A segment that holds nothing yet.
-    fn empty(id: SegmentId, class: TtlClass, generation: u64, file: FileId, len_bytes: u64) -> Self {
+    fn empty(
+        id: SegmentId,
+        class: TtlClass,
+        generation: u64,
+        file: FileId,
+        len_bytes: u64,
+        begun_s: u32,
+    ) -> Self {
         let (append_at, published_at) = (RECORDS_AT, RECORDS_AT);
-        Self { id, class, generation, file, len_bytes, append_at, published_at }
+        Self { id, class, generation, file, len_bytes, append_at, published_at, begun_s }
     }
 
     /// Where the room for records ends: the last page is the seal's.
-    fn records_end(&self) -> u64 {
+    pub(crate) fn records_end(&self) -> u64 {
         self.len_bytes - PAGE as u64
     }
 

@@ -12,6 +12,7 @@ use esker_prefix::{ObjectId, ObjectKind};
 
 use crate::erasure::{Erase, Erasures};
 use crate::index::{Changes, Entry};
+use crate::io::FileId;
 use crate::observer::Removal;
 use crate::segment::{SegmentId, Spot};
 use crate::shared::Shared;
@@ -69,7 +70,12 @@ impl Shared {
             self.remove_segment(id);
             return;
         }
-        match self.disk.punch(segment.file, offset, len_bytes) {
+        self.give_back(id, segment.file, offset, len_bytes);
+    }
+
+    /// Gives back the space of a part of a segment.
+    pub(crate) fn give_back(&self, id: SegmentId, file: FileId, offset: u64, len_bytes: u64) {
+        match self.disk.punch(file, offset, len_bytes) {
             Ok(()) => {
                 self.segments.update(id, |segment| segment.punched_bytes += len_bytes);
                 self.counters.punched_bytes.add(len_bytes);
@@ -232,6 +238,11 @@ impl Shared {
         let Some(segment) = self.segments.get(id) else { return false };
         let now_s = self.time.now_s();
         self.ttl_s(segment.class).is_some_and(|ttl_s| segment.used_s.saturating_add(ttl_s) < now_s)
+    }
+
+    /// Whether half of the time that objects of a class are kept has passed since then.
+    pub(crate) fn is_half_over(&self, class: TtlClass, since_s: u32) -> bool {
+        self.ttl_s(class).is_some_and(|ttl_s| since_s.saturating_add(ttl_s / 2) < self.time.now_s())
     }
 
     /// Seconds that objects of a class are kept; `None` for ever.

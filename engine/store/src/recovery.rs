@@ -285,7 +285,8 @@ impl Worker<'_> {
         // Who does not know when it was used takes it for used now.
         let used_s = self.shared.index.last_use(id)?.unwrap_or_else(|| self.shared.time.now_s());
         self.shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
-        let mut tail = Tail { id, class, generation, file, len_bytes, append_at: 0, published_at: 0 };
+        let mut tail =
+            Tail { id, class, generation, file, len_bytes, append_at: 0, published_at: 0, begun_s: used_s };
         tail.end_at(scanned.end);
         // Nothing will be added to a suspect one, and its space returns with its last record.
         let open_or_suspect = if suspect { Phase::Suspect } else { Phase::Open };

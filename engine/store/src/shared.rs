@@ -24,6 +24,9 @@ use crate::verify;
 use crate::wear::WearFile;
 use crate::{MissKind, PutOutcome, Result, StoreError, StoreSettings};
 
+/// The rest of a sealed segment is given back from this share of its length on, an eighth: less is not worth the call.
+const REST_SHARE: u64 = 8;
+
 pub(crate) struct Shared {
     pub(crate) settings: StoreSettings,
     pub(crate) disk: Arc<dyn Disk>,
@@ -184,6 +187,11 @@ impl Shared {
         changes.put_segment(tail.id, &tail.state(Phase::Sealed, sequence));
         self.index.write(changes)?;
         self.segments.update(tail.id, |segment| segment.sealed = true);
+        // Of one that was closed early.
+        let rest_bytes = tail.records_end().saturating_sub(published_at);
+        if rest_bytes > tail.len_bytes / REST_SHARE {
+            self.give_back(id, tail.file, published_at, rest_bytes);
+        }
         Ok(())
     }
 

@@ -221,6 +221,32 @@ fn what_is_over_goes_while_others_are_written_without_a_pause() {
     assert_eq!(store.lookup(&ids(&long)).len(), 10, "its time is not over");
 }
 
+/// A class that is written now and then, never enough to fill a segment.
+#[test]
+fn what_comes_later_does_not_keep_what_came_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let settings = StoreSettings { segment_bytes: 64 << 20, capacity_bytes: u64::MAX, ..small() };
+    let store = Store::open_at(dir.path(), settings, clock.clone()).unwrap();
+    let at = |minute: u64| object(1000 + minute, 0, &LENS).with_class(TtlClass(0));
+    let mut most = 0;
+    for minute in 0..60 {
+        assert!(store.put(vec![at(minute)])[0].is_ok());
+        clock.pass(Duration::from_secs(60));
+        store.keep_house();
+        // Five minutes, half of them again, and the minute between two looks.
+        let kept: Vec<u64> =
+            (0..=minute).filter(|&minute| store.get(&[at(minute).id])[0].is_some()).collect();
+        assert!(kept.iter().all(|kept| minute - kept <= 9), "{kept:?} after {minute} minutes");
+        assert!(
+            (0..4.min(minute)).all(|ago| kept.contains(&(minute - ago))),
+            "{kept:?} after {minute} minutes"
+        );
+        most = most.max(store.stats().segment_bytes);
+    }
+    assert!(most < 130 << 20, "the rest of what is closed early stays: {most} bytes");
+}
+
 #[test]
 fn what_ran_out_meanwhile_goes_at_the_start() {
     let dir = tempfile::tempdir().unwrap();

@@ -177,7 +177,7 @@ impl Blank {
         shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
         let header = SegmentPage { id, class, generation, extent_bytes: len_bytes, sequence: 0 };
         shared.write_headers(file, &header)?;
-        Ok(Tail::empty(id, class, generation, file, len_bytes))
+        Ok(Tail::empty(id, class, generation, file, len_bytes, used_s))
     }
 
     fn remove(self, shared: &Shared) {
