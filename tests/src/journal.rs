@@ -44,6 +44,12 @@ impl Journal {
         Ok(())
     }
 
+    /// Objects that were acknowledged so far.
+    pub fn acknowledged(&self) -> usize {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.values().map(|(_, acknowledged)| acknowledged.len()).sum()
+    }
+
     /// Looks for everything on a node.
     pub async fn audit(&self, node: &Node) -> Result<Audit> {
         let entries: Vec<_> =

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use esker_tests::{
@@ -11,6 +11,8 @@ use esker_tests::{
 
 const KILLS: u64 = 20;
 const WRITERS: u64 = 4;
+/// For a first acknowledgement.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[tokio::test]
 async fn acknowledged_blocks_survive_a_kill_and_the_loss_of_the_index() -> Result<()> {
@@ -115,6 +117,11 @@ async fn random_kills_under_concurrent_puts_lose_nothing() -> Result<()> {
                 })
             })
             .collect();
+        // Mostly not before something was acknowledged, however slow the machine is.
+        let (before, started, waits) = (journal.acknowledged(), Instant::now(), random.below(4) > 0);
+        while waits && journal.acknowledged() == before && started.elapsed() < PATIENCE {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         tokio::time::sleep(Duration::from_millis(5 + random.below(120))).await;
         node.signal("KILL")?;
         for writer in writers {
