@@ -67,6 +67,8 @@ fn first_plane(
         let ids = &prefixes[round * 31 % prefixes.len()];
         let from = round * 17 % (ids.len() - MIXED_BLOCKS);
         let objects = bed.found(&ids[from..from + MIXED_BLOCKS])?;
+        // Its end, when what was used is written down, is not timed.
+        let mut fetch = None;
         first.extend(times(1, || {
             let request = FetchRequest {
                 objects: objects.clone(),
@@ -74,10 +76,11 @@ fn first_plane(
                 order: FetchOrder::ByObject,
                 deadline: None,
             };
-            let event = bed.store.fetch(request).next();
+            let event = fetch.insert(bed.store.fetch(request)).next();
             anyhow::ensure!(matches!(event, Some(FetchEvent::Plane { .. })), "a plane is missing");
             Ok(())
         })?);
+        drop(fetch);
         // What is still being read ahead would delay the next one.
         std::thread::sleep(SETTLE);
     }

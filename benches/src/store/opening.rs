@@ -13,8 +13,10 @@ use serde_json::{Map, Value, json};
 use super::{Bed, chain};
 use crate::floor::Extent;
 use crate::measure::Rate;
-use crate::{floor, identity, v4_flash};
+use crate::{floor, identity, prefix, v4_flash};
 
+/// Put at once to fill the segment that is being written.
+const FILLING_BLOCKS: u32 = 32;
 /// Blocks of one conversation.
 const CHAIN_BLOCKS: u32 = 1000;
 /// Conversations put at once.
@@ -78,7 +80,8 @@ pub(super) fn open(dir: &Path, blocks: u64, figures: &mut Map<String, Value>) ->
 
 /// Rebuilds the index of V4-Flash blocks. The floor reads the very same stretches of the same files, in the same order,
 /// through the same disk, with as many in flight as the rebuild has at most, and does nothing with them. What the rebuild
-/// does besides is in its time and not in the floor's: opening RocksDB, writing it, verifying what is not sealed.
+/// does besides is in its time and not in the floor's: opening RocksDB, writing it, verifying what is not sealed. Of that, the one
+/// segment that is being filled, which is written again as well, there is little: it would be much of a store as short as this one.
 pub(super) fn rebuild(
     bed: Bed,
     prefixes: &[Vec<ObjectId>],
@@ -86,6 +89,16 @@ pub(super) fn rebuild(
 ) -> anyhow::Result<()> {
     let Bed { dir, settings, store, disk } = bed;
     let blocks = prefixes.iter().map(Vec::len).sum::<usize>();
+    let begun = store.stats().segments;
+    for seed in 5000.. {
+        store
+            .put(prefix(&v4_flash(), seed, 0..FILLING_BLOCKS))
+            .into_iter()
+            .try_for_each(|outcome| outcome.map(drop))?;
+        if store.stats().segments > begun {
+            break;
+        }
+    }
     store.close()?;
     let disk = Recording::new(disk);
     let (mut rebuild, mut floor) = (Rate::default(), Rate::default());
