@@ -23,8 +23,8 @@ use esker_prefix::ObjectId;
 
 use crate::encoding::Encoded;
 use crate::index::{Changes, Phase, SegmentState};
-use crate::io::{Completion, Deliver, FileId, Op, OpKind, PAGE, Permit};
-use crate::segment::{Place, RECORDS_AT, SegmentId};
+use crate::io::{Completion, Deliver, FileId, Op, OpKind, Permit};
+use crate::segment::{Place, RECORDS_AT, SegmentId, last_page};
 use crate::shared::{Shared, is_own};
 use crate::{PutOutcome, Result, StoreError, TtlClass};
 use batch::{Batch, Pending, Putter, Repeat, Run};
@@ -698,7 +698,7 @@ impl Tail {
 
     /// Where the room for records ends: the last page is the seal's.
     pub(crate) fn records_end(&self) -> u64 {
-        self.len_bytes - PAGE as u64
+        last_page(self.len_bytes)
     }
 
     pub(crate) fn state(&self, phase: Phase, sequence: u64) -> SegmentState {

@@ -293,39 +293,37 @@ impl Fetch {
         let (tag, len_bytes) = (self.next_tag, read.len_bytes());
         self.next_tag += 1;
         self.held_bytes += len_bytes;
-        let mut arrived = None;
-        if read.kept.is_some() {
-            let (context, fetch) = (Arc::clone(&self.context), self.reply.clone());
-            let route =
-                Route { context, read: Arc::new(read), threads: None, fetch, submitted: Instant::now() };
-            if let Err(unsent) = self.shared.verifiers.jobs().send(Job::of_kept(route, tag, permit)) {
-                arrived = Some(unsent.0.take());
+        let arrived = match self.shared.segments.get(read.segment) {
+            _ if read.kept.is_some() => {
+                let job = Job::of_kept(self.route(read, None), tag, permit);
+                self.shared.verifiers.jobs().send(job).err().map(|unsent| unsent.0.take())
             }
-            self.in_flight.push_back(InFlight { tag, len_bytes, arrived });
-            return;
-        }
-        match self.shared.segments.get(read.segment) {
             Some(_) if !self.shared.admits_read() => {
-                let steps = self.context.take(&read, Err(MissKind::Unavailable));
-                arrived = Some(Taken { tag, steps, read_bytes: 0, kept: None, _permit: Some(permit) });
+                Some(self.unread(&read, tag, permit, MissKind::Unavailable))
             }
             Some(segment) => {
                 let buf = self.shared.pool.take(len_bytes);
                 let threads = (self.phase != Phase::Head).then(|| self.shared.verifiers.jobs());
                 let start = read.range.start;
-                let (context, fetch) = (Arc::clone(&self.context), self.reply.clone());
-                let route =
-                    Route { context, read: Arc::new(read), threads, fetch, submitted: Instant::now() };
-                let mut op = Op::read(segment.file, start, buf, tag, &route);
+                let mut op = Op::read(segment.file, start, buf, tag, &self.route(read, threads));
                 op.permit = Some(permit);
                 self.shared.disk.submit(op);
+                None
             }
-            None => {
-                let steps = self.context.take(&read, Err(MissKind::Absent));
-                arrived = Some(Taken { tag, steps, read_bytes: 0, kept: None, _permit: Some(permit) });
-            }
-        }
+            None => Some(self.unread(&read, tag, permit, MissKind::Absent)),
+        };
         self.in_flight.push_back(InFlight { tag, len_bytes, arrived });
+    }
+
+    fn route(&self, read: Read, threads: Option<Sender<Job>>) -> Route {
+        let (context, fetch) = (Arc::clone(&self.context), self.reply.clone());
+        Route { context, read: Arc::new(read), threads, fetch, submitted: Instant::now() }
+    }
+
+    /// What comes of a read that is not made.
+    fn unread(&self, read: &Read, tag: u64, permit: Permit, kind: MissKind) -> Taken {
+        let steps = self.context.take(read, Err(kind));
+        Taken { tag, steps, read_bytes: 0, kept: None, _permit: Some(permit) }
     }
 
     /// Waits for the oldest read. `false` if the deadline came first.

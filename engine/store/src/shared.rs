@@ -180,7 +180,7 @@ impl Shared {
     pub(crate) fn seal(&self, tail: &Tail, sequence: u64) -> Result<()> {
         let &Tail { id, class, generation, published_at, .. } = tail;
         let page = SegmentPage { id, class, generation, extent_bytes: published_at, sequence };
-        self.write_segment_page(tail.file, tail.len_bytes - PAGE as u64, PageKind::Seal, &page)
+        self.write_segment_page(tail.file, tail.records_end(), PageKind::Seal, &page)
             .and_then(|()| wait(self.disk.as_ref(), |reply| Op::sync(tail.file, 0, reply)))
             .map_err(StoreError::io("sealing", tail.id.file_name()))?;
         let mut changes = Changes::default();
