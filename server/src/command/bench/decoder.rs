@@ -79,8 +79,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     part("ordered", "restore in order, 128k cached tokens", &["ordered_restore_gain"], &|figures| {
         ordered::run(dir.path(), figures)
     });
-    super::tell(figures, args.json)?;
-    Ok(())
+    super::tell(figures, args.json)
 }
 
 /// The bundled weights with room for long contexts, and text.

@@ -58,6 +58,5 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         encrypted.close()?;
     }
     bed.close()?;
-    super::tell(figures, args.json)?;
-    Ok(())
+    super::tell(figures, args.json)
 }

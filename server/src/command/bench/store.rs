@@ -42,8 +42,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
         only: args.only.clone(),
     };
     let figures = esker_benches::store::run(&options, &|part| note!("{part}"))?;
-    super::tell(figures, args.json)?;
-    Ok(())
+    super::tell(figures, args.json)
 }
 
 /// Decodes the demo's document.
