@@ -185,6 +185,10 @@ impl Disk for Recording {
         self.inner.next_data(file, offset)
     }
 
+    fn next_hole(&self, file: FileId, offset: u64) -> u64 {
+        self.inner.next_hole(file, offset)
+    }
+
     fn register(&self, region: &Arc<Region>) -> io::Result<()> {
         self.inner.register(region)
     }

@@ -58,6 +58,11 @@ pub trait Disk: Send + Sync + 'static {
     fn next_data(&self, _file: FileId, offset: u64) -> u64 {
         offset
     }
+    /// First byte at or behind `offset` that was given back, or never written; `u64::MAX` if there is none. A disk that knows no
+    /// holes knows of none.
+    fn next_hole(&self, _file: FileId, _offset: u64) -> u64 {
+        u64::MAX
+    }
     /// Registers memory that ops will mostly use, once. Without it everything works, at a little more of the processor for
     /// each transfer; `Unsupported` if this disk knows no such thing.
     fn register(&self, _region: &std::sync::Arc<Region>) -> io::Result<()> {

@@ -8,9 +8,12 @@
 //! Segments are examined several at a time, since one alone waits for its own reads, and taken in one after another, in
 //! their order. What was found and waits to be taken in is bounded ([`SCANS`], [`WAITING_CHUNKS`], [`CHUNK_ENTRIES`]).
 //!
-//! When the index is right, the resident table is filled from it.
+//! When the index is right, the resident table is filled from it. An index that was lost and built anew, or is older than the
+//! segments, may name what was given back since: if some of it is gone it is no record any more, however whole its header is,
+//! and must neither answer for what is put nor stand in the way of an older one. Holes tell, without a read.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -22,17 +25,19 @@ use crate::commit::{Position, Tail};
 use crate::erasure::{Erase, Erasures};
 use crate::index::{Bulk, Changes, Entry, Index, Phase, SegmentState};
 use crate::io::{FileId, Op, PAGE, read_exact, wait};
+use crate::record::{PlacedHeader, Plane};
 use crate::scan::{Met, Scan, Scanned};
-use crate::segment::{Ends, OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage, last_page};
+use crate::segment::{Ends, OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage, Spot, last_page};
 use crate::shared::Shared;
 use crate::stats::MissCounts;
-use crate::{Result, StoreError};
+use crate::{Result, StoreError, verify};
 
 /// What a segment takes at most when everything in it was given back: its own two pages, and what a file system keeps.
 const EMPTY_BYTES: u64 = 16 * PAGE as u64;
 
-/// Segments examined at a time; each has one read in flight, or a few where all of it is read.
-pub const SCANS: usize = 16;
+/// Segments examined at a time; each has one read in flight, or a few where all of it is read. Fewer in tests, which open
+/// thousands of stores a minute on a disk that never waits.
+pub const SCANS: usize = if cfg!(test) { 3 } else { 16 };
 /// Entries handed over at a time.
 const CHUNK_ENTRIES: usize = 1024;
 /// Such chunks of one segment that wait to be taken in.
@@ -292,7 +297,12 @@ impl Worker<'_> {
         let open_or_suspect = if suspect { Phase::Suspect } else { Phase::Open };
         if seal.is_none()
             && records.count > 0
-            && let Err(error) = self.flush(found, header.as_ref())
+            && let Err(error) = self.flush(
+                file,
+                // A header that is gone, or never came to be, is written from what the index knows: without one nothing could be
+                // told once the index is gone, too.
+                &header.unwrap_or(SegmentPage { id, class, generation, extent_bytes: 0, sequence: 0 }),
+            )
         {
             tracing::error!(segment = %id, %error, "a segment cannot be flushed; what it may have lost is not indexed");
             // Some of it may have been acknowledged, by a process whose index is gone: scanned and flushed again next
@@ -335,11 +345,9 @@ impl Worker<'_> {
     }
 
     /// Makes what the scan has written again durable, and the header with it.
-    fn flush(&self, found: &Found, header: Option<&SegmentPage>) -> std::io::Result<()> {
-        if let Some(header) = header {
-            self.shared.write_segment_page(found.file, 0, PageKind::Header, header)?;
-        }
-        wait(self.shared.disk.as_ref(), |reply| Op::sync(found.file, 0, reply)).map(drop)
+    fn flush(&self, file: FileId, header: &SegmentPage) -> std::io::Result<()> {
+        self.shared.write_segment_page(file, 0, PageKind::Header, header)?;
+        wait(self.shared.disk.as_ref(), |reply| Op::sync(file, 0, reply)).map(drop)
     }
 
     /// Adds what a scan found to the index. Which of two records with one name holds is decided when the table is
@@ -369,6 +377,7 @@ impl Worker<'_> {
         let mut erasures = Erasures::default();
         let mut live_bytes: HashMap<SegmentId, u64> = HashMap::new();
         let mut newest_s = 0;
+        let (mut holes, mut given_back) = (Holes::default(), Vec::new());
         for entry in self.shared.index.entries() {
             let Ok(entry) = entry else {
                 self.report.index_damaged = true;
@@ -377,6 +386,15 @@ impl Worker<'_> {
             let segment = self.shared.segments.get(entry.spot.segment);
             if segment.is_none_or(|segment| entry.end() > segment.len_bytes) {
                 changes.remove(entry.spot);
+                self.report.entries_dropped += 1;
+                continue;
+            }
+            if let Some(segment) = segment
+                && holes.touch(self.shared, segment.file, &entry)
+                && self.is_gone(segment.file, segment.generation, &entry)
+            {
+                changes.remove(entry.spot);
+                given_back.push((entry.spot, segment.file, entry.end() - entry.spot.offset));
                 self.report.entries_dropped += 1;
                 continue;
             }
@@ -405,6 +423,9 @@ impl Worker<'_> {
             }
         }
         self.shared.index.write(changes)?;
+        for (spot, file, len_bytes) in given_back {
+            self.shared.give_back(spot.segment, file, spot.offset, len_bytes);
+        }
         self.shared.time.advance_to(newest_s);
         for (id, bytes) in live_bytes {
             self.shared.segments.update(id, |segment| segment.live_bytes = bytes);
@@ -412,6 +433,19 @@ impl Worker<'_> {
         self.report.own.retain(|entry| self.shared.table.is_at(entry.id, entry.spot));
         self.shared.erase_all(&erasures)?;
         self.account()
+    }
+
+    /// Whether a record with a hole in it is none any more: there are file systems that make holes of zeros.
+    fn is_gone(&self, file: FileId, generation: u64, entry: &Entry) -> bool {
+        let Shared { disk, pool, .. } = self.shared;
+        let len = usize::try_from(entry.end() - entry.spot.offset).unwrap_or(usize::MAX);
+        // What cannot be read just now may be there.
+        let Ok(record) = read_exact(disk.as_ref(), pool, file, entry.spot.offset, len) else { return false };
+        let Ok(found) = PlacedHeader::decode(&record) else { return true };
+        let same = found.place == entry.spot.in_generation(generation) && found.record_bytes == len;
+        let sound =
+            |plane: &Plane| verify::stored(&found.header, plane, &record[plane.range()], pool).is_ok();
+        !(same && found.header.planes.iter().all(sound))
     }
 
     /// Learns how much of each segment was given back before, and gives back those of which nothing is left.
@@ -427,6 +461,24 @@ impl Worker<'_> {
             self.shared.segments.update(id, |open| open.punched_bytes = open.len_bytes.saturating_sub(taken));
         }
         Ok(())
+    }
+}
+
+/// Where segments have holes, asked for as entries come, in order: once for a segment without any.
+#[derive(Default)]
+struct Holes {
+    segment: Option<SegmentId>,
+    /// From the first to the second there is none, and there is one at the second.
+    solid: Range<u64>,
+}
+
+impl Holes {
+    fn touch(&mut self, shared: &Shared, file: FileId, entry: &Entry) -> bool {
+        let Spot { segment, offset } = entry.spot;
+        if self.segment != Some(segment) || !self.solid.contains(&offset) {
+            (self.segment, self.solid) = (Some(segment), offset..shared.disk.next_hole(file, offset));
+        }
+        self.solid.end < entry.end()
     }
 }
 

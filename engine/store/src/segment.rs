@@ -23,7 +23,7 @@
 //!  16   8  segment id
 //!  24   8  generation: random, written into every record. Bytes that a client stored to look like a record cannot
 //!          have it right
-//!  32   8  header: length of the segment in bytes. seal: end of the last record
+//!  32   8  header: length of the segment in bytes, 0 if that is not known any more. seal: end of the last record
 //!  40   8  header: zero. seal: highest sequence before `end`
 //!  48  16  first 16 bytes of BLAKE3 over 0..48  }
 //!  64      zero

@@ -596,13 +596,13 @@ fn register(pool: &BufferPool, disk: &dyn Disk, settings: &StoreSettings) {
 /// Takes up the leases that were written down. One whose prefix is gone all the same holds what is left.
 fn restore_leases(shared: &Arc<Shared>, entries: &[Entry]) {
     let now_s = shared.time.now_s();
-    for entry in entries {
-        let Some(located) = shared.table.get(entry.id) else { continue };
-        let objects = vec![Found::new(entry.id, located)];
-        let (planes, order) = (PlaneSelection::All, FetchOrder::ByObject);
-        let event =
-            Fetch::new(Arc::clone(shared), FetchRequest { objects, planes, order, deadline: None }).next();
-        let Some(FetchEvent::Plane { bytes, .. }) = event else {
+    let found = |entry: &Entry| Some(Found::new(entry.id, shared.table.get(entry.id)?));
+    let objects: Vec<Found> = entries.iter().filter_map(found).collect();
+    let ids: Vec<LeaseId> = objects.iter().map(|found| LeaseId(found.id.hash.0)).collect();
+    let request =
+        FetchRequest { objects, planes: PlaneSelection::All, order: FetchOrder::ByObject, deadline: None };
+    for event in Fetch::new(Arc::clone(shared), request) {
+        let FetchEvent::Plane { object, bytes, .. } = event else {
             tracing::error!("the record of a lease cannot be read");
             continue;
         };
@@ -610,7 +610,7 @@ fn restore_leases(shared: &Arc<Shared>, entries: &[Entry]) {
             tracing::error!("the record of a lease cannot be understood");
             continue;
         };
-        let id = LeaseId(entry.id.hash.0);
+        let id = ids[object];
         let holds = |end: &ObjectId| deadline_s > now_s && shared.table.pin(*end);
         let ends: Vec<ObjectId> = ends.into_iter().filter(holds).collect();
         let bytes = ends.iter().filter_map(|&end| shared.table.path_bytes(end)).sum();

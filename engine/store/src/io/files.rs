@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::sys::Seek;
 use super::{FileId, PAGE};
 
 /// Open files of one folder.
@@ -73,13 +74,26 @@ impl Files {
     pub(super) fn next_data(&self, id: FileId, offset: u64) -> u64 {
         let found = || -> io::Result<u64> {
             let from = libc::off_t::try_from(offset).map_err(io::Error::other)?;
-            let found = super::sys::next_data(&*self.get(id)?, from)?;
+            let found = super::sys::seek(&*self.get(id)?, from, Seek::Data)?;
             // Blocks of the file system may be smaller than pages.
             let page = |at: libc::off_t| u64::try_from(at).unwrap_or(offset) / PAGE as u64 * PAGE as u64;
             Ok(found.map_or(u64::MAX, page))
         };
         // Who cannot tell has to read.
         found().unwrap_or(offset).max(offset)
+    }
+
+    pub(super) fn next_hole(&self, id: FileId, offset: u64) -> u64 {
+        let found = || -> io::Result<Option<libc::off_t>> {
+            let file = self.get(id)?;
+            let from = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+            let hole = super::sys::seek(&file, from, Seek::Hole)?;
+            // The end of a file counts as one.
+            Ok(hole.filter(|&at| {
+                u64::try_from(at).is_ok_and(|at| file.metadata().is_ok_and(|is| at < is.len()))
+            }))
+        };
+        found().ok().flatten().and_then(|at| u64::try_from(at).ok()).unwrap_or(u64::MAX)
     }
 
     pub(super) fn get(&self, id: FileId) -> io::Result<Arc<File>> {

@@ -68,6 +68,10 @@ impl Disk for PositionalDisk {
         self.files.next_data(file, offset)
     }
 
+    fn next_hole(&self, file: FileId, offset: u64) -> u64 {
+        self.files.next_hole(file, offset)
+    }
+
     fn submit(&self, op: Op) {
         let queue = self.queue.as_ref().expect("present until drop");
         if let Err(refused) = queue.send(op) {

@@ -178,8 +178,11 @@ impl Disk for SimDisk {
         let mut state = self.state();
         let name = state.open.get(&file).cloned().ok_or(io::ErrorKind::NotFound)?;
         let part = |bytes| usize::try_from(bytes).map_err(io::Error::other);
-        let zeros = vec![0; part(len_bytes)?];
-        state.write(&name, part(offset)?, &zeros, None).map(drop)
+        let (offset, zeros) = (part(offset)?, vec![0; part(len_bytes)?]);
+        let file = state.live.get_mut(&name).ok_or(io::ErrorKind::NotFound)?;
+        file.put(offset, &zeros, true);
+        state.history.push(Event::Wrote { name, offset, data: zeros.into(), failed: false, hole: true });
+        Ok(())
     }
 
     fn allocated_bytes(&self, file: FileId) -> io::Result<u64> {
@@ -196,6 +199,12 @@ impl Disk for SimDisk {
         let blank = bytes[from..].chunks(PAGE).take_while(|page| page.iter().all(|&byte| byte == 0)).count();
         let at = offset + (blank * PAGE) as u64;
         if at < bytes.len() as u64 { at } else { u64::MAX }
+    }
+
+    fn next_hole(&self, file: FileId, offset: u64) -> u64 {
+        let (state, from) = (self.state(), usize::try_from(offset).unwrap_or(usize::MAX));
+        let hole = state.open.get(&file).and_then(|name| state.live.next_hole(name, from));
+        hole.map_or(u64::MAX, |at| at as u64)
     }
 
     fn submit(&self, mut op: Op) {
@@ -288,12 +297,18 @@ impl State {
         let offset = offset.min(file.len());
         let len = (file.len() - offset).min(buf.len());
         let mut data = buf[..len].to_vec();
-        let mut put = |data: &[u8]| file[offset..offset + data.len()].copy_from_slice(data);
+        let mut put = |data: &[u8]| file.put(offset, data, false);
         match fault {
             Some(Fault::Lost) => return Ok(buf.len()),
             // Nobody sees it before the power cut, and then perhaps a part of it.
             Some(Fault::Errno(errno)) => {
-                history.push(Event::Wrote { name: name.to_owned(), offset, data: data.into(), failed: true });
+                history.push(Event::Wrote {
+                    name: name.to_owned(),
+                    offset,
+                    data: data.into(),
+                    failed: true,
+                    hole: false,
+                });
                 return Err(io::Error::from_raw_os_error(errno));
             }
             Some(Fault::Short(moved)) => data.truncate(moved),
@@ -302,7 +317,13 @@ impl State {
         }
         put(&data);
         let moved = data.len();
-        history.push(Event::Wrote { name: name.to_owned(), offset, data: data.into(), failed: false });
+        history.push(Event::Wrote {
+            name: name.to_owned(),
+            offset,
+            data: data.into(),
+            failed: false,
+            hole: false,
+        });
         Ok(if matches!(fault, Some(Fault::Misdirected(_))) { buf.len() } else { moved })
     }
 }

@@ -42,10 +42,21 @@ pub(super) fn punch(file: &File, offset: libc::off_t, len: libc::off_t) -> io::R
     }
 }
 
-/// `lseek(2)` to the first byte at or behind `offset` that is not in a hole. `None` if there is none.
-pub(super) fn next_data(file: &File, offset: libc::off_t) -> io::Result<Option<libc::off_t>> {
+/// What [`seek`] looks for.
+pub(super) enum Seek {
+    Data,
+    Hole,
+}
+
+/// `lseek(2)` to the first byte at or behind `offset` that is in no hole, or in one; the end of the file is in one. `None` if
+/// there is none.
+pub(super) fn seek(file: &File, offset: libc::off_t, what: Seek) -> io::Result<Option<libc::off_t>> {
+    let whence = match what {
+        Seek::Data => libc::SEEK_DATA,
+        Seek::Hole => libc::SEEK_HOLE,
+    };
     // SAFETY: the descriptor is open for as long as `file` is borrowed; no memory is passed. Nobody uses its position.
-    match unsafe { libc::lseek(file.as_raw_fd(), offset, libc::SEEK_DATA) } {
+    match unsafe { libc::lseek(file.as_raw_fd(), offset, whence) } {
         -1 => match io::Error::last_os_error() {
             error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
             error => Err(error),

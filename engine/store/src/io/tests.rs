@@ -102,6 +102,25 @@ fn files_are_made_whole_found_again_and_removed() {
 }
 
 #[test]
+fn holes_are_told_where_space_was_given_back() {
+    on_every_disk(|disk, _| {
+        let (pool, page) = (BufferPool::new(0), PAGE as u64);
+        let file = disk.create("a", 8 * page).unwrap();
+        wait(disk, |reply| Op::write(file, 0, filled(&pool, 8, 7), 0, reply)).unwrap();
+        wait(disk, |reply| Op::sync(file, 0, reply)).unwrap();
+        assert_eq!((disk.next_hole(file, 0), disk.next_data(file, 0)), (u64::MAX, 0));
+        match disk.punch(file, 3 * page, 2 * page) {
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported => return,
+            other => other.unwrap(),
+        }
+        let holes = [0, 3, 4, 5].map(|at| disk.next_hole(file, at * page));
+        assert_eq!(holes, [3 * page, 3 * page, 4 * page, u64::MAX]);
+        let data = [0, 3, 4, 5].map(|at| disk.next_data(file, at * page));
+        assert_eq!(data, [0, 5 * page, 5 * page, 5 * page]);
+    });
+}
+
+#[test]
 fn a_file_that_does_not_fit_leaves_nothing_behind() {
     on_every_disk(|disk, _| {
         let error = disk.create("huge", 1 << 50).unwrap_err();

@@ -121,6 +121,10 @@ impl Disk for UringDisk {
         self.files.next_data(file, offset)
     }
 
+    fn next_hole(&self, file: FileId, offset: u64) -> u64 {
+        self.files.next_hole(file, offset)
+    }
+
     fn register(&self, region: &Arc<Region>) -> io::Result<()> {
         self.ring.register(region)
     }

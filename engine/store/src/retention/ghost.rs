@@ -15,35 +15,30 @@ pub(super) struct Ghost {
 /// The ghosts: 12 bytes each.
 #[derive(Debug)]
 pub(super) struct Ghosts {
-    /// Uses of 0 mark an empty place.
-    places: Vec<Place>,
+    /// Print, last use and uses; uses of 0 mark an empty place. Plain numbers, so that the system's blank memory will do and
+    /// costs nothing before it is used.
+    places: Vec<[u32; 3]>,
     shift: u32,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Place {
-    print: u32,
-    last_s: u32,
-    uses: u8,
 }
 
 impl Ghosts {
     /// Places for `places` ghosts, rounded up to a power of two.
     pub(super) fn new(places: usize) -> Self {
         let places = places.next_power_of_two().max(2);
-        Self { places: vec![Place::default(); places], shift: 64 - places.ilog2() }
+        Self { places: vec![[0; 3]; places], shift: 64 - places.ilog2() }
     }
 
     /// What is remembered of the block with `print`.
     pub(super) fn get(&self, print: u32) -> Option<Ghost> {
-        let Place { print: found, last_s, uses } = self.places[self.place(print)];
+        let [found, last_s, uses] = self.places[self.place(print)];
+        let uses = u8::try_from(uses).unwrap_or(u8::MAX);
         (uses > 0 && found == print).then_some(Ghost { last_s, uses })
     }
 
     /// Remembers the block with `print`.
     pub(super) fn put(&mut self, print: u32, ghost: Ghost) {
         let place = self.place(print);
-        self.places[place] = Place { print, last_s: ghost.last_s, uses: ghost.uses };
+        self.places[place] = [print, ghost.last_s, u32::from(ghost.uses)];
     }
 
     #[expect(

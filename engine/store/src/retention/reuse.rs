@@ -46,11 +46,9 @@ struct LifeTable {
 
 impl Reuse {
     pub(super) fn new() -> Self {
-        let zero = [0.0; AGES];
-        let table = LifeTable { used: zero, exposed: zero, prompts: 0.0, last_s: None, worth: zero };
-        let mut reuse = Self { classes: vec![table; CLASSES] };
-        reuse.appraise();
-        reuse
+        let (zero, worth) = ([0.0; AGES], worth(&[PRIOR_SHARE; AGES]));
+        let table = LifeTable { used: zero, exposed: zero, prompts: 0.0, last_s: None, worth };
+        Self { classes: vec![table; CLASSES] }
     }
 
     /// A block became one of `class`.

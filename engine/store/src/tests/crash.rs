@@ -27,10 +27,11 @@ const STATES: u64 = 50_000;
 /// States of one script.
 const STATES_OF_SCRIPT: u64 = 600;
 /// Scripts that have failed once: a segment had the number of one that was gone, and an older index took it for that one; a
-/// lease of what was erased and put again let go of itself. The last one fails by other ways, too: a seal that could not be
+/// lease of what was erased and put again let go of itself. The third one fails by other ways, too: a seal that could not be
 /// written showed up after a power cut, and cut off what was appended since; an erasure that could not be acknowledged was passed
-/// over with the index and found without.
-const REGRESSIONS: &[u64] = &[829_415_642_273, 730_965_004_932_426, 900_247_531_705_698];
+/// over with the index and found without. The last one: a record that was half given back stood in the way of an older one that
+/// had answered for it; a header that a failed flush had lost was not written again with what was found behind it.
+const REGRESSIONS: &[u64] = &[829_415_642_273, 730_965_004_932_426, 900_247_531_705_698, 772_862_303_991_335];
 /// Those from before scripts erased and time passed in them, which they are run without: a torn record was covered by a seal;
 /// a flush after a failed one was believed.
 const PLAIN_REGRESSIONS: &[u64] = &[72_349_272_834_064, 72_349_272_834_070, 43_181_037_390_186];
@@ -260,8 +261,12 @@ impl State<'_> {
             clock.pass(Duration::from_secs(self.later_s));
             store.keep_house();
         }
-        self.oracle.check(&store, self.may_lose, random)?;
-        if self.may_lose > 0 || !random.once_in(5) {
+        let twice = self.may_lose == 0 && random.once_in(5);
+        // Not always looked at before: a look puts damage out of the way, and then it answers for nothing that is put.
+        if !(twice && random.once_in(2)) {
+            self.oracle.check(&store, self.may_lose, random)?;
+        }
+        if !twice {
             return Ok(());
         }
         // Life goes on, and the power fails again: in recovery, or behind it.

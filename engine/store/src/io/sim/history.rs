@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::image::File;
 use super::random::mix;
 use super::{Image, Random, SECTOR};
 
@@ -17,6 +18,8 @@ pub(super) enum Event {
         data: Arc<[u8]>,
         /// The writer was told so; the medium may hold any part of it, for good.
         failed: bool,
+        /// The space was given back; `data` is zero.
+        hole: bool,
     },
     /// All writes into the file that came before, but for these: their completion was not out.
     Synced(String, Vec<u64>),
@@ -82,6 +85,7 @@ struct Version {
     write: u64,
     /// No sync makes it durable any more.
     doubtful: bool,
+    hole: bool,
 }
 
 /// Which of the unflushed sectors a power cut spares. A device that writes back at random is one way to lose data;
@@ -165,7 +169,7 @@ impl Replay<'_> {
                 self.durable.remove(name);
                 self.unflushed.remove(name);
             }
-            Event::Wrote { name, offset, data, failed } => {
+            Event::Wrote { name, offset, data, failed, hole } => {
                 let sectors = self.unflushed.entry(name.clone()).or_default();
                 for start in (0..data.len()).step_by(SECTOR) {
                     sectors.entry((offset + start) / SECTOR).or_default().push(Version {
@@ -173,6 +177,7 @@ impl Replay<'_> {
                         start,
                         write: self.writes,
                         doubtful: *failed,
+                        hole: *hole,
                     });
                 }
                 self.writes += 1;
@@ -202,9 +207,9 @@ impl Replay<'_> {
 }
 
 impl Version {
-    fn write_to(&self, file: &mut [u8], sector: usize) {
+    fn write_to(&self, file: &mut File, sector: usize) {
         let bytes = &self.data[self.start..self.data.len().min(self.start + SECTOR)];
-        file[sector * SECTOR..][..bytes.len()].copy_from_slice(bytes);
+        file.put(sector * SECTOR, bytes, self.hole);
     }
 }
 

@@ -4,9 +4,9 @@
 //! afterwards goes to `images/` beside this file, and every run begins with those.
 //!
 //! ```text
-//! one zstd frame of: "esker crash image 1\n", then fields, each u64 length LE and bytes
+//! one zstd frame of: "esker crash image 2\n", then fields, each u64 length LE and bytes
 //!   why | segment_bytes | capacity_bytes | may_lose | later_s | clock, "" if there is none       numbers as text
-//!   count | then for each file of the medium: name | bytes
+//!   count | then for each file of the medium: name | bytes | numbers of sectors that were given back, u32 LE
 //!   count | then for each pair of the index: key | value
 //!   count | then for each object: kind u8 and hash | "must" or "may" | digest of the planes that are right
 //! ```
@@ -29,7 +29,7 @@ use crate::io::sim::{Image, SimDisk};
 use crate::tests::common::{ManualClock, all, fetch, planes};
 use crate::{Store, StoreSettings};
 
-const MAGIC: &[u8] = b"esker crash image 1\n";
+const MAGIC: &[u8] = b"esker crash image 2\n";
 
 /// Writes a state down. Says where.
 pub(super) fn keep(state: &State<'_>, name: &str, why: &str) -> String {
@@ -74,7 +74,7 @@ struct Kept {
     may_lose: u64,
     later_s: u64,
     clock: String,
-    files: Vec<(String, Vec<u8>)>,
+    files: Vec<(String, Vec<u8>, Vec<usize>)>,
     index: Contents,
     objects: Vec<(ObjectId, String, Vec<u8>)>,
 }
@@ -88,7 +88,11 @@ impl Kept {
             may_lose: state.may_lose as u64,
             later_s: state.later_s,
             clock: state.clock.clone().unwrap_or_default(),
-            files: state.image.files().map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).collect(),
+            files: state
+                .image
+                .files()
+                .map(|(name, bytes, holes)| (name.to_owned(), bytes.to_vec(), holes))
+                .collect(),
             index: state.index.clone(),
             objects: objects(&state.oracle),
         }
@@ -145,7 +149,10 @@ impl Kept {
         }
         out.text(&self.clock);
         out.number(self.files.len() as u64);
-        self.files.iter().for_each(|(name, bytes)| out.text(name).field(bytes));
+        for (name, bytes, holes) in &self.files {
+            let holes = holes.iter().flat_map(|&sector| u32::try_from(sector).unwrap().to_le_bytes());
+            out.text(name).field(bytes).field(&holes.collect::<Vec<u8>>());
+        }
         out.number(self.index.len() as u64);
         self.index.iter().for_each(|(key, value)| {
             out.field(key);
@@ -171,7 +178,7 @@ impl Kept {
             may_lose: rest.number()?,
             later_s: rest.number()?,
             clock: rest.text()?,
-            files: rest.many(|rest| Some((rest.text()?, rest.field()?.to_vec())))?,
+            files: rest.many(|rest| Some((rest.text()?, rest.field()?.to_vec(), rest.sectors()?)))?,
             index: rest.many(|rest| Some((rest.field()?.into(), rest.field()?.into())))?,
             objects: rest.many(|rest| {
                 let (&kind, hash) = rest.field()?.split_first()?;
@@ -210,14 +217,14 @@ fn digest(planes: &[Bytes]) -> Vec<u8> {
 struct Fields(Vec<u8>);
 
 impl Fields {
-    fn field(&mut self, bytes: &[u8]) {
+    fn field(&mut self, bytes: &[u8]) -> &mut Self {
         self.0.extend((bytes.len() as u64).to_le_bytes());
         self.0.extend(bytes);
+        self
     }
 
     fn text(&mut self, text: &str) -> &mut Self {
-        self.field(text.as_bytes());
-        self
+        self.field(text.as_bytes())
     }
 
     fn number(&mut self, number: u64) {
@@ -233,6 +240,12 @@ impl<'a> Rest<'a> {
         let (field, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*len)).ok()?)?;
         self.0 = rest;
         Some(field)
+    }
+
+    fn sectors(&mut self) -> Option<Vec<usize>> {
+        let (sectors, rest) = self.field()?.as_chunks();
+        let number = |sector| usize::try_from(u32::from_le_bytes(sector)).unwrap();
+        rest.is_empty().then(|| sectors.iter().copied().map(number).collect())
     }
 
     fn text(&mut self) -> Option<String> {
