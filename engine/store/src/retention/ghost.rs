@@ -15,8 +15,8 @@ pub(super) struct Ghost {
 /// The ghosts: 12 bytes each.
 #[derive(Debug)]
 pub(super) struct Ghosts {
-    /// Print, last use and uses; uses of 0 mark an empty place. Plain numbers, so that the system's blank memory will do and
-    /// costs nothing before it is used.
+    /// Print, last use and uses; uses of 0 mark an empty place. None at all before the first ghost: a store that is not full
+    /// has none.
     places: Vec<[u32; 3]>,
     shift: u32,
 }
@@ -24,19 +24,21 @@ pub(super) struct Ghosts {
 impl Ghosts {
     /// Places for `places` ghosts, rounded up to a power of two.
     pub(super) fn new(places: usize) -> Self {
-        let places = places.next_power_of_two().max(2);
-        Self { places: vec![[0; 3]; places], shift: 64 - places.ilog2() }
+        Self { places: Vec::new(), shift: 64 - places.next_power_of_two().max(2).ilog2() }
     }
 
     /// What is remembered of the block with `print`.
     pub(super) fn get(&self, print: u32) -> Option<Ghost> {
-        let [found, last_s, uses] = self.places[self.place(print)];
+        let &[found, last_s, uses] = self.places.get(self.place(print))?;
         let uses = u8::try_from(uses).unwrap_or(u8::MAX);
         (uses > 0 && found == print).then_some(Ghost { last_s, uses })
     }
 
     /// Remembers the block with `print`.
     pub(super) fn put(&mut self, print: u32, ghost: Ghost) {
+        if self.places.is_empty() {
+            self.places = vec![[0; 3]; 1 << (64 - self.shift)];
+        }
         let place = self.place(print);
         self.places[place] = [print, ghost.last_s, u32::from(ghost.uses)];
     }
