@@ -78,10 +78,6 @@ pub fn run(options: &Options<'_>, told: &dyn Fn(&str)) -> anyhow::Result<Map<Str
             told("latency");
             latency::run(&bed, &prefixes, &mut figures)?;
         }
-        if wanted("open") {
-            told("rebuild");
-            opening::rebuild(bed, &prefixes, &mut figures)?;
-        }
     }
     if wanted("rivals") {
         told("side by side with RocksDB's blob files and foyer");
@@ -92,6 +88,8 @@ pub fn run(options: &Options<'_>, told: &dyn Fn(&str)) -> anyhow::Result<Map<Str
         wear::run(dir.path(), options.trace, &mut figures)?;
     }
     if wanted("open") {
+        told("rebuild");
+        opening::rebuild(&dir.path().join("rebuild"), &mut figures)?;
         told("many small blocks");
         opening::open(&dir.path().join("small"), options.small_blocks, &mut figures)?;
     }
@@ -100,7 +98,6 @@ pub fn run(options: &Options<'_>, told: &dyn Fn(&str)) -> anyhow::Result<Map<Str
 
 /// A store and the disk below it.
 struct Bed {
-    dir: std::path::PathBuf,
     settings: StoreSettings,
     store: Store,
     disk: std::sync::Arc<dyn Disk>,
@@ -108,10 +105,13 @@ struct Bed {
 
 impl Bed {
     fn new(dir: &Path, zstd_level: Option<i32>) -> anyhow::Result<Self> {
-        let settings = StoreSettings { zstd_level, ..StoreSettings::default() };
+        Self::with(dir, StoreSettings { zstd_level, ..StoreSettings::default() })
+    }
+
+    fn with(dir: &Path, settings: StoreSettings) -> anyhow::Result<Self> {
         let store = Store::open(dir, settings.clone())?;
         let (disk, _) = io::choose(&dir.join("segments"), &settings.io_engines)?;
-        Ok(Self { dir: dir.to_owned(), settings, store, disk })
+        Ok(Self { settings, store, disk })
     }
 
     /// All objects of a prefix.

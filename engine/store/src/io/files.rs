@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -96,6 +96,11 @@ impl Files {
         found().ok().flatten().and_then(|at| u64::try_from(at).ok()).unwrap_or(u64::MAX)
     }
 
+    pub(super) fn read_now(&self, id: FileId, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let file = self.get(id)?;
+        moved(buf.len(), |done| file.read_at(&mut buf[done..], offset + done as u64))
+    }
+
     pub(super) fn get(&self, id: FileId) -> io::Result<Arc<File>> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         open.get(&id).map(|(_, file)| Arc::clone(file)).ok_or_else(|| io::ErrorKind::NotFound.into())
@@ -122,6 +127,24 @@ impl Files {
     fn sync_dir(&self) -> io::Result<()> {
         File::open(&self.dir)?.sync_all()
     }
+}
+
+/// Repeats a transfer of `len` bytes until all are moved, or no more can be.
+pub(super) fn moved(len: usize, mut transfer: impl FnMut(usize) -> io::Result<usize>) -> io::Result<usize> {
+    let mut done = 0;
+    while done < len {
+        match transfer(done) {
+            Ok(0) => break,
+            Ok(moved) => done += moved,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        // What is left after an odd count cannot be moved with O_DIRECT; at the end of a file nothing is left.
+        if !done.is_multiple_of(PAGE) {
+            break;
+        }
+    }
+    Ok(done)
 }
 
 /// Free space that every file leaves behind it, for the index on the same file system: a share of its length, and at

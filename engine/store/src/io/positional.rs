@@ -72,6 +72,10 @@ impl Disk for PositionalDisk {
         self.files.next_hole(file, offset)
     }
 
+    fn read_now(&self, file: FileId, offset: u64, buf: &mut [u8]) -> Option<io::Result<usize>> {
+        Some(self.files.read_now(file, offset, buf))
+    }
+
     fn submit(&self, op: Op) {
         let queue = self.queue.as_ref().expect("present until drop");
         if let Err(refused) = queue.send(op) {
@@ -107,23 +111,8 @@ fn run(file: &File, op: &mut Op) -> io::Result<usize> {
     let Some(buf) = op.buf.as_deref_mut() else {
         return file.sync_data().map(|()| 0);
     };
-    let mut done = 0;
-    while done < buf.len() {
-        let at = offset + done as u64;
-        let moved = match kind {
-            OpKind::Read => file.read_at(&mut buf[done..], at),
-            _ => file.write_at(&buf[done..], at),
-        };
-        match moved {
-            Ok(0) => break,
-            Ok(moved) => done += moved,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-        // What is left after an odd count cannot be moved with O_DIRECT; at the end of a file nothing is left.
-        if !done.is_multiple_of(super::PAGE) {
-            break;
-        }
-    }
-    Ok(done)
+    super::files::moved(buf.len(), |done| match kind {
+        OpKind::Read => file.read_at(&mut buf[done..], offset + done as u64),
+        _ => file.write_at(&buf[done..], offset + done as u64),
+    })
 }

@@ -125,6 +125,10 @@ impl Disk for UringDisk {
         self.files.next_hole(file, offset)
     }
 
+    fn read_now(&self, file: FileId, offset: u64, buf: &mut [u8]) -> Option<io::Result<usize>> {
+        Some(self.files.read_now(file, offset, buf))
+    }
+
     fn register(&self, region: &Arc<Region>) -> io::Result<()> {
         self.ring.register(region)
     }
