@@ -197,6 +197,35 @@ fn a_cut_under_an_open_store_is_a_miss() {
     assert_eq!(got[1..], [Err(MissKind::Truncated), Err(MissKind::Truncated)]);
 }
 
+/// A power cut may leave a record half given back, whole by its header, and an index that still names it.
+#[test]
+fn what_is_half_given_back_answers_for_nothing_that_is_put() {
+    let second_page = |gone: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let put = object(1, 1, &[20_000]);
+        let store = Store::open(dir.path(), buffered()).unwrap();
+        assert!(store.put(vec![put.clone(), object(2, 2, &LENS)]).iter().all(Result::is_ok));
+        let (spot, page) = (entry(&store, id(1)).spot, PAGE as u64);
+        if gone {
+            let file = store.shared.segments.get(spot.segment).unwrap().file;
+            store.shared.disk.punch(file, spot.offset + page, page).unwrap();
+        } else {
+            segment(dir.path(), 1).write_all_at(&[0; PAGE], spot.offset + page).unwrap();
+        }
+        store.close().unwrap();
+        let store = Store::open(dir.path(), buffered()).unwrap();
+        assert_eq!(store.lookup(&[id(2)]).len(), 1, "the other one stays");
+        let (dropped, outcome) =
+            (store.open_report().entries_dropped, store.put(vec![put.clone()]).remove(0).ok());
+        let found = store.lookup(&[id(1)]);
+        let right = fetch(&store, all(found))[0].as_ref().is_ok_and(|bytes| *bytes == planes(&put));
+        (dropped, outcome, right)
+    };
+    assert_eq!(second_page(true), (1, Some(PutOutcome::Stored), true));
+    // The control: damage without a hole shows only when it is read, and then as a miss.
+    assert_eq!(second_page(false), (0, Some(PutOutcome::Present), false));
+}
+
 #[test]
 fn a_damaged_record_ends_nothing() {
     let dir = tempfile::tempdir().unwrap();
