@@ -90,7 +90,7 @@ pub(super) fn open(dir: &Path, blocks: u64, figures: &mut Map<String, Value>) ->
 pub(super) fn rebuild(dir: &Path, figures: &mut Map<String, Value>) -> anyhow::Result<()> {
     let settings = StoreSettings { zstd_level: None, ..StoreSettings::default() };
     let segment_bytes = settings.segment_bytes / SHORTER;
-    let Bed { settings, store, disk, .. } = Bed::with(dir, StoreSettings { segment_bytes, ..settings })?;
+    let Bed { settings, store, disk } = Bed::with(dir, StoreSettings { segment_bytes, ..settings })?;
     for seed in 0..WRITERS {
         for first in (0..BLOCKS).step_by(FILLING_BLOCKS as usize) {
             let blocks = prefix(&v4_flash(), seed, first..BLOCKS.min(first + FILLING_BLOCKS));

@@ -25,7 +25,7 @@ use crate::commit::{Position, Tail};
 use crate::erasure::{Erase, Erasures};
 use crate::index::{Bulk, Changes, Entry, Index, Phase, SegmentState};
 use crate::io::{FileId, Op, PAGE, read_exact, wait};
-use crate::record::{PlacedHeader, Plane};
+use crate::record::PlacedHeader;
 use crate::scan::{Met, Scan, Scanned};
 use crate::segment::{Ends, OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage, Spot, last_page};
 use crate::shared::Shared;
@@ -443,9 +443,7 @@ impl Worker<'_> {
         let Ok(record) = read_exact(disk.as_ref(), pool, file, entry.spot.offset, len) else { return false };
         let Ok(found) = PlacedHeader::decode(&record) else { return true };
         let same = found.place == entry.spot.in_generation(generation) && found.record_bytes == len;
-        let sound =
-            |plane: &Plane| verify::stored(&found.header, plane, &record[plane.range()], pool).is_ok();
-        !(same && found.header.planes.iter().all(sound))
+        !(same && verify::stored_record(&found.header, &record, pool).is_ok())
     }
 
     /// Learns how much of each segment was given back before, and gives back those of which nothing is left.

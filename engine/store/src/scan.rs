@@ -166,9 +166,7 @@ impl Scan<'_> {
         }
         if self.verify_payload {
             let record = window.bytes(at, found.record_bytes)?;
-            for plane in &found.header.planes {
-                verify::stored(&found.header, plane, &record[plane.range()], self.pool)?;
-            }
+            verify::stored_record(&found.header, record, self.pool)?;
             if self.write_again {
                 self.write_again(at, record)?;
             }

@@ -105,6 +105,15 @@ pub(crate) fn stored(
     }
 }
 
+/// The same of all planes of a record.
+pub(crate) fn stored_record(
+    header: &RecordHeader,
+    record: &[u8],
+    pool: &Arc<BufferPool>,
+) -> Result<(), MissKind> {
+    header.planes.iter().try_for_each(|plane| stored(header, plane, &record[plane.range()], pool))
+}
+
 thread_local! {
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }

@@ -15,10 +15,16 @@ pub(super) struct Ghost {
 /// The ghosts: 12 bytes each.
 #[derive(Debug)]
 pub(super) struct Ghosts {
-    /// Print, last use and uses; uses of 0 mark an empty place. None at all before the first ghost: a store that is not full
-    /// has none.
-    places: Vec<[u32; 3]>,
+    /// Uses of 0 mark an empty place. No places at all before the first ghost: a store that is not full has none.
+    places: Vec<Place>,
     shift: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    print: u32,
+    last_s: u32,
+    uses: u8,
 }
 
 impl Ghosts {
@@ -29,18 +35,17 @@ impl Ghosts {
 
     /// What is remembered of the block with `print`.
     pub(super) fn get(&self, print: u32) -> Option<Ghost> {
-        let &[found, last_s, uses] = self.places.get(self.place(print))?;
-        let uses = u8::try_from(uses).unwrap_or(u8::MAX);
+        let &Place { print: found, last_s, uses } = self.places.get(self.place(print))?;
         (uses > 0 && found == print).then_some(Ghost { last_s, uses })
     }
 
     /// Remembers the block with `print`.
     pub(super) fn put(&mut self, print: u32, ghost: Ghost) {
         if self.places.is_empty() {
-            self.places = vec![[0; 3]; 1 << (64 - self.shift)];
+            self.places = vec![Place::default(); 1 << (64 - self.shift)];
         }
         let place = self.place(print);
-        self.places[place] = [print, ghost.last_s, u32::from(ghost.uses)];
+        self.places[place] = Place { print, last_s: ghost.last_s, uses: ghost.uses };
     }
 
     #[expect(

@@ -122,10 +122,8 @@ impl File {
     pub(super) fn put(&mut self, offset: usize, bytes: &[u8], hole: bool) {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
         let sectors = offset / SECTOR..(offset + bytes.len()).div_ceil(SECTOR);
-        match hole {
-            true => self.holes.extend(sectors),
-            false if self.holes.is_empty() => {}
-            false => self.holes.retain(|sector| !sectors.contains(sector)),
+        for sector in sectors {
+            let _ = if hole { self.holes.insert(sector) } else { self.holes.remove(&sector) };
         }
     }
 }
