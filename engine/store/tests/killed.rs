@@ -120,9 +120,15 @@ fn what_a_killed_process_acknowledged_is_there() {
 /// The control: of a process that acknowledges before it puts, blocks are lost, and the test sees it.
 #[test]
 fn what_was_acknowledged_too_early_is_missed() {
-    let tally = kill(30, true);
-    figures::report("kill_control", &[("kills", tally.kills), ("lost_found", tally.lost.len() as u64)]);
-    assert!(!tally.lost.is_empty(), "the test is blind");
+    let (mut kills, mut lost) = (0, 0);
+    // On a machine with more to do a process may be killed before it has come to anything.
+    while lost == 0 && kills < 300 {
+        let tally = kill(30, true);
+        kills += tally.kills;
+        lost += tally.lost.len() as u64;
+    }
+    figures::report("kill_control", &[("kills", kills), ("lost_found", lost)]);
+    assert!(lost > 0, "the test is blind");
 }
 
 fn kill(kills: u64, lies: bool) -> Tally {
