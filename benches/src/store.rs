@@ -208,6 +208,7 @@ impl Link {
             parent: (!root).then_some(esker_prefix::ObjectId { kind, hash: self.parent }),
             namespace: self.namespace,
             scope: self.scope,
+            writer: esker_prefix::WriterId::UNNAMED,
             class: esker_store::TtlClass::default(),
             tokens: self.tokens,
             planes: Vec::new(),

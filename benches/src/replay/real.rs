@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
-use esker_prefix::{BlockHash, Chain, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeKey, TokenId};
+use esker_prefix::{
+    BlockHash, Chain, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeKey, TokenId, WriterId,
+};
 use esker_store::clock::Clock;
 use esker_store::io::PAGE;
 use esker_store::{
@@ -256,6 +258,7 @@ impl<'a> Replay<'a> {
             parent: at.checked_sub(1).map(|before| ids[before]),
             namespace: self.namespace,
             scope: self.scope.tag(),
+            writer: WriterId::UNNAMED,
             class: CLASS,
             tokens: end.min(u64::from(request.input_tokens)),
             planes: (0..count).map(plane).collect(),

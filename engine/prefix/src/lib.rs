@@ -11,6 +11,7 @@ mod namespace;
 mod object;
 mod scope;
 mod token;
+mod writer;
 
 pub use chain::{BlockHash, Chain, rekey};
 pub use error::{PrefixError, Result};
@@ -19,3 +20,4 @@ pub use namespace::{Namespace, NamespaceId};
 pub use object::{BlockObject, ObjectId, ObjectKind, StateObject};
 pub use scope::{RootSecret, ScopeKey, ScopeKind, ScopeTag};
 pub use token::TokenId;
+pub use writer::WriterId;

@@ -64,6 +64,7 @@ impl Hashed {
             id: &self.object.id,
             namespace: &self.object.namespace,
             scope: &self.object.scope,
+            writer: self.object.writer,
             tokens: self.object.tokens,
         };
         SCRATCH.with_borrow_mut(|scratch| -> Result<()> {
@@ -103,8 +104,8 @@ impl Hashed {
         })?;
         record.truncate(end);
         record[end..].fill(0);
-        let PutObject { id, parent, namespace, scope, class, tokens, .. } = self.object;
-        let header = RecordHeader { id, parent, namespace, scope, class, tokens, seal, planes };
+        let PutObject { id, parent, namespace, scope, writer, class, tokens, .. } = self.object;
+        let header = RecordHeader { id, parent, namespace, scope, writer, class, tokens, seal, planes };
         Ok(Encoded { digest: header.content_digest(), header, record })
     }
 }

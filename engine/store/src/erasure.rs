@@ -1,12 +1,12 @@
 //! Erasure: what is erased never comes back, whatever crashes and however the index is rebuilt.
 //!
-//! An erasure is a record without planes whose header says it all: an object as its parent, or else a scope, or else a
-//! namespace. Everything of it with a lower sequence is gone; what is put later is new. The record is durable before
+//! An erasure is a record without planes whose header says it all: an object as its parent, or else a writer, or else a scope,
+//! or else a namespace. Everything of it with a lower sequence is gone; what is put later is new. The record is durable before
 //! anything is removed, and every opening applies all of them again.
 
 use std::collections::HashMap;
 
-use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 
 use crate::index::Entry;
 use crate::{PutObject, TtlClass};
@@ -20,26 +20,35 @@ pub enum Erase {
     Scope(ScopeTag),
     /// Everything of a namespace, its layout too.
     Namespace(NamespaceId),
+    /// Everything that one writer has put, layouts apart: its word counts for nothing any more.
+    Writer(WriterId),
 }
 
 impl Erase {
     /// The object that makes it durable.
     pub(crate) fn object(self) -> PutObject {
-        let (parent, scope, namespace) = match self {
-            Self::Object(id) => (Some(id), ScopeTag([0; 16]), NamespaceId([0; 32])),
-            Self::Scope(scope) => (None, scope, NamespaceId([0; 32])),
-            Self::Namespace(namespace) => (None, ScopeTag([0; 16]), namespace),
-        };
+        let (mut parent, mut writer) = (None, WriterId::UNNAMED);
+        let (mut scope, mut namespace) = (ScopeTag([0; 16]), NamespaceId([0; 32]));
+        match self {
+            Self::Object(id) => parent = Some(id),
+            Self::Scope(erased) => scope = erased,
+            Self::Namespace(erased) => namespace = erased,
+            Self::Writer(erased) => writer = erased,
+        }
         let mut hasher = blake3::Hasher::new();
         hasher
             .update(&parent.map_or([0; 32], |id| id.hash.0))
             .update(&[parent.map_or(0, |id| id.kind as u8)]);
         hasher.update(&scope.0).update(&namespace.0);
+        if writer != WriterId::UNNAMED {
+            hasher.update(&writer.0.to_le_bytes());
+        }
         PutObject {
             id: ObjectId { kind: ObjectKind::Erasure, hash: BlockHash(*hasher.finalize().as_bytes()) },
             parent,
             namespace,
             scope,
+            writer,
             class: TtlClass::PERMANENT,
             tokens: 0,
             planes: Vec::new(),
@@ -50,6 +59,7 @@ impl Erase {
     pub(crate) fn of(entry: &Entry) -> Option<Self> {
         (entry.id.kind == ObjectKind::Erasure).then_some(match entry.parent {
             Some(id) => Self::Object(id),
+            None if entry.writer != WriterId::UNNAMED => Self::Writer(entry.writer),
             None if entry.scope.0 != [0; 16] => Self::Scope(entry.scope),
             None => Self::Namespace(entry.namespace),
         })
@@ -62,6 +72,7 @@ pub(crate) struct Erasures {
     objects: HashMap<ObjectId, u64>,
     scopes: HashMap<ScopeTag, u64>,
     namespaces: HashMap<NamespaceId, u64>,
+    writers: HashMap<WriterId, u64>,
 }
 
 impl Erasures {
@@ -70,12 +81,14 @@ impl Erasures {
             Erase::Object(id) => self.objects.entry(id).or_default(),
             Erase::Scope(scope) => self.scopes.entry(scope).or_default(),
             Erase::Namespace(namespace) => self.namespaces.entry(namespace).or_default(),
+            Erase::Writer(writer) => self.writers.entry(writer).or_default(),
         };
         *newest = sequence.max(*newest);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.objects.is_empty() && self.scopes.is_empty() && self.namespaces.is_empty()
+        let Self { objects, scopes, namespaces, writers } = self;
+        objects.is_empty() && scopes.is_empty() && namespaces.is_empty() && writers.is_empty()
     }
 
     /// Whether one of them means the record of this entry.
@@ -83,8 +96,11 @@ impl Erasures {
         if !matches!(entry.id.kind, ObjectKind::Block | ObjectKind::State | ObjectKind::Layout) {
             return false;
         }
-        let by_scope = self.scopes.get(&entry.scope).filter(|_| entry.id.kind != ObjectKind::Layout);
-        let newest = [self.objects.get(&entry.id), by_scope, self.namespaces.get(&entry.namespace)];
-        newest.into_iter().flatten().any(|&sequence| entry.sequence < sequence)
+        // A layout is nobody's word in particular.
+        let layout = entry.id.kind == ObjectKind::Layout;
+        let by_scope = self.scopes.get(&entry.scope).filter(|_| !layout);
+        let by_writer = self.writers.get(&entry.writer).filter(|_| !layout);
+        let others = [self.objects.get(&entry.id), self.namespaces.get(&entry.namespace)];
+        others.into_iter().chain([by_scope, by_writer]).flatten().any(|&sequence| entry.sequence < sequence)
     }
 }

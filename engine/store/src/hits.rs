@@ -91,7 +91,7 @@ impl HitCounts {
     pub(crate) fn erase(&self, erase: Erase, changes: &mut Changes) {
         self.all().retain(|of, _| {
             let gone = match erase {
-                Erase::Object(_) => false,
+                Erase::Object(_) | Erase::Writer(_) => false,
                 Erase::Scope(scope) => of.1 == scope,
                 Erase::Namespace(namespace) => of.0 == namespace,
             };

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, WriterId};
 
 use crate::fields::{Reader, Writer};
 use crate::{PutObject, PutPlane, TtlClass};
@@ -91,6 +91,7 @@ pub(crate) fn object(id: LeaseId, ends: &[ObjectId], deadline_s: u32) -> PutObje
         parent: None,
         namespace: NamespaceId([0; 32]),
         scope: ScopeTag([0; 16]),
+        writer: WriterId::UNNAMED,
         class: TtlClass::PERMANENT,
         tokens: 0,
         planes: vec![PutPlane { spec, shape: None, bytes: Bytes::from(bytes) }],

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use esker_prefix::{
     BlockHash, BlockObject, KvLayout, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, StateObject,
+    WriterId,
 };
 
 use crate::codec::PlaneShape;
@@ -18,6 +19,8 @@ pub struct PutObject {
     pub namespace: NamespaceId,
     /// Scope it belongs to.
     pub scope: ScopeTag,
+    /// Whose word it is.
+    pub writer: WriterId,
     /// How long it is kept.
     pub class: TtlClass,
     /// Length in tokens of the prefix that it completes.
@@ -77,6 +80,7 @@ impl PutObject {
             parent,
             namespace: object.namespace(),
             scope: object.scope(),
+            writer: WriterId::UNNAMED,
             class: TtlClass::default(),
             tokens: object.tokens(),
             planes: pair(layout, ObjectKind::Block, object.into_planes()),
@@ -90,6 +94,7 @@ impl PutObject {
             parent: Some(ObjectId { kind: ObjectKind::Block, hash: object.id().hash }),
             namespace: object.namespace(),
             scope: object.scope(),
+            writer: WriterId::UNNAMED,
             class: TtlClass::default(),
             tokens: object.tokens(),
             planes: pair(layout, ObjectKind::State, object.into_planes()),
@@ -105,6 +110,7 @@ impl PutObject {
             parent: None,
             namespace,
             scope: ScopeTag([0; 16]),
+            writer: WriterId::UNNAMED,
             class: TtlClass::PERMANENT,
             tokens: 0,
             planes: vec![PutPlane { spec, shape: None, bytes }],
@@ -114,6 +120,11 @@ impl PutObject {
     /// The same object, kept for as long as `class` says.
     pub fn with_class(self, class: TtlClass) -> Self {
         Self { class, ..self }
+    }
+
+    /// The same object as the word of `writer`.
+    pub fn by(self, writer: WriterId) -> Self {
+        Self { writer, ..self }
     }
 
     /// Raw bytes of all planes.

@@ -20,7 +20,7 @@
 //!  56   8  tokens
 //!  64   8  raw bytes of all planes
 //!  72   4  store time of the put, in seconds (clock.rs)
-//!  76   4  zero
+//!  76   4  number of the writer, 0 if none was named
 //!  80  32  hash of the object
 //! 112  32  hash of the parent, zero for a root
 //! 144  32  namespace
@@ -48,7 +48,7 @@
 //! of a V4-Flash block. Records of earlier builds have planes of 64 KiB and more on pages; the table says where, and both
 //! are read. Padding is zero and covered by nothing.
 
-use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, WriterId};
 
 use crate::TtlClass;
 use crate::fields::{Reader, Writer, narrow};
@@ -93,6 +93,7 @@ pub(crate) struct RecordHeader {
     pub(crate) parent: Option<ObjectId>,
     pub(crate) namespace: NamespaceId,
     pub(crate) scope: ScopeTag,
+    pub(crate) writer: WriterId,
     pub(crate) class: TtlClass,
     pub(crate) tokens: u64,
     /// By what its planes are sealed.
@@ -181,7 +182,7 @@ impl RecordHeader {
         writer.u8(self.parent.map_or(0, |parent| parent.kind as u8)).u8(self.class.0).u8(0);
         writer.u16(planes).u32(narrow(self.header_bytes())).u32(record_pages);
         writer.u64(sequence).u64(place.segment.0).u64(place.generation).u64(place.offset);
-        writer.u64(self.tokens).u64(self.raw_bytes()).u32(time_s).u32(0);
+        writer.u64(self.tokens).u64(self.raw_bytes()).u32(time_s).u32(self.writer.0);
         writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
         writer.bytes(&self.namespace.0).bytes(&self.scope.0).bytes(&self.content_digest().0);
         writer.u32(key).bytes(&salt).bytes(&[0; 16]);
@@ -226,7 +227,8 @@ impl PlacedHeader {
         let sequence = reader.u64();
         let place =
             Place { segment: SegmentId(reader.u64()), generation: reader.u64(), offset: reader.u64() };
-        let (tokens, raw_bytes, time_s, _) = (reader.u64(), reader.u64(), reader.u32(), reader.u32());
+        let (tokens, raw_bytes, time_s) = (reader.u64(), reader.u64(), reader.u32());
+        let writer = WriterId(reader.u32());
         let (hash, parent_hash) = (BlockHash(reader.bytes()), BlockHash(reader.bytes()));
         let (namespace, scope) = (NamespaceId(reader.bytes()), ScopeTag(reader.bytes()));
         let digest = ContentDigest(reader.bytes());
@@ -261,7 +263,7 @@ impl PlacedHeader {
             }
         };
         let (id, class) = (ObjectId { kind, hash }, TtlClass(class));
-        let header = RecordHeader { id, parent, namespace, scope, class, tokens, seal, planes };
+        let header = RecordHeader { id, parent, namespace, scope, writer, class, tokens, seal, planes };
         if header.raw_bytes() != raw_bytes
             || header.content_digest() != digest
             || header.record_bytes() != record_bytes

@@ -12,7 +12,7 @@
 
 use std::fmt;
 
-use esker_prefix::{ObjectKind, ScopeTag};
+use esker_prefix::{ObjectKind, ScopeTag, WriterId};
 
 use crate::fields::Writer;
 use crate::record::{Plane, RecordHeader};
@@ -86,7 +86,7 @@ pub(crate) fn is_secret(kind: ObjectKind) -> bool {
 ///   8   4  position of the plane
 ///  12   4  stored length in bytes, with the tag
 ///  16   4  raw length in bytes
-///  20   4  zero
+///  20   4  number of the writer
 ///  24   8  tokens
 ///  32  32  hash of the object
 ///  64  32  namespace
@@ -97,7 +97,7 @@ pub(crate) fn about(header: &Named<'_>, index: u32, plane: &Plane) -> [u8; ABOUT
     let mut writer = Writer::new(&mut about);
     writer.u8(header.id.kind as u8).u8(plane.codec as u8);
     writer.u16(plane.group).u16(plane.first_layer).u16(plane.layers).u32(index);
-    writer.u32(plane.stored_bytes).u32(plane.raw_bytes).u32(0).u64(header.tokens);
+    writer.u32(plane.stored_bytes).u32(plane.raw_bytes).u32(header.writer.0).u64(header.tokens);
     writer.bytes(&header.id.hash.0).bytes(&header.namespace.0).bytes(&header.scope.0);
     about
 }
@@ -107,11 +107,13 @@ pub(crate) struct Named<'a> {
     pub(crate) id: &'a esker_prefix::ObjectId,
     pub(crate) namespace: &'a esker_prefix::NamespaceId,
     pub(crate) scope: &'a ScopeTag,
+    pub(crate) writer: WriterId,
     pub(crate) tokens: u64,
 }
 
 impl<'a> From<&'a RecordHeader> for Named<'a> {
     fn from(header: &'a RecordHeader) -> Self {
-        Self { id: &header.id, namespace: &header.namespace, scope: &header.scope, tokens: header.tokens }
+        let RecordHeader { id, namespace, scope, writer, tokens, .. } = header;
+        Self { id, namespace, scope, writer: *writer, tokens: *tokens }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag};
+use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 
 use crate::clock::{Clock, StoreTime, SystemClock};
 use crate::commit::{Committer, Outcome, Submission};
@@ -15,7 +15,7 @@ use crate::encoding::Hashed;
 use crate::erasure::Erase;
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::hits::HitCounts;
-use crate::index::{Entry, Index};
+use crate::index::{Changes, Entry, Index};
 use crate::io::{self, AlignedBuf, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
@@ -56,6 +56,8 @@ pub struct Found {
     pub namespace: NamespaceId,
     /// Scope it belongs to.
     pub scope: ScopeTag,
+    /// Whose word alone it is; unnamed where nobody was named, or where it was vouched for ([`Store::vouch`]).
+    pub sole_writer: WriterId,
     pub(crate) located: Located,
     /// The record's header once it was read, if it is to be remembered.
     pub(crate) header: Option<Arc<OnceLock<RecordHeader>>>,
@@ -211,6 +213,7 @@ impl Store {
         };
         restore_leases(&shared, &recovery.own);
         shared.hits.load(&shared.index, &shared.table.realms())?;
+        restore_vouches(&shared)?;
         let committer = Committer::start(Arc::clone(&shared), position)
             .map_err(StoreError::io("starting the commit thread of", dir))?;
         let scrubber =
@@ -347,6 +350,19 @@ impl Store {
     /// Something newer took the place of an object: it goes first when space is needed, unless it is held.
     pub fn supersede(&self, id: ObjectId) {
         self.shared.table.demote(id);
+    }
+
+    /// Says that these objects are no longer the word of their writer alone: somebody independent has put the same bytes, or one
+    /// whose word is enough. It is kept in the index only, so that an index that is built anew, or that lost its newest changes
+    /// with a power cut, has them as the word of one again.
+    pub fn vouch(&self, ids: &[ObjectId]) -> Result<()> {
+        let mut changes = Changes::default();
+        for &id in ids {
+            if self.shared.table.vouch(id) {
+                changes.put_vouch(id);
+            }
+        }
+        self.shared.index.write(changes)
     }
 
     /// Bytes of all records by namespace and scope.
@@ -565,6 +581,7 @@ impl Found {
             stored_bytes: located.record_bytes() as u64,
             namespace: located.namespace,
             scope: located.scope,
+            sole_writer: located.sole_writer,
             located,
             header: None,
         }
@@ -591,6 +608,17 @@ fn register(pool: &BufferPool, disk: &dyn Disk, settings: &StoreSettings) {
             tracing::debug!(%error, "buffers could not be registered; reads and writes map their own")
         }
     }
+}
+
+/// Takes up what was vouched for; that of objects that are gone is forgotten.
+fn restore_vouches(shared: &Shared) -> Result<()> {
+    let mut changes = Changes::default();
+    for id in shared.index.vouched()? {
+        if !shared.table.vouch(id) {
+            changes.remove_vouch(id);
+        }
+    }
+    shared.index.write(changes)
 }
 
 /// Takes up the leases that were written down. One whose prefix is gone all the same holds what is left.

@@ -10,10 +10,10 @@
 //! Objects of one prefix are mostly stored one after another and so have neighbouring slots. A run of them is
 //! found by looking at the next slot first, which costs a read of memory in order instead of a hash probe.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use esker_prefix::{NamespaceId, ObjectId, ObjectKind, ScopeTag};
+use esker_prefix::{NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 use hashbrown::HashTable;
 
 use crate::TtlClass;
@@ -50,6 +50,8 @@ pub(crate) struct Located {
     pub(crate) raw_bytes: u64,
     pub(crate) namespace: NamespaceId,
     pub(crate) scope: ScopeTag,
+    /// Whose word alone it is.
+    pub(crate) sole_writer: WriterId,
 }
 
 struct Inner {
@@ -168,7 +170,7 @@ impl Table {
             page: narrow(usize::try_from(entry.spot.offset / PAGE as u64).unwrap_or(usize::MAX)),
             record_pages: entry.record_pages,
             raw_bytes: u32::try_from(entry.raw_bytes).expect("bounded by the segment"),
-            realm: inner.realms.id_of(entry.namespace, entry.scope),
+            realm: inner.realms.id_of((entry.namespace, entry.scope, entry.writer)),
             planes: entry.planes,
             head_pages: entry.head_pages,
             kind: entry.id.kind as u8,
@@ -241,6 +243,20 @@ impl Table {
         let mut inner = self.write();
         let Some(slot) = inner.find(id) else { return false };
         inner.retention.pin(slot)
+    }
+
+    /// Makes an object the word of more than one. `false` if it is not there.
+    pub(crate) fn vouch(&self, id: ObjectId) -> bool {
+        let mut inner = self.write();
+        let Some(at) = inner.find(id) else { return false };
+        let before = *inner.slot(at);
+        let (namespace, scope, _) = inner.realms.get(before.realm);
+        let realm = inner.realms.id_of((namespace, scope, WriterId::UNNAMED));
+        inner.realms.subtract(&before);
+        let after = Slot { realm, ..before };
+        *inner.slot_mut(at) = after;
+        inner.realms.add(&after);
+        true
     }
 
     /// Lets an object go first when space is needed.
@@ -356,7 +372,11 @@ impl Table {
     pub(crate) fn realms(&self) -> Vec<(NamespaceId, ScopeTag, u64)> {
         let inner = self.read();
         let realms = inner.realms.all.iter().zip(&inner.realms.pages);
-        realms.map(|(&(namespace, scope), &pages)| (namespace, scope, pages * PAGE as u64)).collect()
+        let mut bytes: BTreeMap<(NamespaceId, ScopeTag), u64> = BTreeMap::new();
+        for (&(namespace, scope, _), &pages) in realms {
+            *bytes.entry((namespace, scope)).or_default() += pages * PAGE as u64;
+        }
+        bytes.into_iter().map(|((namespace, scope), bytes)| (namespace, scope, bytes)).collect()
     }
 
     /// Bytes of the records of a scope.
@@ -473,7 +493,7 @@ impl Inner {
 
     fn seen(&self, at: u32) -> Seen {
         let slot = self.slot(at);
-        let (namespace, scope) = self.realms.get(slot.realm);
+        let (namespace, scope, _) = self.realms.get(slot.realm);
         Seen {
             slot: at,
             parent: self.retention.parent(at),
@@ -491,7 +511,7 @@ impl Inner {
 
     fn located(&self, at: u32) -> Located {
         let slot = self.slot(at);
-        let (namespace, scope) = self.realms.get(slot.realm);
+        let (namespace, scope, sole_writer) = self.realms.get(slot.realm);
         Located {
             spot: slot.spot(),
             checksum: slot.checksum,
@@ -502,6 +522,7 @@ impl Inner {
             raw_bytes: u64::from(slot.raw_bytes),
             namespace,
             scope,
+            sole_writer,
         }
     }
 
@@ -544,24 +565,27 @@ impl Located {
     }
 }
 
-/// Pairs of namespace and scope, each kept once: there are few, and 48 bytes for every block would be many.
+/// Namespace, scope, and whose word alone something is.
+type Realm = (NamespaceId, ScopeTag, WriterId);
+
+/// Realms, each kept once: there are few, and 52 bytes for every block would be many.
 #[derive(Default)]
 struct Realms {
-    all: Vec<(NamespaceId, ScopeTag)>,
+    all: Vec<Realm>,
     /// Pages of the records of each, and of each scope.
     pages: Vec<u64>,
     scopes: HashMap<ScopeTag, u64>,
-    ids: HashMap<(NamespaceId, ScopeTag), u32>,
+    ids: HashMap<Realm, u32>,
 }
 
 impl Realms {
-    fn get(&self, id: u32) -> (NamespaceId, ScopeTag) {
+    fn get(&self, id: u32) -> Realm {
         self.all[id as usize]
     }
 
-    fn id_of(&mut self, namespace: NamespaceId, scope: ScopeTag) -> u32 {
-        *self.ids.entry((namespace, scope)).or_insert_with(|| {
-            self.all.push((namespace, scope));
+    fn id_of(&mut self, realm: Realm) -> u32 {
+        *self.ids.entry(realm).or_insert_with(|| {
+            self.all.push(realm);
             self.pages.push(0);
             narrow(self.all.len() - 1)
         })

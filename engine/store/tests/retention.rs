@@ -7,7 +7,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{ManualClock, all, chain, fetch, id, object, planes, settings};
-use esker_prefix::{NamespaceId, ObjectId, ScopeTag};
+use esker_prefix::{NamespaceId, ObjectId, ScopeTag, WriterId};
 use esker_store::{Erase, ErrorKind, LeaseId, PutObject, PutOutcome, Store, StoreSettings, TtlClass};
 
 const LENS: [usize; 2] = [30_000, 9000];
@@ -339,6 +339,54 @@ fn what_is_erased_never_comes_back() {
         let bytes = std::fs::read(entry.unwrap().path()).unwrap();
         assert!(bytes.chunks_exact(4096).all(|page| !page.windows(64).any(|window| window == &needle[..64])));
     }
+}
+
+#[test]
+fn a_writers_word_can_be_taken_back_and_others_can_vouch_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let store = open();
+    let (one, two) = (WriterId(1), WriterId(2));
+    let by = |objects: &[PutObject], writer| {
+        objects.iter().map(|object| object.clone().by(writer)).collect::<Vec<_>>()
+    };
+    let objects = chain(0, 6, &LENS);
+    assert!(store.put(by(&objects[..3], one)).iter().all(Result::is_ok));
+    assert!(store.put(by(&objects[3..], two)).iter().all(Result::is_ok));
+    let writers = |store: &Store| {
+        store.lookup(&ids(&objects)).iter().map(|found| found.sole_writer.0).collect::<Vec<_>>()
+    };
+    assert_eq!(writers(&store), [1, 1, 1, 2, 2, 2]);
+    // Who puts the same changes nothing by that; what the others make of it is theirs to say.
+    assert!(store.put(by(&objects, two)).iter().all(|put| matches!(put, Ok(PutOutcome::Present))));
+    assert_eq!(writers(&store), [1, 1, 1, 2, 2, 2]);
+    store.vouch(&[id(1), id(4), id(77)]).unwrap();
+    let stored_bytes: u64 = store.realms().iter().map(|(_, _, bytes)| bytes).sum();
+    assert_eq!(store.scope_bytes(objects[0].scope), stored_bytes);
+    drop(store);
+    let store = open();
+    assert_eq!(writers(&store), [1, 0, 1, 2, 0, 2]);
+    drop(store);
+    drop_index(dir.path());
+    let store = open();
+    assert_eq!(writers(&store), [1, 1, 1, 2, 2, 2], "an index built anew knows what records say");
+    // Vouched for or not: the bytes are those of whose word counts for nothing any more.
+    store.vouch(&[id(1)]).unwrap();
+    assert_eq!(store.erase(Erase::Writer(one)).unwrap(), 3);
+    let left = |store: &Store| {
+        let left = store.get(&ids(&objects)).into_iter().map(|found| Some(found?.sole_writer.0));
+        left.collect::<Vec<_>>()
+    };
+    assert_eq!(left(&store), [None, None, None, Some(2), Some(2), Some(2)]);
+    assert!(store.lookup(&ids(&objects)).is_empty(), "what hangs on it is no prefix any more");
+    // What it puts from now on is new.
+    assert!(store.put(by(&objects[..1], one)).iter().all(Result::is_ok));
+    let after = [Some(1), None, None, Some(2), Some(2), Some(2)];
+    assert_eq!(left(&store), after);
+    drop(store);
+    drop_index(dir.path());
+    assert_eq!(left(&open()), after, "nothing that was taken back comes back");
 }
 
 #[test]

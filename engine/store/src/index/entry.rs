@@ -22,7 +22,8 @@
 //! 193   1  TTL class
 //! 194   2  zero
 //! 196   4  store time of the put, in seconds
-//! 200   8  zero
+//! 200   4  number of the writer, 0 if none was named
+//! 204   4  zero
 //!
 //! SegmentState, 26 bytes
 //!   0   1  1 open, 2 sealed, 3 suspect
@@ -32,7 +33,7 @@
 //!  18   8  highest sequence before the watermark
 //! ```
 
-use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 
 use crate::TtlClass;
 use crate::fields::{Reader, Writer, narrow};
@@ -65,6 +66,7 @@ pub(crate) struct Entry {
     pub(crate) class: TtlClass,
     /// Store time of the put.
     pub(crate) time_s: u32,
+    pub(crate) writer: WriterId,
 }
 
 impl Entry {
@@ -87,6 +89,7 @@ impl Entry {
             head_pages: head_pages(header),
             class: header.class,
             time_s: found.time_s,
+            writer: header.writer,
         }
     }
 
@@ -103,7 +106,7 @@ impl Entry {
         writer.u64(self.raw_bytes).u64(self.sequence).u64(self.tokens).bytes(&self.checksum.0);
         writer.bytes(&self.id.hash.0).bytes(&self.parent.map_or([0; 32], |parent| parent.hash.0));
         writer.bytes(&self.scope.0).bytes(&self.namespace.0).bytes(&self.digest.0);
-        writer.u8(self.head_pages).u8(self.class.0).u16(0).u32(self.time_s);
+        writer.u8(self.head_pages).u8(self.class.0).u16(0).u32(self.time_s).u32(self.writer.0);
         bytes
     }
 
@@ -140,6 +143,7 @@ impl Entry {
                 reader.u16();
                 reader.u32()
             },
+            writer: WriterId(reader.u32()),
         };
         // What a read is sized by is checked before it is believed.
         let record_bytes = u64::from(record_pages) * PAGE as u64;
@@ -242,12 +246,13 @@ mod tests {
             head_pages: 15,
             class: TtlClass(16),
             time_s: 17,
+            writer: WriterId(18),
         };
         let bytes = entry.encode();
         assert_eq!(bytes[..16], [2, 1, 2, 0, 5, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!((bytes[16], bytes[24], bytes[32], bytes[48]), (6, 7, 9, 13));
         assert_eq!((bytes[80], bytes[112], bytes[128], bytes[160]), (14, 10, 11, 12));
-        assert_eq!(bytes[192..], [15, 16, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes[192..], [15, 16, 0, 0, 17, 0, 0, 0, 18, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(Entry::decode(spot, &bytes), Some(entry));
         assert_eq!(Entry::decode(spot, &bytes[1..]), None);
         // Lengths that would size a read are checked: header over record, record and content over segment.

@@ -18,6 +18,7 @@ fn header() -> RecordHeader {
         namespace: NamespaceId([0x33; 32]),
         class: crate::TtlClass(0),
         scope: ScopeTag([0x44; 16]),
+        writer: WriterId::UNNAMED,
         tokens: 256,
         seal: None,
         planes: vec![
@@ -115,6 +116,17 @@ fn authenticated_nonsense_is_refused() {
         header.encode(PLACE, 9, 10, &mut record);
         assert_eq!(PlacedHeader::decode(&record), Err(NotAHeader::Damaged), "{header:?}");
     }
+}
+
+#[test]
+fn a_writer_is_under_the_checksum() {
+    let named = RecordHeader { writer: WriterId(0x0a0b_0c0d), ..header() };
+    let mut record = vec![0; named.record_bytes()];
+    named.encode(PLACE, 9, 10, &mut record);
+    assert_eq!(record[76..80], [0x0d, 0x0c, 0x0b, 0x0a]);
+    assert_eq!(PlacedHeader::decode(&record).unwrap().header, named);
+    record[76] ^= 1;
+    assert_eq!(PlacedHeader::decode(&record), Err(NotAHeader::Damaged));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 pub mod figures;
 
 use bytes::Bytes;
-use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, WriterId};
 use esker_store::{
     FetchEvent, FetchOrder, FetchRequest, Found, MissKind, PlaneSelection, PutObject, PutPlane, Store,
     StoreSettings, TtlClass,
@@ -48,6 +48,7 @@ pub fn object(number: u64, seed: u64, lens: &[usize]) -> PutObject {
         parent: None,
         namespace: NamespaceId([7; 32]),
         scope: ScopeTag([9; 16]),
+        writer: WriterId::UNNAMED,
         class: TtlClass::default(),
         tokens: 128,
         planes: lens.iter().enumerate().map(plane).collect(),

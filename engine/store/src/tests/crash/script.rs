@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use esker_prefix::{NamespaceId, ScopeTag};
+use esker_prefix::{NamespaceId, ScopeTag, WriterId};
 
 use super::oracle::Oracle;
 use crate::index::memory::{self, Contents};
@@ -219,9 +219,10 @@ impl Recording {
             return;
         }
         let some = &self.attempts[random.index(self.attempts.len())];
-        let what = match random.below(6) {
+        let what = match random.below(7) {
             0 => Erase::Namespace(some.namespace),
             1 => Erase::Scope(some.scope),
+            2 => Erase::Writer(some.writer),
             _ => Erase::Object(some.id),
         };
         let (attempts, begun) = (self.attempts.len(), disk.position());
@@ -279,6 +280,7 @@ impl Recording {
         let mut put = object(number, number, &lens);
         (put.namespace, put.scope) =
             (NamespaceId([7 + (number % 2) as u8; 32]), ScopeTag([9 + (number % 3) as u8; 16]));
+        put.writer = WriterId(1 + (number % 4) as u32);
         put.class = random.one_of(&[TtlClass(0), TtlClass(2), TtlClass(2), TtlClass::PERMANENT]);
         if random.once_in(2) && number > 0 {
             // Often the one before, which may be of this very batch, or may have been refused.
@@ -301,6 +303,7 @@ fn covers(what: Erase, put: &PutObject) -> bool {
         Erase::Object(id) => put.id == id,
         Erase::Scope(scope) => put.scope == scope,
         Erase::Namespace(namespace) => put.namespace == namespace,
+        Erase::Writer(writer) => put.writer == writer,
     }
 }
 
