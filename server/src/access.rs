@@ -46,6 +46,7 @@ const RULES: &[(&str, Rule)] = &[
     ("/esker.v1.Local/PutLocal", Rule::Roles(&[Writer, Publisher])),
     ("/esker.v1.Events/Subscribe", Rule::Roles(&[Reader])),
     ("/esker.v1.Admin/EraseTenant", Rule::Roles(&[Admin])),
+    ("/esker.v1.Admin/RevokeWriter", Rule::Roles(&[Admin])),
     ("/esker.v1.Admin/ListTenants", Rule::Roles(&[Admin])),
 ];
 

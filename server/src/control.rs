@@ -18,6 +18,7 @@ pub(crate) enum Table {
     UsageCursors = b'u',
     UsageSinks = b'x',
     WarmupPrompts = b'p',
+    Writers = b'a',
 }
 
 /// See the module.

@@ -15,10 +15,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use esker_decoder::{DecoderError, Logits, LogitsOut, Residency, Sampler, Sequence};
-use esker_prefix::{ScopeKey, TokenId};
+use esker_prefix::TokenId;
 use esker_store::{StoreError, TtlClass};
 
 use crate::node::{Engine, Node};
+use crate::writers::Place;
 pub(crate) use speculation::Guessing;
 
 use resume::Resumption;
@@ -43,7 +44,7 @@ pub(crate) struct Job {
     /// Texts at which it ends; none is empty.
     pub(crate) stop: Vec<String>,
     /// Where what is computed is looked for and stored, and for how long.
-    pub(crate) scope: ScopeKey,
+    pub(crate) place: Place,
     pub(crate) class: TtlClass,
     /// Whether it may be stored at all.
     pub(crate) stores: bool,
@@ -142,7 +143,7 @@ pub(crate) fn generate(
     emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
 ) -> Result<(), GenerateError> {
     let model = &engine.loaded.model;
-    let mut trail = Trail::new(engine, &job.scope, job.class);
+    let mut trail = Trail::new(engine, &job.place, job.class);
     trail.extend(&job.prompt);
     trail.end_prompt();
 

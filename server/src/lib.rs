@@ -38,6 +38,7 @@ mod traces;
 mod usage;
 mod warmups;
 mod write_behind;
+mod writers;
 
 pub use events::publisher::PublisherSettings;
 pub use ledger::LedgerSettings;

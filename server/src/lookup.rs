@@ -16,6 +16,7 @@ use esker_proto::{PrefixNames, v1};
 use esker_store::{Found, Pins, Store};
 
 use crate::staging::Staging;
+use crate::writers::Sight;
 
 /// Most resume points listed in a reply; the greatest is always among them.
 const MAX_RESUME_POINTS: usize = 8;
@@ -31,6 +32,8 @@ pub(crate) struct Question {
     pub(crate) prompt_tokens: u64,
     /// Scopes to ask, in this order.
     pub(crate) scopes: Vec<ScopeKey>,
+    /// What is found in them.
+    pub(crate) sight: Sight,
 }
 
 /// What is stored of it.
@@ -166,6 +169,7 @@ impl Question {
         let ids = |kind| hashes.iter().map(move |&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
         let ours = |found: &Found| {
             found.namespace == self.namespace
+                && self.sight.sees(found)
                 && only.as_ref().is_none_or(|scopes| scopes.contains(&found.scope))
         };
         let chained = self.chained();

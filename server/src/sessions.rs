@@ -372,5 +372,6 @@ pub(crate) fn question(
     let mut tokens = tokens;
     // A session keeps the last whole block as well, though a prompt that ends with it could not use it.
     tokens.push(esker_prefix::TokenId(0));
-    Ok(Question { namespace, layout, names: PrefixNames::Tokens(tokens), prompt_tokens: 0, scopes })
+    let (names, sight) = (PrefixNames::Tokens(tokens), node.tenants.sight(&principal.tenant));
+    Ok(Question { namespace, layout, names, prompt_tokens: 0, scopes, sight })
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use anyhow::Context;
 use esker_prefix::{RootSecret, ScopeKey, ScopeKind, ScopeTag};
 use esker_proto::v1;
-use esker_store::{Erase, Store};
+use esker_store::{Erase, Store, StoreError};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde::{Deserialize, Serialize};
 use tonic::Status;
@@ -21,6 +21,7 @@ use crate::control::{Control, Table};
 use crate::keys::Keys;
 use crate::policy::{PolicyFile, TenantPolicy};
 use crate::principal::{Principal, Role, TenantId, is_name};
+use crate::writers::{Place, Sight, Writers};
 
 /// Users of one tenant that are told apart; each is a scope to erase.
 const MAX_USERS: usize = 100_000;
@@ -31,6 +32,7 @@ pub(crate) struct Tenants {
     policy: Arc<PolicyFile>,
     control: Arc<Control>,
     keys: Option<Arc<Keys>>,
+    writers: Writers,
     known: RwLock<HashMap<TenantId, Arc<Tenant>>>,
 }
 
@@ -74,7 +76,8 @@ impl Tenants {
         keys: Option<Arc<Keys>>,
         store: &Store,
     ) -> anyhow::Result<Self> {
-        let tenants = Self { root, policy, control, keys, known: RwLock::default() };
+        let writers = Writers::open(Arc::clone(&control))?;
+        let tenants = Self { root, policy, control, keys, writers, known: RwLock::default() };
         for (name, record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
             let unfinished = !record.erasing.is_empty();
             let tenant = tenants.insert(TenantId(name), record);
@@ -124,34 +127,60 @@ impl Tenants {
         Ok(scopes)
     }
 
-    /// The scope that a principal may write by this name. One that is new is written down first, so that it can be erased.
+    /// What a tenant finds of what is stored under names that it can make.
+    pub(crate) fn sight(&self, tenant: &TenantId) -> Sight {
+        self.writers.sight(tenant, self.org_tag(tenant))
+    }
+
+    /// Where a principal finds its own, and stores nothing.
+    pub(crate) fn own_place(&self, principal: &Principal, user: &str) -> Result<Place, Status> {
+        Ok(Place::unshared(self.private(&principal.tenant, user)?))
+    }
+
+    /// Where a principal may write by this name of a scope. A scope or a writer that is new is written down first, so that it can be
+    /// erased.
     pub(crate) fn writable(
         &self,
         principal: &Principal,
         user: &str,
         scope: v1::Scope,
-    ) -> Result<ScopeKey, Status> {
-        match scope {
+    ) -> Result<Place, Status> {
+        let key = match scope {
             v1::Scope::Unspecified | v1::Scope::Private => {
                 principal.require(Role::Writer)?;
                 let key = self.private(&principal.tenant, user)?;
                 self.note(&principal.tenant, user)?;
-                Ok(key)
+                key
             }
             v1::Scope::Org => {
                 principal.require(Role::Writer)?;
-                self.org(&principal.tenant).ok_or_else(|| {
-                    Status::permission_denied("the operator's policy joins this tenant to no org")
-                })
+                self.org(&principal.tenant).ok_or_else(no_org)?
             }
             v1::Scope::Public => {
                 principal.require(Role::Publisher)?;
-                Ok(self.public())
+                self.public()
             }
-        }
+        };
+        let writer = self.writers.number(principal).map_err(|error| {
+            tracing::error!(error = format!("{error:#}"), "a writer was not written down");
+            Status::unavailable("the node cannot write what it must not forget; its log says why")
+        })?;
+        let (sight, trusted) = (self.sight(&principal.tenant), principal.roles.has(Role::Publisher));
+        Ok(Place { key, writer, sight, trusted })
     }
 
-    /// The one scope of this name that a principal may read.
+    /// Takes back all that an account has put, in whatever scope. Returns how many objects went; `None` if it never put anything.
+    pub(crate) fn revoke(
+        &self,
+        store: &Store,
+        tenant: &TenantId,
+        account: &str,
+    ) -> Result<Option<u64>, StoreError> {
+        let writer = self.writers.find(tenant, account);
+        writer.map(|writer| store.erase(Erase::Writer(writer))).transpose()
+    }
+
+    /// The one scope of this name whose events a principal may follow.
     pub(crate) fn followed(
         &self,
         principal: &Principal,
@@ -160,9 +189,11 @@ impl Tenants {
     ) -> Result<ScopeKey, Status> {
         match scope {
             v1::Scope::Unspecified | v1::Scope::Private => self.private(&principal.tenant, user),
-            v1::Scope::Org => self.org(&principal.tenant).ok_or_else(|| {
-                Status::permission_denied("the operator's policy joins this tenant to no org")
-            }),
+            // Its events tell what a tenant stored before anybody else may find it.
+            v1::Scope::Org => {
+                principal.require(Role::Publisher)?;
+                self.org(&principal.tenant).ok_or_else(no_org)
+            }
             v1::Scope::Public => Ok(self.public()),
         }
     }
@@ -306,6 +337,10 @@ impl Tenants {
             }
             epochs.push(*epoch);
         }
+        // What its accounts put where others read it too.
+        for writer in self.writers.of(&tenant.id).iter() {
+            objects += store.erase(Erase::Writer(*writer)).context("a writer cannot be erased")?;
+        }
         let mut record = tenant.record();
         record.erasing.retain(|(epoch, _)| !epochs.contains(epoch));
         self.control.put(Table::Tenants, &tenant.id.0, &*record)?;
@@ -384,6 +419,10 @@ fn charge(
             "{count} at once are more than this tenant's {quota} of {limit} allows in a whole second"
         ))),
     }
+}
+
+fn no_org() -> Status {
+    Status::permission_denied("the operator's policy joins this tenant to no org")
 }
 
 /// Whose keys encrypt what a tenant stores. '/' and '#' are in no name.

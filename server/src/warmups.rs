@@ -96,8 +96,8 @@ impl Warmups {
         submission: &Submission,
     ) -> Result<v1::WarmupJob, Status> {
         let tenant = &principal.tenant;
-        let scope = node.tenants.writable(principal, &submission.user, submission.scope)?;
-        let plan = plan::plan(node, engine, submission, &scope);
+        let place = node.tenants.writable(principal, &submission.user, submission.scope)?;
+        let plan = plan::plan(node, engine, submission, &place);
         let digest = submission.digest();
         let key = (tenant.clone(), submission.name.clone());
         let mut jobs = self.jobs();
@@ -178,8 +178,8 @@ impl Warmups {
         principal: &Principal,
         submission: &Submission,
     ) -> Result<v1::WarmupJob, Status> {
-        let scope = node.tenants.writable(principal, &submission.user, submission.scope)?;
-        let plan = plan::plan(node, engine, submission, &scope);
+        let place = node.tenants.writable(principal, &submission.user, submission.scope)?;
+        let plan = plan::plan(node, engine, submission, &place);
         let us_per_token = self.jobs().us_per_token.unwrap_or(0.0);
         #[allow(
             clippy::cast_precision_loss,

@@ -40,7 +40,7 @@ fn expected(method: &str) -> Option<&'static [&'static str]> {
         "Events/Subscribe" => &["reader"],
         "Usage/QueryUsage" => &["billing-reader", "reader"],
         "Usage/ExportUsage" => &["billing-reader"],
-        "Admin/EraseTenant" | "Admin/ListTenants" => &["admin"],
+        "Admin/EraseTenant" | "Admin/RevokeWriter" | "Admin/ListTenants" => &["admin"],
         _ => return None,
     })
 }

@@ -14,18 +14,35 @@ pub struct Args {
     /// Destroy the keys of all that this tenant has stored, then take it away: there is no way back
     #[arg(long, value_name = "TENANT")]
     erase: Option<String>,
+    /// Take back all that this account has put, in whatever scope: its word counts for nothing any more
+    #[arg(long, value_name = "TENANT/ACCOUNT", value_parser = account, conflicts_with = "erase")]
+    revoke: Option<(String, String)>,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
 }
 
-/// Lists, or erases one.
+/// Tenant and account.
+fn account(text: &str) -> Result<(String, String), String> {
+    let (tenant, account) = text.split_once('/').ok_or("it has the form TENANT/ACCOUNT")?;
+    Ok((tenant.to_owned(), account.to_owned()))
+}
+
+/// Lists, or erases one, or takes an account's word back.
 pub fn run(args: Args) -> anyhow::Result<()> {
     client_runtime()?.block_on(tenants(args))
 }
 
 async fn tenants(args: Args) -> anyhow::Result<()> {
     let client = args.node.connect().await?;
+    if let Some((tenant, account)) = &args.revoke {
+        let v1::RevokeWriterReply { objects } = client.revoke_writer(tenant, account).await?;
+        match args.json {
+            true => say!("{}", json!({"tenant": tenant, "account": account, "objects": objects})),
+            false => say!("{tenant}/{account}: {objects} objects taken back"),
+        }
+        return Ok(());
+    }
     let Some(tenant) = &args.erase else {
         let tenants = client.list_tenants().await?;
         if args.json {

@@ -284,11 +284,11 @@ fn whole_object(node: &Node, object: Found, planes: usize) -> Option<Vec<Bytes>>
 fn plan(node: &Node, model: &Model, trail: &Trail<'_>, prompt_tokens: usize) -> Plan {
     let hashes = trail.hashes_within(prompt_tokens - 1);
     let ids = |kind| hashes.iter().map(|&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
-    let mut blocks = node.store.lookup(&ids(ObjectKind::Block));
+    let mut blocks = trail.blocks(&node.store, &ids(ObjectKind::Block));
     if !trail.has_states() {
         return Plan { blocks, state: None };
     }
-    let states = node.store.get(&ids(ObjectKind::State)[..blocks.len()]);
+    let states = trail.find(&node.store, &ids(ObjectKind::State)[..blocks.len()]);
     let newest = states.iter().rposition(Option::is_some);
     let left = |blocks: usize| prompt_tokens - blocks * trail.block_tokens();
     // A replay goes through fewer layers with every window; it costs about half of a prefill of its length.

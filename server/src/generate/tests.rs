@@ -12,6 +12,7 @@ use super::{Account, Event, Guessing, Job, RestoreMode, generate};
 use crate::bundled;
 use crate::model_folder::LoadedModel;
 use crate::node::{Node, NodeSettings};
+use crate::writers::Place;
 
 #[path = "../../../engine/decoder/tests/support/mod.rs"]
 mod support;
@@ -27,13 +28,14 @@ fn open(data: &Path) -> Node {
 }
 
 fn job(prompt: &[TokenId], restore: RestoreMode) -> Job {
+    let place = Place::unshared(ScopeKey::derive(&RootSecret::new([7; 32]), ScopeKind::Private, "test", 0));
     Job {
         prompt: prompt.to_vec(),
         max_new_tokens: NEW_TOKENS,
         sampler: Sampler::seeded(0.0, 1.0, 0).unwrap(),
         logits_digest: true,
         stop: Vec::new(),
-        scope: ScopeKey::derive(&RootSecret::new([7; 32]), ScopeKind::Private, "test", 0),
+        place,
         class: TtlClass::default(),
         stores: restore == RestoreMode::Nothing,
         restore,

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use esker_decoder::{BlockIdentity, Sequence};
-use esker_prefix::{BlockHash, BlockObject, Chain, ObjectKind, ScopeKey, StateObject, TokenId};
-use esker_store::{PutObject, TtlClass};
+use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, StateObject, TokenId};
+use esker_store::{Found, PutObject, Store, TtlClass};
 
 use super::GenerateError;
 use crate::node::Engine;
 use crate::write_behind::Receipt;
+use crate::writers::Place;
 
 /// Longest wait for what is on its way to the store, before an account is closed without it.
 const WRITTEN_WAIT: Duration = Duration::from_secs(2);
@@ -19,7 +20,7 @@ const WRITTEN_WAIT: Duration = Duration::from_secs(2);
 /// See the module.
 pub(super) struct Trail<'a> {
     engine: &'a Engine,
-    scope: esker_prefix::ScopeTag,
+    place: &'a Place,
     class: TtlClass,
     chain: Chain,
     genesis: BlockHash,
@@ -40,11 +41,11 @@ pub(super) struct Trail<'a> {
 }
 
 impl<'a> Trail<'a> {
-    pub(super) fn new(engine: &'a Engine, scope: &ScopeKey, class: TtlClass) -> Self {
-        let chain = Chain::genesis(scope, engine.namespace, &[]);
+    pub(super) fn new(engine: &'a Engine, place: &'a Place, class: TtlClass) -> Self {
+        let chain = Chain::genesis(&place.key, engine.namespace, &[]);
         Self {
             engine,
-            scope: scope.tag(),
+            place,
             class,
             genesis: chain.tip(),
             chain,
@@ -146,7 +147,7 @@ impl<'a> Trail<'a> {
     pub(super) fn next_object(&mut self, sequence: &Sequence) -> Result<Option<PutObject>, GenerateError> {
         let model = &self.engine.loaded.model;
         if let Some((_, state)) = self.states.pop_front_if(|(index, _)| *index < self.stored) {
-            return Ok(Some(PutObject::state(model.layout(), state).with_class(self.class)));
+            return Ok(Some(self.own(PutObject::state(model.layout(), state))));
         }
         if self.stored >= self.hashes_to(sequence.tokens()) {
             return Ok(None);
@@ -155,7 +156,30 @@ impl<'a> Trail<'a> {
         let tokens = self.tokens.chunks_exact(self.block_tokens).nth(self.stored).unwrap_or_default();
         self.engine.events.note(self.hashes[self.stored], tokens.iter().map(|token| token.0).collect());
         self.stored += 1;
-        Ok(Some(PutObject::block(model.layout(), block).with_class(self.class)))
+        Ok(Some(self.own(PutObject::block(model.layout(), block))))
+    }
+
+    fn own(&self, object: PutObject) -> PutObject {
+        object.with_class(self.class).by(self.place.writer)
+    }
+
+    /// Blocks that are stored and found here: the longest leading run.
+    pub(super) fn blocks(&self, store: &Store, ids: &[ObjectId]) -> Vec<Found> {
+        let mut found = store.lookup(ids);
+        let seen = found.iter().take_while(|found| self.place.sight.sees(found)).count();
+        found.truncate(seen);
+        found
+    }
+
+    /// Each of these, if it is stored and found here.
+    pub(super) fn find(&self, store: &Store, ids: &[ObjectId]) -> Vec<Option<Found>> {
+        let all = store.get(ids).into_iter();
+        all.map(|found| found.filter(|found| self.place.sight.sees(found))).collect()
+    }
+
+    /// What was put with success is not the word of somebody else alone any more.
+    pub(super) fn vouch(&self, store: &Store, put: &[ObjectId]) -> Result<(), GenerateError> {
+        Ok(self.place.vouch(store, put)?)
     }
 
     /// A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.
@@ -170,7 +194,7 @@ impl<'a> Trail<'a> {
         let parent = if index == 0 { self.genesis } else { self.hashes[index - 1] };
         BlockIdentity {
             namespace: self.engine.namespace,
-            scope: self.scope,
+            scope: self.place.key.tag(),
             parent,
             hash: self.hashes[index],
         }

@@ -6,13 +6,14 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use esker_decoder::{Logits, Sequence};
-use esker_prefix::{KvLayout, ObjectId, ObjectKind, ScopeKey, TokenId};
+use esker_prefix::{KvLayout, ObjectId, ObjectKind, TokenId};
 use esker_store::{FetchOrder, FetchRequest, PlaneSelection, PutOutcome, TtlClass};
 
 use super::resume::Resumption;
 use super::trail::Trail;
 use super::{GenerateError, RestoreMode, STATE_INTERVAL_BLOCKS, listen};
 use crate::node::{Engine, Node};
+use crate::writers::Place;
 
 /// Tokens computed between two questions whether to go on; whole blocks. It is what a live request may have to wait for.
 const STEP_TOKENS: usize = 128;
@@ -22,7 +23,7 @@ const PUT_BLOCKS: usize = 8;
 /// What to warm. Tokens behind the last whole block are of no use and left out.
 pub(crate) struct Prefix<'a> {
     pub(crate) tokens: &'a [TokenId],
-    pub(crate) scope: &'a ScopeKey,
+    pub(crate) place: &'a Place,
     pub(crate) class: TtlClass,
 }
 
@@ -58,7 +59,7 @@ pub(crate) fn warm(
     if whole == 0 {
         return Ok(());
     }
-    let mut trail = Trail::new(engine, prefix.scope, prefix.class);
+    let mut trail = Trail::new(engine, prefix.place, prefix.class);
     trail.extend(tokens);
     if is_stored(node, &trail, whole) {
         return listen(observe(Step::Found { tokens: whole }));
@@ -116,22 +117,22 @@ pub(crate) fn warm(
 /// Tokens of the leading blocks of a prefix that are stored, and the names of the whole blocks.
 pub(crate) fn stored_tokens(node: &Node, engine: &Engine, prefix: &Prefix<'_>) -> (usize, Vec<ObjectId>) {
     let layout = engine.loaded.model.layout();
-    let mut trail = Trail::new(engine, prefix.scope, prefix.class);
+    let mut trail = Trail::new(engine, prefix.place, prefix.class);
     trail.extend(&prefix.tokens[..whole_tokens(layout, prefix.tokens.len())]);
     let ids = ids(&trail, ObjectKind::Block, prefix.tokens.len());
-    (node.store.lookup(&ids).len() * trail.block_tokens(), ids)
+    (trail.blocks(&node.store, &ids).len() * trail.block_tokens(), ids)
 }
 
 /// Whether a prefix can be resumed at its very end. If so, it counts as used from now on.
 fn is_stored(node: &Node, trail: &Trail<'_>, whole: usize) -> bool {
     let blocks = ids(trail, ObjectKind::Block, whole);
-    let mut found = node.store.lookup(&blocks);
+    let mut found = trail.blocks(&node.store, &blocks);
     if found.len() < blocks.len() {
         return false;
     }
     if trail.has_states() {
         let state = ObjectId { kind: ObjectKind::State, hash: blocks[blocks.len() - 1].hash };
-        let Some(state) = node.store.get(&[state]).pop().flatten() else { return false };
+        let Some(state) = trail.find(&node.store, &[state]).pop().flatten() else { return false };
         found.push(state);
     }
     // Reading the first plane of the end proves it and counts as a use of all that leads there.
@@ -160,6 +161,7 @@ fn put(node: &Node, trail: &mut Trail<'_>, sequence: &Sequence) -> Result<Option
     if outcomes.contains(&PutOutcome::Declined) {
         return Ok(None);
     }
+    trail.vouch(&node.store, &ids)?;
     let new = ids.into_iter().zip(outcomes).filter(|(_, outcome)| *outcome == PutOutcome::Stored);
     let new: Vec<ObjectId> = new.map(|(id, _)| id).collect();
     Ok(Some(node.store.get(&new).into_iter().flatten().map(|found| found.stored_bytes).sum()))

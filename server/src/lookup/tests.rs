@@ -13,6 +13,7 @@ use esker_store::{Erase, PutObject, Store, StoreSettings};
 
 use super::{MAX_RESUME_POINTS, Question};
 use crate::staging::Staging;
+use crate::writers::Place;
 
 /// Questions; each is asked by tokens or by hashes.
 const QUESTIONS: usize = 100_000;
@@ -244,7 +245,8 @@ impl Round {
         };
         let (namespace, layout) = (self.namespace, Arc::clone(&self.layout));
         let prompt_tokens = prompt.len() as u64;
-        let question = Question { namespace, layout, names, prompt_tokens, scopes: vec![self.key.clone()] };
+        let (scopes, sight) = (vec![self.key.clone()], Place::unshared(self.key.clone()).sight);
+        let question = Question { namespace, layout, names, prompt_tokens, scopes, sight };
         let (answer, _pins) = question.answer(&self.store, true);
         let reply = answer.reply(&Staging::default(), false);
 

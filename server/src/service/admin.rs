@@ -6,6 +6,7 @@ use esker_proto::v1;
 use tonic::{Request, Response, Status};
 
 use super::cache::blocking;
+use super::status::from_store;
 use crate::audit::Event;
 use crate::node::Node;
 use crate::principal::{TenantId, is_name, principal_of};
@@ -45,6 +46,38 @@ impl v1::admin_server::Admin for AdminService {
             node.audit.record(&Event::new(&principal, "erase-tenant", tenant.0, result).count(objects));
             let (objects, epochs) = erased?;
             Ok(Response::new(v1::EraseTenantReply { objects, epochs }))
+        })
+        .await
+    }
+
+    async fn revoke_writer(
+        &self,
+        request: Request<v1::RevokeWriterRequest>,
+    ) -> Result<Response<v1::RevokeWriterReply>, Status> {
+        let principal = principal_of(&request)?;
+        let v1::RevokeWriterRequest { tenant, account } = request.into_inner();
+        for name in [&tenant, &account] {
+            if !is_name(name) {
+                return Err(Status::invalid_argument(format!(
+                    "{name:?} is not the name of a tenant or account"
+                )));
+            }
+        }
+        let node = self.node.clone();
+        blocking(move || {
+            let what = format!("{tenant}/{account}");
+            let revoked = node.tenants.revoke(&node.store, &TenantId(tenant), &account);
+            let result = match &revoked {
+                Ok(Some(_)) => "ok",
+                Ok(None) => "refused",
+                Err(_) => "unfinished",
+            };
+            let objects = revoked.as_ref().ok().copied().flatten().unwrap_or(0);
+            node.audit.record(&Event::new(&principal, "revoke-writer", &what, result).count(objects));
+            let objects = revoked.map_err(|error| from_store(&error))?;
+            let objects = objects
+                .ok_or_else(|| Status::not_found(format!("{what} never put anything on this node")))?;
+            Ok(Response::new(v1::RevokeWriterReply { objects }))
         })
         .await
     }

@@ -49,7 +49,8 @@ impl CacheService {
             .map_err(from_wire)?;
         let scopes = self.node.tenants.readable(principal, &request.user)?;
         let layout = layout(&self.node, namespace)?;
-        let question = Question { namespace, layout, names, prompt_tokens: request.prompt_tokens, scopes };
+        let (prompt_tokens, sight) = (request.prompt_tokens, self.node.tenants.sight(&principal.tenant));
+        let question = Question { namespace, layout, names, prompt_tokens, scopes, sight };
         Ok(Asked { question, grant: !request.no_grant, want_hashes: request.want_hashes })
     }
 }

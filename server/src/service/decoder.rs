@@ -58,12 +58,11 @@ impl DecoderService {
     fn job(&self, principal: &Principal, request: v1::GenerateRequest) -> Result<Job, Status> {
         let engine = self.engine()?;
         let class = ttl_class(request.ttl());
-        let mut scopes = self.node.tenants.readable(principal, &request.user)?;
         let stores = principal.roles.has(Role::Writer);
-        if stores {
-            self.node.tenants.writable(principal, &request.user, v1::Scope::Private)?;
-        }
-        let scope = scopes.swap_remove(0);
+        let place = match stores {
+            true => self.node.tenants.writable(principal, &request.user, v1::Scope::Private)?,
+            false => self.node.tenants.own_place(principal, &request.user)?,
+        };
         let prompt = match request.prompt.ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
             generate_request::Prompt::Tokens(tokens) => check_tokens(tokens.ids).map_err(from_wire)?,
             generate_request::Prompt::Text(text) => tokenize(engine, &text)?,
@@ -92,7 +91,7 @@ impl DecoderService {
             sampler,
             logits_digest: request.logits_digest,
             stop: request.stop,
-            scope,
+            place,
             class,
             stores,
             restore: RestoreMode::default(),

@@ -1,13 +1,12 @@
 //! `Put`: objects of one prefix, stored in batches.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::sync::Arc;
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use esker_prefix::{
-    BlockHash, BlockObject, Chain, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag, StateObject,
-    TokenId, rekey,
+    BlockHash, BlockObject, Chain, KvLayout, NamespaceId, ObjectId, ObjectKind, StateObject, TokenId, rekey,
 };
 use esker_proto::v1::{self, put_request};
 use esker_proto::{
@@ -23,9 +22,10 @@ use super::cache::layout;
 use super::status::{from_join, from_store, from_wire};
 use crate::audit::Event;
 use crate::node::Node;
-use crate::principal::{Principal, TenantId};
+use crate::principal::Principal;
 use crate::staging::WAIT;
 use crate::tenants::{InFlight, Tenant, over};
+use crate::writers::Place;
 
 /// A client that sends nothing, or takes no results, for this long is let go.
 const IDLE_PROGRESS: Duration = Duration::from_secs(30);
@@ -64,7 +64,7 @@ struct Named {
 pub(super) struct Put {
     node: Arc<Node>,
     namespace: NamespaceId,
-    scope: ScopeTag,
+    author: Arc<Author>,
     layout: Arc<KvLayout>,
     class: TtlClass,
     /// Answer as soon as an object is handed over.
@@ -79,6 +79,14 @@ pub(super) struct Put {
     /// Raw bytes that may be on their way to the drive at a time; beside them the next batch is gathered.
     committing_bytes: usize,
     held: Arc<Held>,
+    /// What this put has sent to a scope of several tenants.
+    sent: Mutex<HashSet<ObjectId>>,
+}
+
+/// Who puts, and where.
+struct Author {
+    principal: Principal,
+    place: Place,
 }
 
 /// What a put may use, until its last batch is stored: also if the client has left by then.
@@ -117,7 +125,8 @@ impl Put {
         let permit = Arc::clone(&admission.put_memory)
             .try_acquire_many_owned(kib)
             .map_err(|_| over("put memory of this node", PUT_MEMORY_BYTES, PUT_MEMORY_BYTES, 200))?;
-        let key = node.tenants.writable(principal, &prefix.user, scope)?;
+        let place = node.tenants.writable(principal, &prefix.user, scope)?;
+        let key = &place.key;
         if scope != v1::Scope::Private && scope != v1::Scope::Unspecified {
             let what = format!("{scope:?} {namespace}");
             node.audit.record(&Event::new(principal, "publish", what, "ok"));
@@ -125,13 +134,13 @@ impl Put {
         let mut named = Named::default();
         let (genesis, hashes) = match names {
             PrefixNames::Tokens(tokens) => {
-                let (genesis, hashes) = Chain::hashes(&key, namespace, layout.block_tokens(), &tokens);
+                let (genesis, hashes) = Chain::hashes(key, namespace, layout.block_tokens(), &tokens);
                 named.tokens = tokens;
                 (Some(genesis), hashes)
             }
             PrefixNames::Engine { hashes, chained } => {
-                let genesis = chained.then(|| Chain::genesis(&key, namespace, &[]).tip());
-                let rekeyed = hashes.iter().map(|hash| rekey(&key, namespace, 0, hash)).collect();
+                let genesis = chained.then(|| Chain::genesis(key, namespace, &[]).tip());
+                let rekeyed = hashes.iter().map(|hash| rekey(key, namespace, 0, hash)).collect();
                 named.engine_hashes = hashes;
                 (genesis, rekeyed)
             }
@@ -142,7 +151,7 @@ impl Put {
         Ok(Self {
             node: node.clone(),
             namespace,
-            scope: key.tag(),
+            author: Arc::new(Author { principal: principal.clone(), place }),
             layout,
             class: ttl_class(ttl),
             buffered: durability == v1::Durability::Buffered,
@@ -153,6 +162,7 @@ impl Put {
             tenant,
             committing_bytes,
             held: Arc::new(Held { _permit: permit, _in_flight: in_flight }),
+            sent: Mutex::default(),
         })
     }
 
@@ -280,7 +290,8 @@ impl Put {
         let block_tokens = u64::from(self.layout.block_tokens());
         let index = self.index(tokens)? + 1;
         let hash = self.hashes[index - 1];
-        let (layout, namespace, scope) = (&*self.layout, self.namespace, self.scope);
+        let place = &self.author.place;
+        let (layout, namespace, scope) = (&*self.layout, self.namespace, place.key.tag());
         if kind == ObjectKind::Block {
             self.note(index - 1);
         }
@@ -298,7 +309,8 @@ impl Put {
             _ => BlockObject::new(layout, namespace, scope, parent, hash, stored_tokens, planes)
                 .map(|object| PutObject::block(layout, object)),
         };
-        let object = object.map(|object| Numbered { tokens, object: object.with_class(self.class) });
+        let object =
+            object.map(|object| Numbered { tokens, object: object.with_class(self.class).by(place.writer) });
         object.map_err(|error| Status::invalid_argument(error.to_string()))
     }
 
@@ -337,12 +349,13 @@ impl Put {
         }
         let named = objects.iter().map(|object| (object.object.id.kind, object.tokens)).collect();
         let objects: Vec<PutObject> = objects.into_iter().map(|object| object.object).collect();
-        let (node, tenant, in_parts) = (self.node.clone(), self.tenant.id().clone(), self.in_parts);
+        let orphans = self.orphans(&objects);
+        let (node, author, in_parts) = (self.node.clone(), Arc::clone(&self.author), self.in_parts);
         let (submitted, submitting) = oneshot::channel();
         let held = Arc::clone(&self.held);
         let storing = tokio::task::spawn_blocking(move || {
             let _held = held;
-            store(&node, &tenant, objects, in_parts, submitted)
+            store(&node, &author, objects, &orphans, in_parts, submitted)
         });
         commits.submitting = Some(submitting);
         let batch = UnderWay { named, bytes, storing, over: None };
@@ -356,6 +369,27 @@ impl Put {
         }
         commits.under_way.push_back(batch);
         Ok(())
+    }
+
+    /// Which of these continue what is not there for whoever puts them: the word of another tenant alone, which this put has not
+    /// said as well.
+    fn orphans(&self, objects: &[PutObject]) -> Vec<bool> {
+        let place = &self.author.place;
+        if !place.is_shared() {
+            return vec![false; objects.len()];
+        }
+        let parents: Vec<ObjectId> =
+            objects.iter().map(|object| object.parent.unwrap_or(object.id)).collect();
+        let hidden = place.hidden(&self.node.store, &parents);
+        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let orphan = |((object, parent), hidden): ((&PutObject, &ObjectId), bool)| {
+            let orphan = hidden && object.parent.is_some() && !sent.contains(parent);
+            if !orphan {
+                sent.insert(object.id);
+            }
+            orphan
+        };
+        objects.iter().zip(&parents).zip(hidden).map(orphan).collect()
     }
 
     async fn answer_all<R>(&self, commits: &mut Commits, answers: &Answers<'_, R>) -> Result<(), Status> {
@@ -519,28 +553,70 @@ enum Gathering<'l> {
     Parts(PlaneReader<'l>, BTreeSet<(ObjectKind, u64)>),
 }
 
+impl Author {
+    /// Writes down what others should know of the results, and leaves nothing in them that this one should not.
+    fn account(&self, node: &Node, ids: &[ObjectId], results: &mut [Result<PutOutcome, StoreError>]) {
+        let is_mismatch = |result: &Result<PutOutcome, StoreError>| {
+            result.as_ref().is_err_and(|error| error.kind() == esker_store::ErrorKind::ContentMismatch)
+        };
+        let mismatches = results.iter().filter(|result| is_mismatch(result)).count();
+        if mismatches > 0 {
+            let event = Event::new(&self.principal, "put", "other bytes under a known name", "refused");
+            node.audit.record(&event.count(mismatches as u64));
+        }
+        if !self.place.is_shared() {
+            return;
+        }
+        let hidden = self.place.hidden(&node.store, ids);
+        let put = ids.iter().zip(&*results).filter(|(_, result)| result.is_ok()).map(|(id, _)| *id);
+        if let Err(error) = self.place.vouch(&node.store, &put.collect::<Vec<_>>()) {
+            tracing::warn!(%error, "what two tenants have put stays hidden from the others");
+        }
+        for (result, _) in results.iter_mut().zip(hidden).filter(|(_, hidden)| *hidden) {
+            if is_mismatch(result) {
+                *result = Ok(PutOutcome::Declined);
+            } else if let Ok(outcome @ PutOutcome::Present) = result {
+                *outcome = PutOutcome::Stored;
+            }
+        }
+    }
+}
+
 /// Stores objects, and what waited for them. `None` for one that waits in its turn: a state whose block is not there yet, or
 /// anything that comes in parts and therefore in any order. Says when the next batch may be submitted.
 fn store(
     node: &Node,
-    tenant: &TenantId,
+    author: &Author,
     objects: Vec<PutObject>,
+    orphans: &[bool],
     in_parts: bool,
     submitted: oneshot::Sender<()>,
 ) -> Stored {
     let may_wait = |object: &&PutObject| in_parts || object.id.kind == ObjectKind::State;
     let kept: Vec<Option<PutObject>> = objects.iter().map(|o| Some(o).filter(may_wait).cloned()).collect();
     let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
-    let under_way = node.store.submit(objects);
+    let missing = |(object, orphan): (&PutObject, &bool)| {
+        let parent = object.parent.filter(|_| *orphan)?;
+        Some(StoreError::MissingParent { id: object.id, parent })
+    };
+    let missing: Vec<Option<StoreError>> = objects.iter().zip(orphans).map(missing).collect();
+    let objects = objects.into_iter().zip(orphans).filter(|(_, orphan)| !**orphan);
+    let under_way = node.store.submit(objects.map(|(object, _)| object).collect());
     // Nobody listens any more if this fails.
     let _ = submitted.send(());
-    let results = under_way.wait();
+    let mut known = under_way.wait().into_iter();
+    let one = |missing: Option<StoreError>| match missing {
+        Some(missing) => Err(missing),
+        None => known.next().unwrap_or(Err(StoreError::Closed)),
+    };
+    let mut results: Vec<Result<PutOutcome, StoreError>> = missing.into_iter().map(one).collect();
+    author.account(node, &ids, &mut results);
     let stored = ids.iter().zip(&results).filter(|(_, result)| result.is_ok()).map(|(id, _)| *id);
     node.staging.follow(&node.store, stored);
     let settle = |(result, kept): (Result<PutOutcome, StoreError>, Option<PutObject>)| match (result, kept) {
         (Err(error), Some(object)) if error.kind() == esker_store::ErrorKind::MissingParent => {
             let parent = object.parent;
-            node.staging.park(tenant, object, Instant::now()).map_err(|_| error)?;
+            node.staging.park(&author.principal.tenant, object, Instant::now()).map_err(|_| error)?;
             // It may have come between the two.
             let come = parent.filter(|parent| node.store.get(&[*parent]).iter().any(Option::is_some));
             node.staging.follow(&node.store, come);

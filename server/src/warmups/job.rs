@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::generate::whole_tokens;
 use crate::node::Engine;
-use crate::principal::{Principal, TenantId};
+use crate::principal::{Principal, Role, TenantId};
 
 /// A job that was asked for, checked. `Record` without its progress.
 #[derive(Clone, Debug)]
@@ -69,6 +69,9 @@ pub(crate) struct Record {
     pub(crate) digest: String,
     /// The account that submitted it.
     pub(crate) account: String,
+    /// Whether that account might publish.
+    #[serde(default)]
+    pub(crate) publishes: bool,
     /// Order of submission on this node.
     pub(crate) number: u64,
     pub(crate) namespace: String,
@@ -111,6 +114,7 @@ impl Record {
         Self {
             digest: String::new(),
             account: principal.name.clone(),
+            publishes: principal.roles.has(Role::Publisher),
             number: 0,
             namespace: engine.namespace.to_hex(),
             scope: submission.scope.into(),

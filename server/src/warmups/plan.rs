@@ -2,11 +2,12 @@
 
 use std::collections::HashSet;
 
-use esker_prefix::{ObjectKind, ScopeKey};
+use esker_prefix::ObjectKind;
 
 use crate::generate::{Prefix, stored_tokens};
 use crate::node::{Engine, Node};
 use crate::service::ttl_class;
+use crate::writers::Place;
 
 use super::job::Submission;
 
@@ -23,7 +24,7 @@ pub(crate) struct Plan {
 }
 
 /// Looks every prompt of a job up.
-pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, scope: &ScopeKey) -> Plan {
+pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, place: &Place) -> Plan {
     let layout = engine.loaded.model.layout();
     let block_tokens = u64::from(layout.block_tokens());
     let mut plan = Plan::default();
@@ -31,7 +32,7 @@ pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, scope:
     let (mut stored_bytes, mut stored_blocks) = (0_u64, 0);
     let (mut new_blocks, mut new_states) = (0, 0);
     for prompt in &submission.prompts {
-        let prefix = Prefix { tokens: prompt, scope, class: ttl_class(submission.ttl) };
+        let prefix = Prefix { tokens: prompt, place, class: ttl_class(submission.ttl) };
         let (stored, ids) = stored_tokens(node, engine, &prefix);
         let stored = stored as u64 / block_tokens;
         // The last block that is there tells best what those after it will take.

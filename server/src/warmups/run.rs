@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use esker_prefix::{ScopeKey, TokenId};
+use esker_prefix::TokenId;
 use esker_proto::v1;
 
 use super::job::{Job, Stage};
@@ -15,6 +15,7 @@ use crate::live::Pace;
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, Role};
 use crate::service::ttl_class;
+use crate::writers::Place;
 
 /// The thread. Ends it when dropped, after the step that it is in.
 pub(crate) struct Runner {
@@ -64,8 +65,8 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
     if record.namespace != engine.namespace.to_hex() {
         return failed("the node's model is another one than when the job was submitted");
     }
-    let scope = match scope(node, job) {
-        Ok(scope) => scope,
+    let place = match place(node, job) {
+        Ok(place) => place,
         Err(status) => return failed(status.message()),
     };
     let prompts = match node.warmups.prompts(job) {
@@ -81,7 +82,7 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
         let tokens: Vec<TokenId> = prompt.iter().map(|&id| TokenId(id)).collect();
         let mut left = None;
         let result =
-            warm(node, engine, &Prefix { tokens: &tokens, scope: &scope, class }, &mut |step| match observe(
+            warm(node, engine, &Prefix { tokens: &tokens, place: &place, class }, &mut |step| match observe(
                 node, job, epoch, &mut pace, step,
             ) {
                 None => ControlFlow::Continue(()),
@@ -146,16 +147,17 @@ fn leaves(node: &Node, job: &Job) -> bool {
     job.is_cancelled() || node.warmups.leaves(job)
 }
 
-/// The scope that the job stores in. Whether its submitter may was asked when it was submitted; whether the tenant still is one
+/// Where the job stores. Whether its submitter may was asked when it was submitted; whether the tenant still is one
 /// is asked again.
-fn scope(node: &Node, job: &Job) -> Result<ScopeKey, tonic::Status> {
+fn place(node: &Node, job: &Job) -> Result<Place, tonic::Status> {
     let record = job.now();
     if !node.policy.now().tenants.contains_key(&job.tenant) {
         return Err(tonic::Status::permission_denied("the policy does not name this tenant any more"));
     }
-    let roles = [Role::Writer, Role::Publisher].into_iter().collect();
-    let principal = Principal { tenant: job.tenant.clone(), name: record.account, roles };
     let scope = v1::Scope::try_from(record.scope).unwrap_or_default();
+    let publishes = record.publishes || scope == v1::Scope::Public;
+    let roles = [Role::Writer].into_iter().chain(publishes.then_some(Role::Publisher)).collect();
+    let principal = Principal { tenant: job.tenant.clone(), name: record.account, roles };
     node.tenants.writable(&principal, &record.user, scope)
 }
 

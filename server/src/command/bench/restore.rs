@@ -15,6 +15,7 @@ use crate::bundled;
 use crate::generate::{Event, Guessing, Job, ParkedAccount, RestoreMode, generate};
 use crate::model_folder::{LoadedModel, load_model};
 use crate::node::{Node, NodeSettings};
+use crate::writers::Place;
 
 /// Longest wait for what a generation leaves to be stored.
 const STORED_WITHIN: Duration = Duration::from_secs(120);
@@ -226,7 +227,7 @@ impl Bench {
             sampler: Sampler::seeded(0.0, 1.0, 0)?,
             logits_digest: false,
             stop: Vec::new(),
-            scope: scope(),
+            place: Place::unshared(scope()),
             class: TtlClass::default(),
             stores,
             restore,

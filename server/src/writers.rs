@@ -1,0 +1,181 @@
+//! Writers: a number for every account that ever put something, so that each record says whose word it is.
+//!
+//! Numbers are given in order, written down before the first record that has one, and never given again. Two things hang on
+//! them. What an account has put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`). And in the
+//! scope of an org, which several tenants write, nobody finds what one other tenant alone has put: it may be wrong on purpose, and
+//! that it is there tells what that tenant was asked. It is found by all once two tenants have put the same bytes, or a publisher
+//! has. Until then answers are those of a block that is not stored. One channel is left to a tenant that writes: what it
+//! puts of other bytes under such a name is declined rather than stored.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use anyhow::ensure;
+use esker_prefix::{ObjectId, ScopeKey, ScopeTag, WriterId};
+use esker_store::{Found, Store};
+
+use crate::control::{Control, Table};
+use crate::principal::{Principal, TenantId};
+
+/// Accounts that are told apart.
+const MAX_WRITERS: usize = 1_000_000;
+
+/// All writers of a node.
+pub(crate) struct Writers {
+    control: Arc<Control>,
+    known: RwLock<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    /// By `tenant/account`; '/' is in no name.
+    numbers: HashMap<String, WriterId>,
+    tenants: HashMap<TenantId, Arc<HashSet<WriterId>>>,
+    newest: u32,
+}
+
+/// Where something is stored, and on whose word.
+#[derive(Clone)]
+pub(crate) struct Place {
+    pub(crate) key: ScopeKey,
+    pub(crate) writer: WriterId,
+    pub(crate) sight: Sight,
+    /// Its word is enough for everyone.
+    pub(crate) trusted: bool,
+}
+
+/// What a tenant finds of what is stored under names that it can make.
+#[derive(Clone)]
+pub(crate) struct Sight {
+    org: Option<ScopeTag>,
+    own: Arc<HashSet<WriterId>>,
+}
+
+impl Writers {
+    pub(crate) fn open(control: Arc<Control>) -> anyhow::Result<Self> {
+        let mut known = Known::default();
+        for (name, number) in control.scan::<u32>(Table::Writers, "", "", usize::MAX)? {
+            known.add(name, WriterId(number));
+        }
+        Ok(Self { control, known: RwLock::new(known) })
+    }
+
+    /// The number of an account. The first time it is written down before this returns.
+    pub(crate) fn number(&self, principal: &Principal) -> anyhow::Result<WriterId> {
+        let name = name(&principal.tenant, &principal.name);
+        if let Some(&number) = self.read().numbers.get(&name) {
+            return Ok(number);
+        }
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&number) = known.numbers.get(&name) {
+            return Ok(number);
+        }
+        ensure!(known.numbers.len() < MAX_WRITERS, "{MAX_WRITERS} accounts have put something, the limit");
+        let number = WriterId(known.newest + 1);
+        self.control.put(Table::Writers, &name, &number.0)?;
+        known.add(name, number);
+        Ok(number)
+    }
+
+    /// The number of an account that has put something.
+    pub(crate) fn find(&self, tenant: &TenantId, account: &str) -> Option<WriterId> {
+        self.read().numbers.get(&name(tenant, account)).copied()
+    }
+
+    /// The numbers of a tenant's accounts.
+    pub(crate) fn of(&self, tenant: &TenantId) -> Arc<HashSet<WriterId>> {
+        self.read().tenants.get(tenant).cloned().unwrap_or_default()
+    }
+
+    /// What a tenant finds, in its org's scope too if it has one.
+    pub(crate) fn sight(&self, tenant: &TenantId, org: Option<ScopeTag>) -> Sight {
+        Sight { org, own: self.of(tenant) }
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known {
+    fn add(&mut self, name: String, number: WriterId) {
+        if let Some((tenant, _)) = name.split_once('/') {
+            Arc::make_mut(self.tenants.entry(TenantId(tenant.into())).or_default()).insert(number);
+        }
+        self.newest = self.newest.max(number.0);
+        self.numbers.insert(name, number);
+    }
+}
+
+impl Sight {
+    pub(crate) fn sees(&self, found: &Found) -> bool {
+        Some(found.scope) != self.org
+            || found.sole_writer == WriterId::UNNAMED
+            || self.own.contains(&found.sole_writer)
+    }
+}
+
+impl Place {
+    /// A scope of one tenant, and nobody who was named.
+    pub(crate) fn unshared(key: ScopeKey) -> Self {
+        let sight = Sight { org: None, own: Arc::default() };
+        Self { key, writer: WriterId::UNNAMED, sight, trusted: false }
+    }
+
+    /// Whether several tenants write here.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.sight.org == Some(self.key.tag())
+    }
+
+    /// Which of these are stored here on the word of somebody else alone.
+    pub(crate) fn hidden(&self, store: &Store, ids: &[ObjectId]) -> Vec<bool> {
+        if !self.is_shared() {
+            return vec![false; ids.len()];
+        }
+        let hidden = |found: Option<Found>| found.is_some_and(|found| !self.sight.sees(&found));
+        store.get(ids).into_iter().map(hidden).collect()
+    }
+
+    /// These were put here with success: what was the word of somebody else alone is so no more, nor what a trusted one says.
+    pub(crate) fn vouch(&self, store: &Store, put: &[ObjectId]) -> esker_store::Result<()> {
+        if !self.is_shared() {
+            return Ok(());
+        }
+        let of_one = |found: &Found| found.sole_writer != WriterId::UNNAMED;
+        let vouched = store.get(put).into_iter().flatten().filter(of_one);
+        let vouched = vouched.filter(|found| self.trusted || !self.sight.sees(found));
+        let vouched: Vec<ObjectId> = vouched.map(|found| found.id).collect();
+        if vouched.is_empty() { Ok(()) } else { store.vouch(&vouched) }
+    }
+}
+
+fn name(tenant: &TenantId, account: &str) -> String {
+    format!("{tenant}/{account}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::principal::Roles;
+
+    #[test]
+    fn numbers_are_an_accounts_own_and_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Writers::open(Arc::new(Control::open(dir.path()).unwrap())).unwrap();
+        let account = |tenant: &str, name: &str| Principal {
+            tenant: TenantId(tenant.into()),
+            name: name.into(),
+            roles: Roles::default(),
+        };
+        let writers = open();
+        let numbers = [("a", "x"), ("a", "y"), ("b", "x"), ("a", "x")]
+            .map(|(tenant, name)| writers.number(&account(tenant, name)).unwrap().0);
+        assert_eq!(numbers, [1, 2, 3, 1]);
+        drop(writers);
+        let writers = open();
+        assert_eq!(writers.find(&TenantId("b".into()), "x"), Some(WriterId(3)));
+        assert_eq!(writers.find(&TenantId("b".into()), "y"), None);
+        assert_eq!(*writers.of(&TenantId("a".into())), HashSet::from([WriterId(1), WriterId(2)]));
+        assert_eq!(writers.number(&account("b", "y")).unwrap(), WriterId(4));
+    }
+}

@@ -1,0 +1,212 @@
+//! Promise: in the scope of an org nobody finds, or learns of, what one other tenant alone has put, until a second one or a publisher
+//! has said the same; and all that an account ever put can be taken back at once, for good.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use esker_client::{Object, v1};
+use esker_prefix::KvLayout;
+use esker_tests::identity::{Bearer, Claims, Issuer};
+use esker_tests::{Node, Prompt, flat_layout, put_steps, scratch};
+use tonic::Code;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+use v1::admin_client::AdminClient;
+use v1::events_client::EventsClient;
+use v1::prefix_cache_client::PrefixCacheClient;
+
+type Authed = InterceptedService<Channel, Bearer>;
+
+/// An account of a tenant.
+struct Account {
+    channel: Authed,
+    cache: PrefixCacheClient<Authed>,
+}
+
+impl Account {
+    fn new(node: &Node, issuer: &Issuer, tenant: &str, account: &str, roles: &[&str]) -> Result<Self> {
+        let claims = Claims { sub: account.into(), ..Claims::new(tenant, roles) };
+        let bearer = Bearer::new(&issuer.sign(&claims)?)?;
+        let channel = InterceptedService::new(node.channel.clone(), bearer);
+        Ok(Self { cache: PrefixCacheClient::new(channel.clone()), channel })
+    }
+
+    async fn register(&mut self, layout: &KvLayout) -> Result<esker_prefix::NamespaceId> {
+        let request = v1::RegisterNamespaceRequest {
+            weights_fingerprint: vec![1; 32].into(),
+            tokenizer_digest: vec![2; 32].into(),
+            layout_json: layout.to_json(),
+            adapter: String::new(),
+        };
+        let namespace = self.cache.register_namespace(request).await?.into_inner().namespace;
+        Ok(esker_prefix::NamespaceId(namespace[..].try_into()?))
+    }
+
+    /// What became of each object.
+    async fn put(
+        &mut self,
+        prompt: &Prompt,
+        scope: v1::Scope,
+        objects: Vec<Object>,
+    ) -> Result<Vec<v1::Outcome>> {
+        let mut steps = put_steps(prompt, objects);
+        if let Some(v1::put_request::Step::Prefix(prefix)) = steps.first_mut() {
+            prefix.scope = scope.into();
+        }
+        let steps = steps.into_iter().map(|step| v1::PutRequest { step: Some(step) }).collect::<Vec<_>>();
+        let mut replies = self.cache.put(tokio_stream::iter(steps)).await?.into_inner();
+        let mut outcomes = Vec::new();
+        while let Some(reply) = replies.message().await? {
+            outcomes.push(reply.outcome());
+        }
+        Ok(outcomes)
+    }
+
+    async fn lookup(&mut self, prompt: &Prompt) -> Result<v1::LookupReply> {
+        let request = v1::LookupRequest {
+            namespace: bytes::Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+            tokens: prompt.tokens.iter().map(|token| token.0).collect(),
+            no_grant: true,
+            ..Default::default()
+        };
+        Ok(self.cache.lookup(request).await?.into_inner())
+    }
+
+    async fn found_blocks(&mut self, prompt: &Prompt) -> Result<u64> {
+        Ok(self.lookup(prompt).await?.history_tokens / u64::from(prompt.layout.block_tokens()))
+    }
+
+    async fn revoke(&self, tenant: &str, account: &str) -> Result<u64, tonic::Status> {
+        let request = v1::RevokeWriterRequest { tenant: tenant.into(), account: account.into() };
+        let mut admin = AdminClient::new(self.channel.clone());
+        Ok(admin.revoke_writer(request).await?.into_inner().objects)
+    }
+}
+
+const WRITER: &[&str] = &["reader", "writer"];
+const TENANTS: &str = "[tenants.alice]\norg = \"research\"\n[tenants.bob]\norg = \"research\"\n\
+                       [tenants.carol]\norg = \"research\"\n[tenants.dave]\n";
+
+async fn start(data: &Path, policy: &Path) -> Result<Node> {
+    let policy = policy.to_str().context("a path of text")?;
+    Node::start(data, &["--no-model", "--segment-mib", "4", "--policy", policy]).await
+}
+
+#[tokio::test]
+async fn an_orgs_tenants_find_what_two_of_them_or_a_publisher_have_put() -> Result<()> {
+    use v1::Outcome::{Declined, Present, Refused, Stored};
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let policy = issuer.policy(TENANTS)?;
+    let node = start(&data, &policy).await?;
+    let account = |node: &Node, tenant: &str| Account::new(node, &issuer, tenant, "engine", WRITER);
+    let (mut alice, mut bob) = (account(&node, "alice")?, account(&node, "bob")?);
+    let (mut carol, mut dave) = (account(&node, "carol")?, account(&node, "dave")?);
+    let layout = flat_layout();
+    let namespace = alice.register(&layout).await?;
+    let prompt = Prompt::new(namespace, &layout, 5, 4);
+    let fresh = Prompt::new(namespace, &layout, 6, 4);
+    let org = v1::Scope::Org;
+    assert_eq!(alice.put(&prompt, org, prompt.blocks(1..=4)).await?, [Stored; 4]);
+    assert_eq!(alice.found_blocks(&prompt).await?, 4);
+    // Another account of the same tenant.
+    let mut second = Account::new(&node, &issuer, "alice", "other-engine", WRITER)?;
+    assert_eq!(second.put(&prompt, org, prompt.blocks([1])).await?, [Present]);
+    assert_eq!(second.found_blocks(&prompt).await?, 4);
+
+    // For all others it is as if it were not there: in lookups, whatever is asked,
+    let told = |reply: v1::LookupReply| format!("{reply:?}");
+    assert_eq!(told(bob.lookup(&prompt).await?), told(bob.lookup(&fresh).await?));
+    // in what can be continued,
+    assert_eq!(bob.put(&prompt, org, prompt.blocks([3])).await?, [Refused]);
+    assert_eq!(bob.put(&fresh, org, fresh.blocks([3])).await?, [Refused]);
+    // and in what is stored already. Other bytes under its name never take its place.
+    let forged = Prompt { seed: 99, ..prompt.clone() };
+    assert_eq!(bob.put(&forged, org, forged.blocks([1])).await?, [Declined]);
+    assert_eq!(alice.put(&forged, org, forged.blocks([1])).await?, [Refused]);
+    assert_eq!(bob.found_blocks(&prompt).await?, 0);
+    assert_eq!(bob.put(&prompt, org, prompt.blocks(1..=2)).await?, [Stored; 2]);
+    // Now two of them say so.
+    assert_eq!(bob.found_blocks(&prompt).await?, 2);
+    assert_eq!(carol.found_blocks(&prompt).await?, 2);
+    assert_eq!(alice.found_blocks(&prompt).await?, 4);
+    assert_eq!(dave.found_blocks(&prompt).await?, 0, "dave is of no org");
+    assert_eq!(bob.put(&prompt, org, prompt.blocks([1])).await?, [Present]);
+
+    // A publisher's word is enough.
+    let mut publisher = Account::new(&node, &issuer, "bob", "press", &["reader", "writer", "publisher"])?;
+    assert_eq!(publisher.put(&fresh, org, fresh.blocks(1..=4)).await?, [Stored; 4]);
+    assert_eq!(carol.found_blocks(&fresh).await?, 4);
+
+    // Who follows the scope's events would learn the tokens of what is hidden.
+    let follow = |account: &Account| {
+        let mut events = EventsClient::new(account.channel.clone());
+        let request = v1::SubscribeRequest { scope: org.into(), ..Default::default() };
+        async move { events.subscribe(request).await.map(drop).map_err(|status| status.code()) }
+    };
+    assert_eq!(follow(&bob).await, Err(Code::PermissionDenied));
+    assert_eq!(follow(&publisher).await, Ok(()));
+
+    node.kill()?;
+    let node = start(&data, &policy).await?;
+    let (mut alice, mut carol) = (account(&node, "alice")?, account(&node, "carol")?);
+    assert_eq!((carol.found_blocks(&prompt).await?, alice.found_blocks(&prompt).await?), (2, 4));
+    node.kill()
+}
+
+#[tokio::test]
+async fn what_an_account_has_put_is_taken_back_at_once_and_for_good() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let policy = issuer.policy(TENANTS)?;
+    let node = start(&data, &policy).await?;
+    let account = |node: &Node, name: &str| Account::new(node, &issuer, "alice", name, WRITER);
+    let (mut good, mut bad) = (account(&node, "good")?, account(&node, "bad")?);
+    let mut bob = Account::new(&node, &issuer, "bob", "engine", WRITER)?;
+    let admin = Account::new(&node, &issuer, "dave", "operator", &["admin"])?;
+    let layout = flat_layout();
+    let namespace = good.register(&layout).await?;
+    let prompts: Vec<Prompt> = (0..4).map(|seed| Prompt::new(namespace, &layout, seed, 4)).collect();
+    let [ours, theirs, mixed, shared] = &prompts[..] else { unreachable!() };
+    let (private, org) = (v1::Scope::Private, v1::Scope::Org);
+    good.put(ours, private, ours.blocks(1..=4)).await?;
+    bad.put(theirs, private, theirs.blocks(1..=4)).await?;
+    good.put(mixed, private, mixed.blocks(1..=2)).await?;
+    bad.put(mixed, private, mixed.blocks(3..=4)).await?;
+    // What others have said as well is its bytes all the same.
+    bad.put(shared, org, shared.blocks(1..=4)).await?;
+    bob.put(shared, org, shared.blocks(1..=4)).await?;
+    let mut found = Vec::new();
+    for prompt in &prompts {
+        found.push(good.found_blocks(prompt).await?);
+    }
+    assert_eq!(found, [4; 4]);
+
+    let refused = |result: Result<u64, tonic::Status>| result.map_err(|status| status.code());
+    assert_eq!(refused(good.revoke("alice", "bad").await), Err(Code::PermissionDenied));
+    assert_eq!(refused(admin.revoke("alice", "nobody").await), Err(Code::NotFound));
+    assert_eq!(refused(admin.revoke("bob", "bad").await), Err(Code::NotFound));
+    assert_eq!(refused(admin.revoke("alice", "../x").await), Err(Code::InvalidArgument));
+    assert_eq!(admin.revoke("alice", "bad").await?, 10);
+    let after = [4, 0, 2, 0];
+    for (prompt, blocks) in prompts.iter().zip(after) {
+        assert_eq!(good.found_blocks(prompt).await?, blocks);
+    }
+    assert_eq!(bob.found_blocks(shared).await?, 0);
+    let audit = std::fs::read_to_string(data.join("audit.jsonl"))?;
+    let line = audit.lines().find(|line| line.contains("revoke-writer") && line.contains("alice/bad"));
+    ensure!(line.is_some_and(|line| line.contains("dave/operator") && line.contains("10")), "{audit}");
+
+    // Nothing comes back with a crash and an index built anew; what is put since is new.
+    assert_eq!(bad.put(theirs, private, theirs.blocks([1])).await?, [v1::Outcome::Stored]);
+    node.kill()?;
+    std::fs::remove_dir_all(data.join("store").join("index"))?;
+    let node = start(&data, &policy).await?;
+    let mut good = account(&node, "good")?;
+    for (prompt, blocks) in prompts.iter().zip([4, 1, 2, 0]) {
+        assert_eq!(good.found_blocks(prompt).await?, blocks);
+    }
+    node.kill()
+}
