@@ -2,14 +2,14 @@
 //! each with the BLAKE3 of the line before it, so that a line changed or taken out shows. No token ids, no keys, no KV.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::principal::Principal;
@@ -45,6 +45,13 @@ struct Line {
     event: Event,
     /// BLAKE3 of the line before, without its line feed; of nothing for the first.
     previous: String,
+}
+
+/// A log whose lines are chained.
+pub(crate) struct Verified {
+    pub(crate) lines: u64,
+    /// BLAKE3 of the last line, without its line feed. Lines that were cut off the end show only to whoever has noted it.
+    pub(crate) last: blake3::Hash,
 }
 
 /// See the module.
@@ -140,21 +147,31 @@ impl Audit {
         refused.map(|line| (line.unix_ms, line.event)).take(most).collect()
     }
 
-    /// Reads a log from its first line and checks the chain. Returns the number of lines.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for a command that checks the log"))]
-    pub(crate) fn verify(path: &Path) -> anyhow::Result<u64> {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let mut previous = blake3::hash(b"");
-        for (number, text) in (0..).zip(text.lines()) {
-            let line: Line = serde_json::from_str(text)
+    /// Reads a log from its first line, checks the chain, and tells of each event with its time. Also while it is written: what is
+    /// behind the last line feed is no line yet.
+    pub(crate) fn verify(path: &Path, mut see: impl FnMut(u64, &Event)) -> anyhow::Result<Verified> {
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut reader = BufReader::new(file);
+        let mut verified = Verified { lines: 0, last: blake3::hash(b"") };
+        let mut text = Vec::new();
+        loop {
+            text.clear();
+            let number = verified.lines;
+            let mut line = (&mut reader).take(MAX_LINE_BYTES);
+            line.read_until(b'\n', &mut text).with_context(|| format!("cannot read {}", path.display()))?;
+            let Some(text) = text.strip_suffix(b"\n") else {
+                let whole = text.len() as u64 == MAX_LINE_BYTES;
+                ensure!(!whole, "line {} of {} is none of this log", number + 1, path.display());
+                return Ok(verified);
+            };
+            let line: Line = serde_json::from_slice(text)
                 .with_context(|| format!("line {} of {} cannot be read", number + 1, path.display()))?;
-            if line.number != number || line.previous != previous.to_hex().as_str() {
+            if line.number != number || line.previous != verified.last.to_hex().as_str() {
                 bail!("line {} of {} does not follow the line before it", number + 1, path.display());
             }
-            previous = blake3::hash(text.as_bytes());
+            see(line.unix_ms, &line.event);
+            verified = Verified { lines: number + 1, last: blake3::hash(text) };
         }
-        Ok(text.lines().count() as u64)
     }
 }
 
@@ -205,6 +222,13 @@ fn last_line(file: &mut File) -> std::io::Result<Option<String>> {
 mod tests {
     use super::*;
 
+    fn verify(path: &Path) -> anyhow::Result<u64> {
+        let mut seen = 0;
+        let verified = Audit::verify(path, |_, _| seen += 1)?;
+        assert_eq!(verified.lines, seen);
+        Ok(seen)
+    }
+
     fn event(object: &str) -> Event {
         Event::new(&Principal::local(), "test", object, "ok")
     }
@@ -218,14 +242,14 @@ mod tests {
             audit.record(&event(&format!("a{round}")));
             audit.record(&event("b"));
         }
-        assert_eq!(Audit::verify(&path).unwrap(), 6);
+        assert_eq!(verify(&path).unwrap(), 6);
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, text.replacen("a1", "a9", 1)).unwrap();
-        assert!(Audit::verify(&path).is_err());
+        assert!(verify(&path).is_err());
         let without: Vec<&str> =
             text.lines().enumerate().filter(|(at, _)| *at != 2).map(|(_, line)| line).collect();
         std::fs::write(&path, without.join("\n")).unwrap();
-        assert!(Audit::verify(&path).unwrap_err().to_string().contains("line 3"));
+        assert!(verify(&path).unwrap_err().to_string().contains("line 3"));
     }
 
     #[test]
@@ -239,8 +263,22 @@ mod tests {
             torn.extend_from_slice(&whole[..cut]);
             std::fs::write(&path, torn).unwrap();
             Audit::open(&path).unwrap().record(&event("b"));
-            assert_eq!(Audit::verify(&path).unwrap(), 2, "cut at {cut}");
+            assert_eq!(verify(&path).unwrap(), 2, "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn what_is_no_line_is_named_and_one_that_is_being_written_is_none_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        Audit::open(&path).unwrap().record(&event("a"));
+        let whole = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, whole.clone() + &whole[..10]).unwrap();
+        assert_eq!(verify(&path).unwrap(), 1);
+        std::fs::write(&path, whole.clone() + "x\n").unwrap();
+        assert!(verify(&path).unwrap_err().to_string().contains("line 2"));
+        std::fs::write(&path, whole + &"x".repeat(1 << 20)).unwrap();
+        assert!(verify(&path).unwrap_err().to_string().contains("line 2"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ macro_rules! note {
     ($($arg:tt)*) => { $crate::command::tell(format_args!($($arg)*)) };
 }
 
+pub mod audit;
 pub mod bench;
 pub mod demo;
 pub mod fsck;

@@ -34,8 +34,10 @@ enum Command {
     Stat(command::stat::Args),
     /// Tell what was used, what it costs and what caching saved; export or verify the billing ledger
     Usage(command::usage::Args),
-    /// The tenants of a running node and what they hold; erase one
+    /// The tenants of a running node and what they hold; erase one, or take back what an account has put
     Tenants(command::tenants::Args),
+    /// Check the audit log of a data folder, and show its newest lines
+    Audit(command::audit::Args),
     /// Measure: the store on this machine, policies on a trace
     Bench(command::bench::Args),
     /// Check the decoder against a folder of golden vectors
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Warmup(args) => command::warmup::run(args),
         Command::Demo(args) => command::demo::run(args),
         Command::Tenants(args) => command::tenants::run(args),
+        Command::Audit(args) => command::audit::run(&args),
         Command::Bench(args) => command::bench::run(args),
         Command::Golden(args) => command::golden::run(&args),
     };
