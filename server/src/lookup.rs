@@ -174,7 +174,7 @@ impl Question {
         };
         let chained = self.chained();
         let mut blocks: Vec<(usize, Found)> = if chained {
-            store.lookup(&ids(ObjectKind::Block)).into_iter().take_while(ours).enumerate().collect()
+            store.lookup_while(&ids(ObjectKind::Block), ours).into_iter().enumerate().collect()
         } else {
             let found = store.get(&ids(ObjectKind::Block)).into_iter().enumerate();
             found.filter_map(|(at, found)| Some((at, found.filter(ours)?))).collect()

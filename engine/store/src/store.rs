@@ -269,13 +269,19 @@ impl Store {
 
     /// The longest leading run of `ids` that is present, in order.
     pub fn lookup(&self, ids: &[ObjectId]) -> Vec<Found> {
+        self.lookup_while(ids, |_| true)
+    }
+
+    /// The same, up to the first that `takes` does not take. It costs as much as if that one, and all behind it, were not there.
+    pub fn lookup_while(&self, ids: &[ObjectId], takes: impl Fn(&Found) -> bool) -> Vec<Found> {
         let started = Instant::now();
-        let run = self.shared.table.run(ids);
+        let take = |id, located| Some(Found::new(id, located)).filter(&takes);
+        let run = self.shared.table.run(ids, take);
         let counters = &self.shared.counters;
         counters.looked_up.add(ids.len() as u64);
         counters.found.add(run.len() as u64);
         counters.lookup_us.add(started.elapsed());
-        ids.iter().zip(run).map(|(&id, located)| Found::new(id, located)).collect()
+        run
     }
 
     /// Each of `ids`, whether the others are present or not.

@@ -116,14 +116,15 @@ impl Table {
         }))
     }
 
-    /// The longest leading run of `ids` that is present, in order.
-    pub(crate) fn run(&self, ids: &[ObjectId]) -> Vec<Located> {
+    /// The longest leading run of `ids` that is present and that `take` takes, in order. It goes no further than that.
+    pub(crate) fn run<T>(&self, ids: &[ObjectId], take: impl Fn(ObjectId, Located) -> Option<T>) -> Vec<T> {
         let inner = self.read();
         let mut next = None;
         let mut run = Vec::new();
-        for id in ids {
-            let Some(slot) = inner.near(*id, next) else { break };
-            run.push(inner.located(slot));
+        for &id in ids {
+            let Some(slot) = inner.near(id, next) else { break };
+            let Some(taken) = take(id, inner.located(slot)) else { break };
+            run.push(taken);
             next = Some(slot + 1);
         }
         run

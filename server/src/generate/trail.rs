@@ -165,10 +165,7 @@ impl<'a> Trail<'a> {
 
     /// Blocks that are stored and found here: the longest leading run.
     pub(super) fn blocks(&self, store: &Store, ids: &[ObjectId]) -> Vec<Found> {
-        let mut found = store.lookup(ids);
-        let seen = found.iter().take_while(|found| self.place.sight.sees(found)).count();
-        found.truncate(seen);
-        found
+        store.lookup_while(ids, |found| self.place.sight.sees(found))
     }
 
     /// Each of these, if it is stored and found here.
