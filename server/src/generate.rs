@@ -1,5 +1,6 @@
 //! One generation: lookup, restore, prefill the rest, decode, and hand new blocks and states to the write-behind queue.
 
+mod offer;
 mod parked;
 mod resume;
 mod speculation;
@@ -11,17 +12,18 @@ mod warm;
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use esker_decoder::{DecoderError, Logits, LogitsOut, Residency, Sampler, Sequence};
 use esker_prefix::TokenId;
-use esker_store::{StoreError, TtlClass};
+use esker_store::{MissKind, StoreError, TtlClass};
 
 use crate::node::{Engine, Node};
 use crate::writers::Place;
 pub(crate) use speculation::Guessing;
 
+use offer::Offer;
+use parked::Counts;
 use resume::Resumption;
 use speculation::Steps;
 use stop::StopText;
@@ -73,8 +75,8 @@ pub(crate) enum Event {
     Restoring { done: usize, total: usize },
     /// Tokens computed, of those to compute.
     Prefilling { done: usize, total: usize },
-    /// The prompt is computed, so many tokens of it put back.
-    Prompt { tokens: usize, hit_tokens: usize, stores: bool },
+    /// The prompt is computed, so many tokens of it put back. `lost` as in [`Account`].
+    Prompt { tokens: usize, hit_tokens: usize, stores: bool, lost: Option<MissKind> },
     /// One new token.
     Token { id: TokenId, text: String, logits_digest: Option<[u8; 32]> },
     /// The end.
@@ -86,7 +88,9 @@ pub(crate) enum Event {
 pub(crate) struct Account {
     pub(crate) prompt_tokens: usize,
     pub(crate) hit_tokens: usize,
-    /// Of the computed tokens of the prompt, those that were newly stored.
+    /// Why the hit is shorter than what was offered, if that is this node's fault.
+    pub(crate) lost: Option<MissKind>,
+    /// Of the computed tokens of the prompt, those that were newly stored and had not been offered.
     pub(crate) write_tokens: u64,
     /// Of the computed tokens of the prompt, those whose rows are stored already.
     pub(crate) replayed_tokens: usize,
@@ -153,14 +157,17 @@ pub(crate) fn generate(
     let prompt_tokens = tokens.len();
     let drafts = model.has_draft() && job.guessing != Guessing::Never;
     let (stores, resident_bytes) = (job.stores, job.resident_bytes);
-    let run = Run { node, engine, stores, resident_bytes, drafts };
+    let offer = Arc::new(Offer::default());
+    let run = Run { node, engine, offer: &offer, stores, resident_bytes, drafts };
     let first = run.first_logits(&tokens, job.restore, &mut trail, &mut sequence, emit)?;
-    let First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked_us } = first;
+    let First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked: counts } =
+        first;
     let prefilled = Instant::now();
-    listen(emit(Event::Prompt { tokens: prompt_tokens, hit_tokens, stores: job.stores }))?;
+    let lost = offer.shortfall(hit_tokens);
+    listen(emit(Event::Prompt { tokens: prompt_tokens, hit_tokens, stores: job.stores, lost }))?;
     let parked = |sequence: &Sequence| {
-        let waited_us = parked_us.as_ref().map_or(0, |waited_us| waited_us.load(Ordering::Relaxed));
-        (sequence.residency().unwrap_or_default(), Duration::from_micros(waited_us))
+        let waited = counts.as_ref().map_or(Duration::ZERO, |counts| counts.waited());
+        (sequence.residency().unwrap_or_default(), waited)
     };
     let parked_before = parked(&sequence);
 
@@ -217,6 +224,7 @@ pub(crate) fn generate(
     let account = Account {
         prompt_tokens,
         hit_tokens,
+        lost,
         write_tokens: trail.written_tokens(),
         replayed_tokens,
         completion_tokens,
@@ -229,7 +237,7 @@ pub(crate) fn generate(
         stopped,
         stop_sequence,
         rest_of_text,
-        parked: parked_us.is_some().then(|| {
+        parked: counts.is_some().then(|| {
             let after = parked(&sequence);
             ParkedAccount { prefill: parked_before.0, total: after.0, waited: [parked_before.1, after.1] }
         }),
@@ -245,8 +253,8 @@ struct First {
     bytes_read: u64,
     raw_bytes: u64,
     restored: Instant,
-    /// Time waited for parked rows, in microseconds, if there are any.
-    parked_us: Option<Arc<AtomicU64>>,
+    /// What reading parked rows costs, if there are any.
+    parked: Option<Arc<Counts>>,
 }
 
 /// What stays the same for all of a generation.
@@ -254,6 +262,7 @@ struct First {
 struct Run<'a> {
     node: &'a Node,
     engine: &'a Engine,
+    offer: &'a Arc<Offer>,
     stores: bool,
     resident_bytes: Option<u64>,
     /// Whether a draft block will guess.
@@ -290,17 +299,18 @@ impl Run<'_> {
         sequence: &mut Sequence,
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<First, GenerateError> {
-        let Self { node, engine, stores, resident_bytes, drafts } = *self;
+        let Self { node, engine, offer, stores, resident_bytes, drafts } = *self;
         std::thread::scope(|scope| {
-            let resumption = Resumption { node, engine, prompt, resident_bytes };
+            let resumption = Resumption { node, engine, prompt, offer, resident_bytes };
             let mut resumed = resumption.resume(mode, trail, scope, sequence, emit)?;
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
             trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
+            trail.offered = trail.hashes_to(offer.tokens());
             let logits = prefill(engine, trail, prompt, sequence, drafts, emit)?;
             let (bytes_read, raw_bytes) = (resumed.bytes_read, resumed.raw_bytes);
             let replayed_tokens = resumed.replayed_tokens;
-            let parked_us = resumed.parked_us.take();
-            Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked_us })
+            let parked = resumed.parked.take();
+            Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked })
         })
     }
 }

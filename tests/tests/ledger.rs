@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use esker_client::v1;
+use esker_client::{Request, v1};
 use esker_prefix::ObjectKind;
 use esker_tests::{
     Node, Prompt, change, flat_layout, output, put_steps, question, records, scratch, staged_layout, text_of,
@@ -394,6 +394,63 @@ async fn a_miss_through_our_own_fault_is_a_plain_miss_without_writes() -> Result
     assert!(record.fault && record.complete && record.miss_reason == "corrupt", "{record:?}");
     assert_eq!(record.miss_tokens, prompt_tokens - block);
     node.kill()
+}
+
+/// The record of a request of that name.
+async fn record_of(node: &Node, request_id: &str) -> Result<v1::UsageRecord> {
+    let (events, _) = export(node, v1::ExportUsageRequest::default()).await?;
+    let records = events.iter().filter_map(|event| record(event).ok());
+    let mut of_name = records.filter(|record| record.request_id == request_id).cloned();
+    of_name.next().with_context(|| format!("{request_id} has no record"))
+}
+
+#[tokio::test]
+async fn a_generation_whose_prefix_was_damaged_is_a_plain_miss_without_writes() -> Result<()> {
+    // Put back as a whole; and layer after layer, with rows that stay on SSD.
+    for (prompt_tokens, options) in [(700, None), (1_500, Some("0"))] {
+        let folder = scratch();
+        let data = folder.path().join("data");
+        let residency: Vec<&str> = options.iter().flat_map(|bytes| ["--resident-bytes", *bytes]).collect();
+        let node = Node::start(&data, &[&["--segment-mib", "16"][..], &residency].concat()).await?;
+        let prompt = tokens(1, prompt_tokens);
+        let ask = |name: &str| Request { request_id: name.into(), ..question(&prompt) };
+        let whole = (prompt_tokens as u64 - 1) / 128 * 128;
+        let cold = node.ask(ask("cold")).await?;
+        ensure!(cold.usage.cache_write_tokens > 0, "nothing was written: {:?}", cold.usage);
+        node.settled(&prompt).await?;
+        let sound = node.ask(ask("sound")).await?;
+        assert_eq!((&sound.tokens, sound.usage.prompt_cache_hit_tokens), (&cold.tokens, whole));
+
+        let third = records(&data)?
+            .into_iter()
+            .find(|record| record.kind == ObjectKind::Block && record.tokens == 3 * 128);
+        let third = third.context("the third block has a record")?;
+        for plane in third.planes.iter().filter(|plane| !plane.is_empty()) {
+            change(&third.file, plane.start, |byte| byte ^ 1)?;
+        }
+        let damaged = node.ask(ask("damaged")).await?;
+        assert_eq!(damaged.tokens, cold.tokens, "{prompt_tokens}, {options:?}");
+        node.settled(&prompt).await?;
+        let healed = node.ask(ask("healed")).await?;
+        assert_eq!((&healed.tokens, healed.usage.prompt_cache_hit_tokens), (&cold.tokens, whole));
+
+        for (name, fault) in [("cold", false), ("sound", false), ("damaged", true), ("healed", false)] {
+            let record = record_of(&node, name).await?;
+            let reason = if fault { "corrupt" } else { "absent" };
+            assert!(record.complete && record.status == "ok", "{record:?}");
+            assert_eq!((record.fault, record.miss_reason.as_str()), (fault, reason), "{record:?}");
+            assert_eq!(record.hit_tokens + record.miss_tokens, prompt_tokens as u64);
+        }
+        let damaged = record_of(&node, "damaged").await?;
+        assert_eq!((damaged.hit_tokens, damaged.write_tokens), (2 * 128, None), "{damaged:?}");
+        let sums = sums(&node).await?;
+        assert_eq!(sums.faults, 1);
+        // Each block of the prompt once, although the third and what follows it were stored again.
+        let written = sums.write_tokens.unwrap_or_default().ttl_24h;
+        assert_eq!(written, cold.usage.cache_write_tokens);
+        node.kill()?;
+    }
+    Ok(())
 }
 
 #[tokio::test]

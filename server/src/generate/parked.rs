@@ -16,6 +16,8 @@ use esker_decoder::PlaneSource;
 use esker_prefix::PlaneSpec;
 use esker_store::{FetchEvent, FetchOrder, FetchRequest, Found, Pins, PlaneSelection, Store};
 
+use super::offer::Offer;
+
 /// Longest wait for one layer's rows; beyond it they are given up, and the prefix is resumed in another way.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Most planes read ahead for one layer: a guess is not worth more.
@@ -25,8 +27,21 @@ const AHEAD_BLOCKS: usize = 64;
 pub(super) struct StoredPlanes {
     stored: Stored,
     _pins: Pins,
-    waited_us: Arc<AtomicU64>,
+    counts: Arc<Counts>,
     ahead: Ahead,
+}
+
+/// What reading parked rows has cost so far.
+#[derive(Default)]
+pub(super) struct Counts {
+    waited_us: AtomicU64,
+}
+
+impl Counts {
+    /// Time that a sequence waited.
+    pub(super) fn waited(&self) -> Duration {
+        Duration::from_micros(self.waited_us.load(Ordering::Relaxed))
+    }
 }
 
 /// Where the planes are.
@@ -35,6 +50,8 @@ struct Stored {
     store: Arc<Store>,
     blocks: Arc<[Found]>,
     planes: Arc<[PlaneSpec]>,
+    /// Where it is noted that something did not come.
+    offer: Arc<Offer>,
 }
 
 /// The thread that reads ahead. At most one reading is under way.
@@ -48,16 +65,22 @@ struct Ahead {
 impl StoredPlanes {
     /// Of `blocks`, a prefix, which is kept in the store for as long as this lives. They should
     /// [remember](Found::remembering) their headers.
-    pub(super) fn new(store: &Arc<Store>, blocks: &[Found], planes: &[PlaneSpec]) -> std::io::Result<Self> {
+    pub(super) fn new(
+        store: &Arc<Store>,
+        blocks: &[Found],
+        planes: &[PlaneSpec],
+        offer: &Arc<Offer>,
+    ) -> std::io::Result<Self> {
         let pins = store.pin(&blocks.iter().rev().take(1).map(|found| found.id).collect::<Vec<_>>());
-        let stored = Stored { store: Arc::clone(store), blocks: blocks.into(), planes: planes.into() };
+        let (store, offer) = (Arc::clone(store), Arc::clone(offer));
+        let stored = Stored { store, blocks: blocks.into(), planes: planes.into(), offer };
         let ahead = Ahead::start(stored.clone())?;
-        Ok(Self { stored, _pins: pins, waited_us: Arc::default(), ahead })
+        Ok(Self { stored, _pins: pins, counts: Arc::default(), ahead })
     }
 
-    /// Counts the time that fetches made a sequence wait.
-    pub(super) fn waited_us(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.waited_us)
+    /// What it costs; counted on as rows are read.
+    pub(super) fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
     }
 }
 
@@ -69,9 +92,9 @@ impl PlaneSource for StoredPlanes {
         if !late.is_empty() {
             early.extend(late.iter().copied().zip(self.stored.fetch(plane, &late)?));
         }
-        let planes = blocks.iter().map(|block| early.remove(block)).collect();
+        let planes: Option<Vec<Bytes>> = blocks.iter().map(|block| early.remove(block)).collect();
         let waited_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.waited_us.fetch_add(waited_us, Ordering::Relaxed);
+        self.counts.waited_us.fetch_add(waited_us, Ordering::Relaxed);
         planes
     }
 
@@ -94,7 +117,10 @@ impl Stored {
         let planes = fetch.map_while(|event| match event {
             // A copy, so that what is kept of a plane does not keep the whole read.
             FetchEvent::Plane { bytes, .. } => Some(Bytes::copy_from_slice(&bytes)),
-            FetchEvent::Miss { .. } => None,
+            FetchEvent::Miss { kind, .. } => {
+                self.offer.miss(kind);
+                None
+            }
         });
         Some(planes.collect::<Vec<_>>()).filter(|planes| planes.len() == blocks.len())
     }

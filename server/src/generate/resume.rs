@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, channel, sync_channel};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use esker_decoder::{DecoderError, Incoming, LayerRows, Model, Parked, Sequence};
 use esker_prefix::{BlockObject, ObjectId, ObjectKind, PlaneSpec, StateObject, TokenId};
-use esker_store::{Fetch, FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection};
+use esker_store::{Fetch, FetchEvent, FetchOrder, FetchRequest, Found, MissKind, PlaneSelection};
 
-use super::parked::StoredPlanes;
+use super::offer::Offer;
+use super::parked::{Counts, StoredPlanes};
 use super::trail::Trail;
 use super::{Event, GenerateError, RestoreMode, listen};
 use crate::node::{Engine, Node};
@@ -53,8 +54,8 @@ pub(super) struct Resumed<'scope> {
     pub(super) raw_bytes: u64,
     /// Tokens that were computed although their rows are stored, because their state is not.
     pub(super) replayed_tokens: usize,
-    /// Time that was waited for parked rows, in microseconds; counted on as they are read.
-    pub(super) parked_us: Option<Arc<AtomicU64>>,
+    /// What parked rows cost; counted on as they are read.
+    pub(super) parked: Option<Arc<Counts>>,
     /// Set when nobody waits for rows any more.
     over: Arc<AtomicBool>,
     /// Reads the rows that are still to come.
@@ -84,6 +85,8 @@ pub(super) struct Resumption<'a> {
     pub(super) node: &'a Node,
     pub(super) engine: &'a Engine,
     pub(super) prompt: &'a [TokenId],
+    /// Where it is noted what was offered and what was lost of it.
+    pub(super) offer: &'a Arc<Offer>,
     /// Most bytes of the rows that indexers pick among to be kept in memory; the others stay parked. `None` for all.
     pub(super) resident_bytes: Option<u64>,
 }
@@ -107,6 +110,7 @@ impl<'a> Resumption<'a> {
         }
         let plan = plan(node, model, trail, prompt.len());
         let total = plan.blocks.len() * trail.block_tokens();
+        self.offer.found(total);
         if plan.blocks.is_empty() {
             return Ok(Resumed::default());
         }
@@ -136,7 +140,7 @@ impl<'a> Resumption<'a> {
         sequence: &mut Sequence,
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<Resumed<'scope>, GenerateError> {
-        let Self { node, engine, prompt, .. } = self;
+        let Self { node, engine, prompt, offer, .. } = self;
         let model = &engine.loaded.model;
         let total = plan.blocks.len() * trail.block_tokens();
         sequence.reserve(model, prompt.len());
@@ -144,7 +148,7 @@ impl<'a> Resumption<'a> {
         let (verified, parts) = sync_channel(RESTORE_AHEAD_BLOCKS);
         // Reading and proving one block while the one before it is put back: each costs about as much as the other.
         std::thread::scope(|scope| {
-            let reading = scope.spawn(move || read(node, trail, plan, &verified));
+            let reading = scope.spawn(move || read(node, trail, plan, offer, &verified));
             let mut told = Ok(());
             for (part, size) in parts {
                 let restored = match part {
@@ -153,6 +157,7 @@ impl<'a> Resumption<'a> {
                 };
                 // Proven bytes of the right key that do not fit: a store written by other code. Compute instead.
                 if let Err(error) = restored {
+                    offer.miss(MissKind::WrongRecord);
                     tracing::warn!(%error, "what is stored does not fit the model");
                     break;
                 }
@@ -179,15 +184,15 @@ impl<'a> Resumption<'a> {
         scope: &'scope Scope<'scope, 'a>,
         sequence: &mut Sequence,
     ) -> Result<Resumed<'scope>, GenerateError> {
-        let Self { node, engine, prompt, .. } = self;
+        let Self { node, engine, prompt, offer, .. } = self;
         let model = &engine.loaded.model;
         let (count, tokens) = (plan.blocks.len(), plan.blocks.len() * trail.block_tokens());
         let (blocks, pool) = match pool_bytes {
             None => (plan.blocks, None),
             Some(bytes) => {
                 let blocks: Vec<Found> = plan.blocks.into_iter().map(Found::remembering).collect();
-                let source =
-                    StoredPlanes::new(&node.store, &blocks, model.layout().planes(ObjectKind::Block));
+                let planes = model.layout().planes(ObjectKind::Block);
+                let source = StoredPlanes::new(&node.store, &blocks, planes, offer);
                 let source = source.map_err(GenerateError::Thread)?;
                 let pool_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
                 (blocks, Some((source, pool_bytes)))
@@ -226,11 +231,17 @@ impl<'a> Resumption<'a> {
             while !over.load(Ordering::Relaxed)
                 && let Some(event) = fetch.next()
             {
-                let FetchEvent::Plane { object, plane, bytes, .. } = event else { return find_damage(fetch) };
+                let (object, plane, bytes) = match event {
+                    FetchEvent::Plane { object, plane, bytes, .. } => (object, plane, bytes),
+                    FetchEvent::Miss { kind, .. } => return find_damage(fetch, kind, offer),
+                };
                 match incoming.put(model, object, plane, &bytes) {
                     // Whoever does not take them has gone.
                     Ok(rows) => rows.into_iter().for_each(|rows| drop(complete.send(rows))),
-                    Err(error) => return tracing::warn!(%error, "what is stored does not fit the model"),
+                    Err(error) => {
+                        offer.miss(MissKind::WrongRecord);
+                        return tracing::warn!(%error, "what is stored does not fit the model");
+                    }
                 }
             }
         }));
@@ -246,13 +257,13 @@ impl<'a> Resumption<'a> {
         match pool {
             None => sequence.expect(model, tokens, last, Box::new(arrivals))?,
             Some((source, pool_bytes)) => {
-                resumed.parked_us = Some(source.waited_us());
+                resumed.parked = Some(source.counts());
                 let parked = Parked::new(model, tokens, pool_bytes, Box::new(source));
                 sequence.expect_parked(model, parked, last, Box::new(arrivals))?;
             }
         }
         if let Some(state) = plan.state {
-            let planes = whole_object(node, state, trail.planes(ObjectKind::State));
+            let planes = whole_object(node, state, trail.planes(ObjectKind::State), offer);
             let state = planes.and_then(|planes| trail.state(count - 1, planes).ok());
             let restored = state.map(|state| sequence.restore_state(model, &state));
             if !matches!(restored, Some(Ok(()))) {
@@ -266,7 +277,7 @@ impl<'a> Resumption<'a> {
 }
 
 /// All planes of one object, or nothing.
-fn whole_object(node: &Node, object: Found, planes: usize) -> Option<Vec<Bytes>> {
+fn whole_object(node: &Node, object: Found, planes: usize, offer: &Offer) -> Option<Vec<Bytes>> {
     let fetch = node.store.fetch(FetchRequest {
         objects: vec![object],
         planes: PlaneSelection::All,
@@ -275,7 +286,10 @@ fn whole_object(node: &Node, object: Found, planes: usize) -> Option<Vec<Bytes>>
     });
     let bytes = fetch.map_while(|event| match event {
         FetchEvent::Plane { bytes, .. } => Some(bytes),
-        FetchEvent::Miss { .. } => None,
+        FetchEvent::Miss { kind, .. } => {
+            offer.miss(kind);
+            None
+        }
     });
     Some(bytes.collect::<Vec<_>>()).filter(|all| all.len() == planes)
 }
@@ -310,7 +324,7 @@ struct Size {
 }
 
 /// Fetches blocks and then the state, and sends each with its size, until one is missing or nobody takes them.
-fn read(node: &Node, trail: &Trail<'_>, plan: Plan, verified: &SyncSender<(Restored, Size)>) {
+fn read(node: &Node, trail: &Trail<'_>, plan: Plan, offer: &Offer, verified: &SyncSender<(Restored, Size)>) {
     let blocks = plan.blocks.len();
     let objects: Vec<Found> = plan.blocks.into_iter().chain(plan.state).collect();
     let size = |found: &Found| Size { stored_bytes: found.stored_bytes, raw_bytes: found.raw_bytes };
@@ -324,7 +338,10 @@ fn read(node: &Node, trail: &Trail<'_>, plan: Plan, verified: &SyncSender<(Resto
     });
     let mut planes = Vec::new();
     while let Some(event) = fetch.next() {
-        let FetchEvent::Plane { object, bytes, .. } = event else { return find_damage(fetch) };
+        let (object, bytes) = match event {
+            FetchEvent::Plane { object, bytes, .. } => (object, bytes),
+            FetchEvent::Miss { kind, .. } => return find_damage(fetch, kind, offer),
+        };
         planes.push(bytes);
         if planes.len() < trail.planes(kinds(object)) {
             continue;
@@ -336,7 +353,10 @@ fn read(node: &Node, trail: &Trail<'_>, plan: Plan, verified: &SyncSender<(Resto
         };
         let part = match part {
             Ok(part) => part,
-            Err(error) => return tracing::warn!(%error, "what is stored does not fit the layout"),
+            Err(error) => {
+                offer.miss(MissKind::WrongRecord);
+                return tracing::warn!(%error, "what is stored does not fit the layout");
+            }
         };
         if verified.send((part, sizes[object])).is_err() {
             return;
@@ -346,7 +366,8 @@ fn read(node: &Node, trail: &Trail<'_>, plan: Plan, verified: &SyncSender<(Resto
 
 /// Where one block is damaged others may be. What is found now is put again with the blocks computed next; what is
 /// not would be taken for stored, and cost another miss later.
-fn find_damage(mut rest: Fetch) {
+fn find_damage(mut rest: Fetch, first: MissKind, offer: &Offer) {
+    offer.miss(first);
     let until = Instant::now() + DAMAGE_SEARCH;
     while Instant::now() < until && rest.next().is_some() {}
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use esker_decoder::{KvFormat, ModelBuilder, Sampler};
 use esker_prefix::{RootSecret, ScopeKey, ScopeKind, TokenId};
-use esker_store::{StoreSettings, TtlClass};
+use esker_store::{MissKind, StoreSettings, TtlClass};
 
 use super::{Account, Event, Guessing, Job, RestoreMode, generate};
 use crate::bundled;
@@ -90,6 +90,7 @@ fn in_order_at_once_and_computed_give_the_same_also_where_a_later_plane_is_damag
         assert_eq!(got, expected, "{mode:?}");
         assert_eq!(account.hit_tokens, 7_936, "{mode:?}");
         assert!(account.bytes_read > 256 << 10, "{mode:?}");
+        assert_eq!(account.lost, None, "{mode:?}");
         whole_hit = account.hit_tokens;
     }
 
@@ -125,7 +126,7 @@ fn in_order_at_once_and_computed_give_the_same_also_where_a_later_plane_is_damag
     let (got, account) =
         run(&node, Job { resident_bytes: Some(256 << 10), ..job(&prompt, RestoreMode::Ordered) });
     assert_eq!(got, expected);
-    assert!(account.hit_tokens < whole_hit);
+    assert!(account.hit_tokens < whole_hit && account.lost.is_some_and(MissKind::is_damage));
     let (got, account) = run(&node, job(&prompt, RestoreMode::Ordered));
     assert_eq!(got, expected);
     assert!((1..whole_hit).contains(&account.hit_tokens), "{} of {whole_hit}", account.hit_tokens);

@@ -36,7 +36,9 @@ pub(super) struct Trail<'a> {
     states: VecDeque<(usize, StateObject)>,
     /// Whole blocks of the prompt.
     prompt_blocks: usize,
-    /// Counts those of them that are newly stored.
+    /// Those of them that a lookup offered. One that is stored again was lost, and is nothing that its caller is charged for.
+    pub(super) offered: usize,
+    /// Counts the others that are newly stored.
     receipt: Arc<Receipt>,
 }
 
@@ -56,6 +58,7 @@ impl<'a> Trail<'a> {
             stored: 0,
             states: VecDeque::new(),
             prompt_blocks: 0,
+            offered: 0,
             receipt: Arc::default(),
         }
     }
@@ -75,7 +78,7 @@ impl<'a> Trail<'a> {
         self.prompt_blocks = self.hashes.len();
     }
 
-    /// Tokens of the prompt that were newly stored. Waits a little for those that are on their way.
+    /// Tokens of the prompt that were newly stored and not offered before. Waits a little for those that are on their way.
     pub(super) fn written_tokens(&self) -> u64 {
         self.receipt.stored_tokens(WRITTEN_WAIT)
     }
@@ -137,7 +140,7 @@ impl<'a> Trail<'a> {
         let blocks = self.stored;
         let Some(object) = self.next_object(sequence)? else { return Ok(false) };
         // A block of the prompt, not a state: what its caller is charged for once it is stored.
-        let counts = self.stored > blocks && blocks < self.prompt_blocks;
+        let counts = self.stored > blocks && (self.offered..self.prompt_blocks).contains(&blocks);
         let receipt = counts.then(|| (Arc::clone(&self.receipt), self.block_tokens as u64));
         self.offer(object, receipt);
         Ok(self.stored != usize::MAX)

@@ -3,6 +3,7 @@
 //! restored up to where it was and goes on from there.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use esker_decoder::{Logits, Sequence};
@@ -68,8 +69,10 @@ pub(crate) fn warm(
     let (block_bytes, state_bytes) = (object_bytes(ObjectKind::Block), object_bytes(ObjectKind::State));
     listen(observe(Step::Next { tokens: 0, bytes: 0 }))?;
     let mut sequence = Sequence::new(model);
+    // Nobody is charged for what a warm-up finds or loses.
+    let offer = Arc::default();
     std::thread::scope(|scope| {
-        let resumption = Resumption { node, engine, prompt: tokens, resident_bytes: None };
+        let resumption = Resumption { node, engine, prompt: tokens, offer: &offer, resident_bytes: None };
         let quiet = &mut |_| ControlFlow::Continue(());
         resumption.resume(RestoreMode::Whole, &trail, scope, &mut sequence, quiet).map(drop)
     })?;

@@ -9,9 +9,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use esker_proto::{check_name, v1};
+use esker_store::MissKind;
 use tonic::Status;
 
-use super::settle::audit_conflict;
+use super::settle::{audit_conflict, miss_reason};
 use super::status::{from_ledger, from_wire};
 use crate::generate::{Account, Event, GenerateError};
 use crate::ledger::{LedgerError, content_of};
@@ -32,6 +33,7 @@ pub(super) struct Served {
     prompt_tokens: usize,
     /// Once the prompt is computed.
     hit_tokens: Option<usize>,
+    lost: Option<MissKind>,
     completion_tokens: u64,
 }
 
@@ -42,7 +44,9 @@ impl Served {
 
     pub(super) fn and(self, event: &Event) -> Self {
         match event {
-            Event::Prompt { hit_tokens, .. } => Self { hit_tokens: Some(*hit_tokens), ..self },
+            Event::Prompt { hit_tokens, lost, .. } => {
+                Self { hit_tokens: Some(*hit_tokens), lost: *lost, ..self }
+            }
             Event::Token { .. } => Self { completion_tokens: self.completion_tokens + 1, ..self },
             _ => self,
         }
@@ -101,6 +105,7 @@ impl Bill {
             return Ok(before.clone());
         }
         let (prompt, hit) = (account.prompt_tokens as u64, account.hit_tokens as u64);
+        let written = account.write_tokens.min(prompt - hit);
         self.write(
             node,
             engine,
@@ -108,12 +113,14 @@ impl Bill {
                 prompt_tokens: prompt,
                 hit_tokens: hit,
                 miss_tokens: prompt - hit,
-                write_tokens: Some(writes(self.ttl, account.write_tokens.min(prompt - hit))),
+                // A miss through this node's fault is a plain one: what is written again is not charged.
+                write_tokens: account.lost.is_none().then(|| writes(self.ttl, written)),
                 completion_tokens: account.completion_tokens as u64,
                 bytes_served: account.raw_bytes,
                 status: "ok".into(),
                 complete: true,
-                miss_reason: "absent".into(),
+                fault: account.lost.is_some(),
+                miss_reason: account.lost.map_or("absent", miss_reason).into(),
                 ..self.record.clone()
             },
         )
@@ -142,7 +149,8 @@ impl Bill {
                 "it ended before its prompt was computed, or failed"
             }
             .into(),
-            miss_reason: "absent".into(),
+            fault: served.lost.is_some(),
+            miss_reason: served.lost.map_or("absent", miss_reason).into(),
             ..self.record.clone()
         };
         if let Err(status) = self.write(node, engine, record) {

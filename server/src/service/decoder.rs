@@ -265,12 +265,12 @@ fn wire(
     Ok(match event {
         Event::Restoring { done, total } => progress(v1::Phase::Restore, done, total),
         Event::Prefilling { done, total } => progress(v1::Phase::Prefill, done, total),
-        Event::Prompt { tokens, hit_tokens, stores } => generate_reply::Event::Prompt(v1::PromptDone {
+        Event::Prompt { tokens, hit_tokens, stores, .. } => generate_reply::Event::Prompt(v1::PromptDone {
             prompt_tokens: tokens as u64,
             prompt_cache_hit_tokens: hit_tokens as u64,
             stores,
         }),
-        Event::Token { id, text, logits_digest } => generate_reply::Event::Token(v1::Token {
+        Event::Token { id, text, logits_digest, .. } => generate_reply::Event::Token(v1::Token {
             id: id.0,
             text,
             logits_digest: logits_digest.map(|digest| Bytes::copy_from_slice(&digest)).unwrap_or_default(),
