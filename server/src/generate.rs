@@ -77,8 +77,8 @@ pub(crate) enum Event {
     Prefilling { done: usize, total: usize },
     /// The prompt is computed, so many tokens of it put back. `lost` as in [`Account`].
     Prompt { tokens: usize, hit_tokens: usize, stores: bool, lost: Option<MissKind> },
-    /// One new token.
-    Token { id: TokenId, text: String, logits_digest: Option<[u8; 32]> },
+    /// One new token; and the bytes that were read for it and all before it, as they were put.
+    Token { id: TokenId, text: String, logits_digest: Option<[u8; 32]>, raw_bytes: u64 },
     /// The end.
     Done(Account),
 }
@@ -97,7 +97,7 @@ pub(crate) struct Account {
     pub(crate) completion_tokens: usize,
     /// Of what was put back, as it lies on the drive.
     pub(crate) bytes_read: u64,
-    /// The same, as it was put.
+    /// The same as it was put, with what was read later of the rows that stayed on SSD.
     pub(crate) raw_bytes: u64,
     pub(crate) restore: Duration,
     pub(crate) prefill: Duration,
@@ -170,6 +170,8 @@ pub(crate) fn generate(
         (sequence.residency().unwrap_or_default(), waited)
     };
     let parked_before = parked(&sequence);
+    // What is put back a second time because it was lost is not served twice.
+    let served_bytes = || raw_bytes + counts.as_ref().map_or(0, |counts| counts.raw_bytes());
 
     let mut row = logits.last().map(<[f32]>::to_vec).ok_or(GenerateError::Cancelled)?;
     let mut steps = Steps::new(model, job.guessing, &mut sequence);
@@ -187,7 +189,7 @@ pub(crate) fn generate(
         let logits_digest = job.logits_digest.then(|| digest(&row));
         completion_tokens += 1;
         let (text, stopping) = shown.push(&text.push(id)?);
-        listen(emit(Event::Token { id, text, logits_digest }))?;
+        listen(emit(Event::Token { id, text, logits_digest, raw_bytes: served_bytes() }))?;
         trail.extend(&[id]);
         tokens.push(id);
         let guessed = steps.resolve(id, &mut sequence);
@@ -231,7 +233,7 @@ pub(crate) fn generate(
         guessed_tokens: steps.guessed_tokens,
         accepted_tokens: steps.accepted_tokens,
         bytes_read,
-        raw_bytes,
+        raw_bytes: served_bytes(),
         restore: restored - started,
         prefill: prefilled - restored,
         stopped,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use esker_client::{Request, v1};
-use esker_prefix::ObjectKind;
+use esker_prefix::{KvLayout, ObjectKind, PlaneSpec};
 use esker_tests::{
     Node, Prompt, change, flat_layout, output, put_steps, question, records, scratch, staged_layout, text_of,
     tokens,
@@ -451,6 +451,75 @@ async fn a_generation_whose_prefix_was_damaged_is_a_plain_miss_without_writes() 
         node.kill()?;
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn rows_that_stay_on_ssd_are_served_when_they_are_picked() -> Result<()> {
+    const PROMPT_TOKENS: usize = 3_000;
+    let folder = scratch();
+    let node = Node::start(&folder.path().join("data"), &["--segment-mib", "16"]).await?;
+    let prompt = tokens(1, PROMPT_TOKENS);
+    node.ask(question(&prompt)).await?;
+    node.settled(&prompt).await?;
+    let layout = KvLayout::from_json(&node.client.describe().await?.layout_json)?;
+    // Of what indexers pick among, that is of latents and overlapping compressed rows, nothing is read at the start.
+    let picked = |group: u16| ["latent", "csa"].contains(&layout.groups()[usize::from(group)].name.as_str());
+    let planes = layout.planes(ObjectKind::Block).iter();
+    let (stay, come): (Vec<_>, Vec<_>) = planes.partition(|plane| picked(plane.group));
+    let bytes = |planes: &[&PlaneSpec]| planes.iter().map(|plane| plane.len_bytes).sum::<u64>();
+    let blocks = (PROMPT_TOKENS as u64 - 1) / 128;
+    let at_the_start = bytes(&come) * blocks + layout.object_bytes(ObjectKind::State);
+    ensure!(bytes(&stay) > 0, "no row can stay on SSD");
+
+    let ids = v1::Tokens { ids: prompt.iter().map(|token| token.0).collect() };
+    let request = |name: &str, max_new_tokens, resident_bytes| v1::GenerateRequest {
+        prompt: Some(v1::generate_request::Prompt::Tokens(ids.clone())),
+        max_new_tokens,
+        resident_bytes,
+        request_id: name.into(),
+        ..Default::default()
+    };
+    let mut decoder = v1::decoder_client::DecoderClient::new(node.channel.clone());
+    let mut served = Vec::new();
+    // A pool of one byte: every row that is picked is read.
+    for (name, new_tokens, resident_bytes) in [("all", 4, u64::MAX), ("short", 1, 1), ("long", 12, 1)] {
+        let mut replies = decoder.generate(request(name, new_tokens, resident_bytes)).await?.into_inner();
+        let mut parked_bytes = None;
+        while let Some(reply) = replies.message().await? {
+            if let Some(v1::generate_reply::Event::Usage(usage)) = reply.event {
+                parked_bytes = Some(usage.parked_bytes_read);
+            }
+        }
+        let parked_bytes = parked_bytes.context("the generation ended without its usage")?;
+        let record = record_of(&node, name).await?;
+        assert_eq!(record.hit_tokens, blocks * 128, "{record:?}");
+        let read = if resident_bytes == 1 { parked_bytes } else { bytes(&stay) * blocks };
+        assert_eq!(record.bytes_served, at_the_start + read, "{name}: {parked_bytes} bytes were picked");
+        served.push(parked_bytes);
+    }
+    ensure!(served[0] == 0 && served[1] > 0 && served[2] > served[1], "{served:?}");
+
+    // Whoever leaves has been served up to there. The record is written when the node notices.
+    let mut replies = decoder.generate(request("left", 1_000, 1)).await?.into_inner();
+    let mut seen = 0;
+    while seen < 12 {
+        let reply = replies.message().await?.context("it ended too soon")?;
+        seen += usize::from(matches!(reply.event, Some(v1::generate_reply::Event::Token(_))));
+    }
+    drop(replies);
+    let started = Instant::now();
+    let left = loop {
+        let (events, _) = export(&node, v1::ExportUsageRequest::default()).await?;
+        let mut records = events.iter().filter_map(|event| record(event).ok());
+        if let Some(record) = records.find(|record| record.status == "cancelled") {
+            break record.clone();
+        }
+        ensure!(started.elapsed() < Duration::from_secs(20), "who left has no record");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert!(left.complete && left.hit_tokens == blocks * 128 && left.completion_tokens >= 12, "{left:?}");
+    assert!(left.bytes_served >= at_the_start + served[2], "{left:?}, {served:?}");
+    node.kill()
 }
 
 #[tokio::test]

@@ -35,12 +35,18 @@ pub(super) struct StoredPlanes {
 #[derive(Default)]
 pub(super) struct Counts {
     waited_us: AtomicU64,
+    raw_bytes: AtomicU64,
 }
 
 impl Counts {
     /// Time that a sequence waited.
     pub(super) fn waited(&self) -> Duration {
         Duration::from_micros(self.waited_us.load(Ordering::Relaxed))
+    }
+
+    /// Bytes of the planes that it was given, as they were put. What was read ahead in vain is not among them.
+    pub(super) fn raw_bytes(&self) -> u64 {
+        self.raw_bytes.load(Ordering::Relaxed)
     }
 }
 
@@ -95,6 +101,8 @@ impl PlaneSource for StoredPlanes {
         let planes: Option<Vec<Bytes>> = blocks.iter().map(|block| early.remove(block)).collect();
         let waited_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.counts.waited_us.fetch_add(waited_us, Ordering::Relaxed);
+        let raw_bytes = planes.iter().flatten().map(|plane| plane.len() as u64).sum();
+        self.counts.raw_bytes.fetch_add(raw_bytes, Ordering::Relaxed);
         planes
     }
 

@@ -35,6 +35,7 @@ pub(super) struct Served {
     hit_tokens: Option<usize>,
     lost: Option<MissKind>,
     completion_tokens: u64,
+    raw_bytes: u64,
 }
 
 impl Served {
@@ -47,7 +48,9 @@ impl Served {
             Event::Prompt { hit_tokens, lost, .. } => {
                 Self { hit_tokens: Some(*hit_tokens), lost: *lost, ..self }
             }
-            Event::Token { .. } => Self { completion_tokens: self.completion_tokens + 1, ..self },
+            Event::Token { raw_bytes, .. } => {
+                Self { completion_tokens: self.completion_tokens + 1, raw_bytes: *raw_bytes, ..self }
+            }
             _ => self,
         }
     }
@@ -149,6 +152,7 @@ impl Bill {
                 "it ended before its prompt was computed, or failed"
             }
             .into(),
+            bytes_served: hit_tokens.map_or(0, |_| served.raw_bytes),
             fault: served.lost.is_some(),
             miss_reason: served.lost.map_or("absent", miss_reason).into(),
             ..self.record.clone()
