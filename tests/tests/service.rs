@@ -59,6 +59,26 @@ async fn without_a_model_there_is_a_cache_and_no_decoder() -> Result<()> {
     node.kill()
 }
 
+/// A socket that gathers small frames until what it sent before is acknowledged waits for its peer, which takes 40 ms for that.
+#[tokio::test]
+async fn no_reply_waits_for_an_acknowledgement() -> Result<()> {
+    let folder = scratch();
+    let node = Node::store_only(&folder.path().join("data")).await?;
+    let layout = flat_layout();
+    let prompt = Prompt::new(node.register(&layout, 1).await?, &layout, 1, 1);
+    node.store(&prompt, prompt.blocks([1])).await?;
+    let mut times = Vec::new();
+    // A new connection's peer acknowledges at once; only later ones tell.
+    for _ in 0..40 {
+        let started = Instant::now();
+        node.fetch_best(&prompt).await?.expect_blocks(&prompt, 1);
+        times.push(started.elapsed());
+    }
+    times.sort();
+    assert!(times[10] < Duration::from_millis(35), "{times:?}");
+    node.kill()
+}
+
 #[test]
 fn nobody_listens_beyond_loopback_by_accident() {
     let folder = scratch();
