@@ -12,14 +12,16 @@ mod node;
 mod prompt;
 mod random;
 mod samples;
+mod tiny;
 mod web;
 
 pub use binary::{esker, output, scratch, text_of};
 pub use cage::Cage;
-pub use files::{Record, change, copy_folder, records};
+pub use files::{Record, change, copy_folder, pass, records};
 pub use journal::{Audit, Journal};
 pub use node::{Answer, Fetched, Node, put_steps, question};
 pub use prompt::{Prompt, flat_layout, staged_layout, tokens};
 pub use random::Random;
 pub use samples::{Samples, scrape, value};
+pub use tiny::tiny_model;
 pub use web::{WebReply, web};

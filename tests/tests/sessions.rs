@@ -1,7 +1,6 @@
 //! Promise: a chat session keeps its conversation's prefix for as long as it was granted, through crashes and whatever time
 //! does; what no session keeps goes when its own time is over.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +10,7 @@ use esker_client::{Prompt as Text, Request};
 use esker_prefix::TokenId;
 use esker_proto::check_namespace_id;
 use esker_tests::identity::Issuer;
-use esker_tests::{Node, question, scratch, tokens};
+use esker_tests::{Node, pass, question, scratch, tokens};
 use tonic::Code;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -31,18 +30,6 @@ async fn namespace(node: &Node) -> Result<Bytes> {
 
 fn ids(tokens: &[TokenId]) -> Vec<u32> {
     tokens.iter().map(|token| token.0).collect()
-}
-
-/// Makes a stopped store believe that it lived through this many seconds more.
-fn pass(data: &Path, seconds: u64) -> Result<()> {
-    let path = data.join("store/clock");
-    let text = std::fs::read_to_string(&path)?;
-    let fields: Vec<&str> = text.split_whitespace().collect();
-    let [magic, version, store_s, boot, since_s] = fields[..] else {
-        anyhow::bail!("{} has another form: {text}", path.display())
-    };
-    let store_s = store_s.parse::<u64>()? + seconds;
-    Ok(std::fs::write(&path, format!("{magic} {version} {store_s} {boot} {since_s}\n"))?)
 }
 
 /// Asks a question behind these tokens, keeping what is computed for five minutes, and gives the tokens hit.
