@@ -1,6 +1,6 @@
 //! Promise: nobody learns what is stored and not his: not from a reply, not from the time that it takes. Neither of another
-//! tenant, nor of one that was erased, nor of what has expired. The same measurement within one tenant must tell stored from
-//! not stored, or it would prove nothing.
+//! tenant, nor of one that was erased, nor of what has expired or was taken back, nor of what another tenant of an org has put
+//! alone. The same measurement within one tenant must tell stored from not stored, or it would prove nothing.
 //!
 //! A probe compares prompts that were stored with as many that nobody stored, in random order. Where time seems to tell which is
 //! which, it is made once more with the same stored prompts and other fresh ones: a leak is there again, chance is not.
@@ -130,7 +130,7 @@ impl Tenant {
         let mut puts = tokio::task::JoinSet::new();
         for seed in stored.prompts.clone() {
             let prompt = Prompt::new(small.id, &small.layout, seed, 1);
-            puts.spawn(put(self.cache.clone(), put_steps(&prompt, prompt.blocks([1])), ttl));
+            puts.spawn(put(self.cache.clone(), put_steps(&prompt, prompt.blocks([1])), ttl, stored.scope));
             if puts.len() >= 8 {
                 puts.join_next().await.context("some are there")???;
             }
@@ -142,7 +142,7 @@ impl Tenant {
             prefix.tokens.clear();
             prefix.engine_hashes = chain(stored.chain);
         }
-        put(self.cache.clone(), steps, ttl).await?;
+        put(self.cache.clone(), steps, ttl, stored.scope).await?;
         let of_length = |seeds: &Range<u64>, length| seeds.clone().map(move |seed| (seed, length));
         let short = of_length(&stored.generations, PROMPT_TOKENS);
         let mut generations = tokio::task::JoinSet::new();
@@ -246,9 +246,11 @@ async fn put(
     mut cache: PrefixCacheClient<InterceptedService<Channel, Bearer>>,
     mut steps: Vec<v1::put_request::Step>,
     ttl: v1::TtlClass,
+    scope: v1::Scope,
 ) -> Result<()> {
     if let Some(v1::put_request::Step::Prefix(prefix)) = steps.first_mut() {
         prefix.set_ttl(ttl);
+        prefix.set_scope(scope);
         prefix.set_durability(v1::Durability::Buffered);
     }
     let steps = steps.into_iter().map(|step| v1::PutRequest { step: Some(step) });
@@ -261,6 +263,7 @@ async fn put(
 
 /// Seeds of what one tenant stores.
 struct Stored {
+    scope: v1::Scope,
     prompts: Range<u64>,
     chain: u64,
     /// Prompts of [`PROMPT_TOKENS`].
@@ -280,11 +283,18 @@ impl Seeds {
 
     fn stored(&mut self, controls: u64) -> Stored {
         Stored {
+            scope: v1::Scope::Private,
             prompts: self.take(PROMPTS),
             chain: self.take(1).start,
             generations: self.take(PROBES),
             controls: self.take(controls),
         }
+    }
+
+    /// For the scope of an org, in which nobody generates.
+    fn shared(&mut self) -> Stored {
+        let stored = self.stored(0);
+        Stored { scope: v1::Scope::Org, generations: self.take(0), ..stored }
     }
 }
 
@@ -387,6 +397,9 @@ impl Prober {
     /// Neither a reply nor time may tell `tenant` what of `stored` is, or was, there. It must not store what it asks for.
     async fn tells_nothing(&mut self, what: &str, tenant: &mut Tenant, stored: &Stored) -> Result<()> {
         for ask in [Ask::Prompt, Ask::Chain, Ask::Generation(PROMPT_TOKENS)] {
+            if ask == Ask::Generation(PROMPT_TOKENS) && stored.generations.is_empty() {
+                continue;
+            }
             // A first call of each kind is not like the others.
             let unknown: Vec<u64> = self.seeds.take(10).collect();
             self.probe(tenant, ask, &unknown).await?;
@@ -433,21 +446,29 @@ async fn neither_replies_nor_time_tell_what_is_stored_and_not_ones_own() -> Resu
     let data = folder.path().join("data");
     let model = tiny_model(folder.path())?;
     let issuer = Issuer::new(&folder.path().join("identity"))?;
-    let policy = issuer.policy("[tenants.alice]\n[tenants.bob]\n[tenants.carol]\n[tenants.dave]\n")?;
+    let policy = issuer.policy(
+        "[tenants.alice]\n[tenants.bob]\n[tenants.carol]\n[tenants.dave]\n[tenants.eve]\n\
+         [tenants.frank]\norg = \"research\"\n[tenants.grace]\norg = \"research\"\n",
+    )?;
     let [model, policy] = [&model, &policy].map(|path| path.display().to_string());
     let options = ["--segment-mib", "16", "--policy", &policy, "--model", &model];
     let writer = ["reader", "writer"];
 
-    // Alice's is there, Carol's will be erased, Dave's will be too old.
+    // Alice's is there, Carol's will be erased, Dave's will be too old, Eve's word taken back, and Frank's is his alone in his org.
     let node = Node::start(&data, &options).await?;
     let mut alice = Tenant::new(&node, &issuer, "alice", &writer)?;
     let mut seeds = Seeds(random.number() >> 1);
     let small = Small::register(&mut alice).await?;
-    let [of_alice, of_carol, of_dave] = [CONTROLS, 0, 0].map(|controls| seeds.stored(controls));
+    let [of_alice, of_carol, of_dave, of_eve] = [CONTROLS, 0, 0, 0].map(|controls| seeds.stored(controls));
+    let of_frank = seeds.shared();
     alice.store(&small, &of_alice, v1::TtlClass::TtlClass24h).await?;
-    for (name, stored, ttl) in
-        [("carol", &of_carol, v1::TtlClass::TtlClass24h), ("dave", &of_dave, v1::TtlClass::TtlClass5m)]
-    {
+    let (day, minutes) = (v1::TtlClass::TtlClass24h, v1::TtlClass::TtlClass5m);
+    for (name, stored, ttl) in [
+        ("carol", &of_carol, day),
+        ("dave", &of_dave, minutes),
+        ("eve", &of_eve, day),
+        ("frank", &of_frank, day),
+    ] {
         Tenant::new(&node, &issuer, name, &writer)?.store(&small, stored, ttl).await?;
     }
     node.stop().await?;
@@ -458,9 +479,15 @@ async fn neither_replies_nor_time_tell_what_is_stored_and_not_ones_own() -> Resu
     let reader = |name| Tenant::new(&node, &issuer, name, &["reader"]);
     let mut alice = Tenant::new(&node, &issuer, "alice", &writer)?;
     let (mut bob, mut carol, mut dave) = (reader("bob")?, reader("carol")?, reader("dave")?);
+    let (mut eve, mut frank, mut grace) = (reader("eve")?, reader("frank")?, reader("grace")?);
     assert_eq!(carol.found(&small, &of_carol).await?, [true; 3], "what is to be erased is there");
     let admin = InterceptedService::new(node.channel.clone(), issuer.token("alice", &["admin"])?);
-    AdminClient::new(admin).erase_tenant(v1::EraseTenantRequest { tenant: "carol".into() }).await?;
+    let mut admin = AdminClient::new(admin);
+    admin.erase_tenant(v1::EraseTenantRequest { tenant: "carol".into() }).await?;
+    assert_eq!(eve.found(&small, &of_eve).await?, [true; 3], "what is to be taken back is there");
+    let account = v1::RevokeWriterRequest { tenant: "eve".into(), account: "engine".into() };
+    admin.revoke_writer(account).await?;
+    assert_eq!(frank.found(&small, &of_frank).await?, [true; 2], "who put it finds it");
     let started = Instant::now();
     while dave.found(&small, &of_dave).await?.contains(&true) {
         ensure!(started.elapsed() < Duration::from_secs(30), "what is too old is still found");
@@ -472,5 +499,7 @@ async fn neither_replies_nor_time_tell_what_is_stored_and_not_ones_own() -> Resu
     prober.tells_nothing("another tenant's", &mut bob, &of_alice).await?;
     prober.tells_nothing("one's own, erased", &mut carol, &of_carol).await?;
     prober.tells_nothing("one's own, expired", &mut dave, &of_dave).await?;
+    prober.tells_nothing("one's own, taken back", &mut eve, &of_eve).await?;
+    prober.tells_nothing("another's of the org", &mut grace, &of_frank).await?;
     node.kill()
 }
