@@ -14,7 +14,7 @@
 mod feed;
 mod message;
 pub(crate) mod publisher;
-mod zmtp;
+pub(crate) mod zmtp;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -11,7 +11,7 @@
 //! exported to see records at least once and tell repeats by `usage_id`.
 
 mod commit;
-mod frame;
+pub(crate) mod frame;
 mod head;
 mod hooks;
 mod id;

@@ -12,6 +12,8 @@ mod chat_template;
 pub mod command;
 mod control;
 mod events;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod generate;
 mod grant;
 mod history;

@@ -8,7 +8,7 @@
 use std::io;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, BufWriter};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader, BufWriter};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
@@ -68,8 +68,8 @@ pub(super) enum Said {
 }
 
 /// From a peer.
-pub(super) struct Reader {
-    stream: BufReader<OwnedReadHalf>,
+pub(super) struct Reader<S = OwnedReadHalf> {
+    stream: BufReader<S>,
     kind: Kind,
 }
 
@@ -92,22 +92,8 @@ async fn shake_hands(stream: TcpStream, kind: Kind) -> io::Result<(Reader, Write
     writer.frame(COMMAND, &ready(kind)).await?;
     writer.stream.flush().await?;
 
-    let mut theirs = [0; 64];
-    reader.stream.read_exact(&mut theirs).await?;
-    if (theirs[0], theirs[9]) != (0xff, 0x7f) || theirs[10] < 3 {
-        return Err(bad("a peer does not speak ZMTP 3"));
-    }
-    if &theirs[12..32] != MECHANISM {
-        return Err(bad("a peer asks for another mechanism than NULL"));
-    }
-    let (flags, body) = reader.frame().await?;
-    let Some(properties) = body.strip_prefix(b"\x05READY").filter(|_| flags & COMMAND != 0) else {
-        return Err(bad("a peer's handshake is not READY"));
-    };
-    match socket_type(properties) {
-        Some(peer) if kind.takes(peer) => Ok((reader, writer)),
-        _ => Err(bad("a peer's kind of socket does not go with this one")),
-    }
+    reader.meet().await?;
+    Ok((reader, writer))
 }
 
 fn greeting() -> [u8; 64] {
@@ -138,7 +124,27 @@ fn socket_type(mut properties: &[u8]) -> Option<&[u8]> {
     }
 }
 
-impl Reader {
+impl<S: AsyncRead + Unpin> Reader<S> {
+    /// The peer's greeting and its part of the handshake.
+    async fn meet(&mut self) -> io::Result<()> {
+        let mut theirs = [0; 64];
+        self.stream.read_exact(&mut theirs).await?;
+        if (theirs[0], theirs[9]) != (0xff, 0x7f) || theirs[10] < 3 {
+            return Err(bad("a peer does not speak ZMTP 3"));
+        }
+        if &theirs[12..32] != MECHANISM {
+            return Err(bad("a peer asks for another mechanism than NULL"));
+        }
+        let (flags, body) = self.frame().await?;
+        let Some(properties) = body.strip_prefix(b"\x05READY").filter(|_| flags & COMMAND != 0) else {
+            return Err(bad("a peer's handshake is not READY"));
+        };
+        match socket_type(properties) {
+            Some(peer) if self.kind.takes(peer) => Ok(()),
+            _ => Err(bad("a peer's kind of socket does not go with this one")),
+        }
+    }
+
     /// The next that the peer says.
     pub(super) async fn next(&mut self) -> io::Result<Said> {
         let mut frames = Vec::new();
@@ -232,6 +238,36 @@ impl Writer {
     }
 }
 
+/// For fuzzing: a peer says this and no more. It is understood or refused, and nothing that it did not say is made of it.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(said: &[u8]) -> io::Result<usize> {
+    use futures_util::FutureExt;
+    let kinds = [Kind::Publisher, Kind::Router];
+    let heard = kinds.map(|kind| {
+        let mut reader = Reader { stream: BufReader::new(said), kind };
+        let all = async {
+            reader.meet().await?;
+            let (mut count, mut bytes) = (0, 0);
+            loop {
+                match reader.next().await {
+                    Ok(Said::Message(frames)) => {
+                        assert!((1..=MAX_FRAMES).contains(&frames.len()), "{} frames", frames.len());
+                        bytes += frames.iter().map(Vec::len).sum::<usize>();
+                    }
+                    Ok(Said::Subscribe(said) | Said::Cancel(said) | Said::Ping(said)) => bytes += said.len(),
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(count),
+                    Err(error) => return Err(error),
+                }
+                count += 1;
+                assert!(bytes <= said.len(), "more was heard than was said");
+            }
+        };
+        all.now_or_never().expect("bytes in memory are there at once")
+    });
+    let [publisher, router] = heard;
+    publisher.or(router)
+}
+
 fn bad(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
@@ -318,6 +354,47 @@ pub(super) mod tests {
         golden.extend_from_slice(b"\x01\0\x02\0\0\0\0\0\0\x01\x2c");
         golden.extend_from_slice(&[7; 300]);
         assert_eq!(heard, golden);
+    }
+
+    /// Sound conversations with bytes changed, taken out and repeated: no panic, nothing made up.
+    #[test]
+    fn whatever_a_peer_says_is_understood_or_refused() {
+        let mut state = 0x5eed_u64;
+        let mut below = |bound: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            usize::try_from(state >> 33).unwrap() % bound
+        };
+        let more: [&[u8]; 5] = [
+            b"\0\x03\x01kv",
+            b"\x04\x0c\x09SUBSCRIBEab",
+            b"\x04\x09\x04PING\0\x0axy",
+            b"\x02\0\0\0\0\0\0\0\x02\x01a",
+            b"\x01\0\0\x02\x01\x02",
+        ];
+        let (mut understood, mut refused) = (0, 0);
+        for _ in 0..100_000 {
+            let mut said = hello([&b"SUB"[..], b"XSUB", b"REQ", b"DEALER"][below(4)]);
+            for _ in 0..below(6) {
+                said.extend_from_slice(more[below(more.len())]);
+            }
+            for _ in 0..below(4) {
+                let at = below(said.len());
+                match below(4) {
+                    0 => said[at] ^= 1 << below(8),
+                    1 => said[at] = [0, 1, 0x7f, 0x80, 0xff][below(5)],
+                    2 => said.truncate(at.max(1)),
+                    _ => {
+                        let again = said[at..].to_vec();
+                        said.extend_from_slice(&again);
+                    }
+                }
+            }
+            match hear(&said) {
+                Ok(_) => understood += 1,
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(understood > 1_000 && refused > 1_000, "{understood} understood, {refused} refused");
     }
 
     #[tokio::test]
