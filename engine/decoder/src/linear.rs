@@ -51,8 +51,7 @@ impl Linear {
     pub(crate) fn apply(&self, x: &[f32]) -> Vec<f32> {
         let (inputs, outputs) = (self.inputs(), self.outputs());
         let rows = x.len() / inputs;
-        let mut y = vec![0.0; rows * outputs];
-        self.weight.multiply_parallel(Rows::new(x, rows, inputs), &mut y);
+        let mut y = self.weight.product(Rows::new(x, rows, inputs));
         if let Some(bias) = &self.bias {
             for row in y.chunks_exact_mut(outputs) {
                 row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
