@@ -5,6 +5,7 @@
 
 mod eager;
 mod flatness;
+mod llamacpp;
 mod ordered;
 mod products;
 mod warm;
@@ -32,7 +33,10 @@ pub(super) struct Args {
     /// The script that runs `transformers` on the same weights; it makes its own environment
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/decoder/transformers"), value_name = "FILE")]
     transformers: PathBuf,
-    /// Only these parts: transformers, flatness, gemm, warm, ordered
+    /// The script that runs llama.cpp on a model of its own; it makes its own environment
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/decoder/llamacpp"), value_name = "FILE")]
+    llamacpp: PathBuf,
+    /// Only these parts: transformers, flatness, gemm, warm, ordered, llamacpp
     #[arg(long, value_delimiter = ',', value_name = "PART")]
     only: Vec<String>,
     /// Print one JSON object instead of a table
@@ -41,7 +45,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<()> {
-    const PARTS: [&str; 5] = ["transformers", "flatness", "gemm", "warm", "ordered"];
+    const PARTS: [&str; 6] = ["transformers", "flatness", "gemm", "warm", "ordered", "llamacpp"];
     if let Some(unknown) = args.only.iter().find(|only| !PARTS.contains(&only.as_str())) {
         anyhow::bail!("--only knows {}, not {unknown:?}", PARTS.join(", "));
     }
@@ -78,6 +82,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<()> {
     });
     part("ordered", "restore in order, 128k cached tokens", &["ordered_restore_gain"], &|figures| {
         ordered::run(dir.path(), figures)
+    });
+    let rows = ["restore_128k_gb_s", "restore_bytes_vs_llamacpp"];
+    part("llamacpp", "restore beside llama.cpp", &rows, &|figures| {
+        llamacpp::run(&args.llamacpp, dir.path(), figures)
     });
     super::tell(figures, args.json)
 }

@@ -12,7 +12,7 @@ use esker_store::TtlClass;
 use serde::Serialize;
 
 use crate::bundled;
-use crate::generate::{Event, Guessing, Job, ParkedAccount, RestoreMode, generate};
+use crate::generate::{Account, Event, Guessing, Job, ParkedAccount, RestoreMode, generate};
 use crate::model_folder::{LoadedModel, load_model};
 use crate::node::{Node, NodeSettings};
 use crate::writers::Place;
@@ -144,6 +144,35 @@ pub(crate) fn measure(
     Ok(rows)
 }
 
+/// A stored prefix that is put back as a whole, before one more token is computed.
+pub(crate) struct Whole {
+    /// Of its planes, as they were put.
+    pub(crate) raw_bytes: u64,
+    /// Until all of it is there.
+    pub(crate) restore_s: f64,
+    /// Until the token after it.
+    pub(crate) first_token_s: f64,
+}
+
+/// Medians of `rounds`, after the prefix was stored by computing it. Leaves nothing in `dir`.
+pub(crate) fn restore_whole(
+    loaded: LoadedModel,
+    dir: &Path,
+    cached: usize,
+    rounds: usize,
+) -> anyhow::Result<Whole> {
+    let bench = Bench::new(loaded, dir)?;
+    bench.fill(cached, 1, RestoreMode::Nothing)?;
+    let (mut restores, mut firsts, mut raw_bytes) = (Vec::new(), Vec::new(), 0);
+    for turn in 1..=rounds as u64 {
+        let got = bench.generate(cached, 1, turn, 1, RestoreMode::Whole, None)?;
+        raw_bytes = got.raw_bytes;
+        restores.push(got.restore.as_secs_f64());
+        firsts.push(got.first_ms / 1e3);
+    }
+    Ok(Whole { raw_bytes, restore_s: median(&mut restores), first_token_s: median(&mut firsts) })
+}
+
 /// A node on a folder of its own, with prompts that are told apart by their length and turn.
 pub(super) struct Bench {
     node: Node,
@@ -161,6 +190,10 @@ pub(super) struct Got {
     /// Tokens behind the first.
     pub(super) steps: usize,
     pub(super) bytes_read: u64,
+    /// Of what was put back, as it was put.
+    pub(super) raw_bytes: u64,
+    /// Time in which it was put back.
+    pub(super) restore: Duration,
     pub(super) parked: Option<ParkedAccount>,
 }
 
@@ -250,8 +283,8 @@ impl Bench {
         let first_ms = first_ms.unwrap_or_else(|| (account.restore + account.prefill).as_secs_f64() * 1e3);
         let steps = times.len().saturating_sub(1);
         let step_ms = times.last().map_or(0.0, |last| (last - first_ms) / steps.max(1) as f64);
-        let (bytes_read, parked) = (account.bytes_read, account.parked);
-        Ok((Got { first_ms, step_ms, steps, bytes_read, parked }, account.hit_tokens))
+        let Account { bytes_read, raw_bytes, restore, parked, hit_tokens, .. } = account;
+        Ok((Got { first_ms, step_ms, steps, bytes_read, raw_bytes, restore, parked }, hit_tokens))
     }
 }
 
