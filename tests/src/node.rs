@@ -250,6 +250,21 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
+
+    /// Waits until a prompt of this length can be resumed there: the state behind its last block comes after that block.
+    pub async fn resumable(&self, tokens: &[TokenId], at: u64) -> Result<()> {
+        let namespace = check_namespace_id(&self.client.describe().await?.namespace)?;
+        let started = Instant::now();
+        loop {
+            let best = self.client.lookup(namespace, tokens).await?.best.unwrap_or_default().tokens;
+            if best >= at {
+                return Ok(());
+            }
+            let late = started.elapsed() > Duration::from_secs(20);
+            ensure!(!late, "resumed at {best} at best, not at {at}: {}", self.log()?);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
 }
 
 impl Drop for Node {

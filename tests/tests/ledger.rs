@@ -417,7 +417,7 @@ async fn a_generation_whose_prefix_was_damaged_is_a_plain_miss_without_writes() 
         let whole = (prompt_tokens as u64 - 1) / 128 * 128;
         let cold = node.ask(ask("cold")).await?;
         ensure!(cold.usage.cache_write_tokens > 0, "nothing was written: {:?}", cold.usage);
-        node.settled(&prompt).await?;
+        node.resumable(&prompt, whole).await?;
         let sound = node.ask(ask("sound")).await?;
         assert_eq!((&sound.tokens, sound.usage.prompt_cache_hit_tokens), (&cold.tokens, whole));
 
@@ -430,7 +430,7 @@ async fn a_generation_whose_prefix_was_damaged_is_a_plain_miss_without_writes() 
         }
         let damaged = node.ask(ask("damaged")).await?;
         assert_eq!(damaged.tokens, cold.tokens, "{prompt_tokens}, {options:?}");
-        node.settled(&prompt).await?;
+        node.resumable(&prompt, whole).await?;
         let healed = node.ask(ask("healed")).await?;
         assert_eq!((&healed.tokens, healed.usage.prompt_cache_hit_tokens), (&cold.tokens, whole));
 
