@@ -10,9 +10,10 @@ mod ordered;
 mod products;
 mod warm;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use esker_decoder::KvFormat;
 use esker_prefix::TokenId;
 use serde_json::{Map, Value, json};
@@ -112,6 +113,19 @@ impl Bed {
 /// The bundled model, with positions far enough. Its weights do not know how many there are.
 fn load() -> anyhow::Result<LoadedModel> {
     bundled::load_for(KvFormat::Bf16, BLOCK_TOKENS, CONTEXT)
+}
+
+/// What the other side's script prints when it is run on as many threads as this side has. What it tells people goes to standard error.
+fn ask<T: serde::de::DeserializeOwned>(script: &Path, args: &[&str]) -> anyhow::Result<T> {
+    let output = Command::new(script)
+        .args(args)
+        .args(["--threads", &rayon::current_num_threads().to_string()])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("cannot run {}", script.display()))?;
+    ensure!(output.status.success(), "{} ended with {}", script.display(), output.status);
+    serde_json::from_slice(&output.stdout).with_context(|| format!("what {} printed", script.display()))
 }
 
 /// Says in the figures, and on standard error, that rows are missing, and why.

@@ -1,7 +1,6 @@
 //! Against `transformers`: the same weights, tokens and threads, F32, eager.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
@@ -72,16 +71,6 @@ fn ask(script: &Path, dir: &Path, tokens: &[esker_prefix::TokenId]) -> anyhow::R
     let list = dir.join("ids.json");
     std::fs::write(&list, serde_json::to_vec(&ids)?)
         .with_context(|| format!("cannot write {}", list.display()))?;
-    let output = Command::new(script)
-        .arg("--model")
-        .arg(dir)
-        .arg("--tokens")
-        .arg(&list)
-        .args(["--decode", &DECODE_STEPS.to_string(), "--threads", &rayon::current_num_threads().to_string()])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("cannot run {}", script.display()))?;
-    ensure!(output.status.success(), "{} ended with {}", script.display(), output.status);
-    serde_json::from_slice(&output.stdout).with_context(|| format!("what {} printed", script.display()))
+    let (list, decode) = (list.display().to_string(), DECODE_STEPS.to_string());
+    super::ask(script, &["--model", &dir.display().to_string(), "--tokens", &list, "--decode", &decode])
 }

@@ -3,9 +3,8 @@
 //! told by what they bring back, a cached megabyte and a thousand cached tokens.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use serde::Deserialize;
 use serde_json::{Map, json};
 
@@ -71,14 +70,5 @@ pub(super) fn run(
 
 fn ask(script: &Path, dir: &Path) -> anyhow::Result<Slot> {
     ensure!(script.exists(), "there is no script {}; name it with --llamacpp", script.display());
-    let output = Command::new(script)
-        .arg("--dir")
-        .arg(dir)
-        .args(["--tokens", &LLAMA_TOKENS.to_string(), "--threads", &rayon::current_num_threads().to_string()])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("cannot run {}", script.display()))?;
-    ensure!(output.status.success(), "{} ended with {}", script.display(), output.status);
-    serde_json::from_slice(&output.stdout).with_context(|| format!("what {} printed", script.display()))
+    super::ask(script, &["--dir", &dir.display().to_string(), "--tokens", &LLAMA_TOKENS.to_string()])
 }
