@@ -10,7 +10,7 @@
 //! Objects of one prefix are mostly stored one after another and so have neighbouring slots. A run of them is
 //! found by looking at the next slot first, which costs a read of memory in order instead of a hash probe.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use esker_prefix::{NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
@@ -23,6 +23,7 @@ use crate::io::PAGE;
 use crate::record::header_bytes;
 use crate::retention::{Candidate, Context, Retention, RetentionSettings};
 use crate::segment::{SegmentId, Spot};
+use crate::shared::is_own;
 
 /// Slots are allocated this many at a time.
 const CHUNK_SLOTS: usize = 4096;
@@ -315,41 +316,26 @@ impl Table {
     /// them. Tells whether it did.
     pub(crate) fn remove_all(&self, entries: &[Entry]) -> bool {
         let mut inner = self.write();
-        let mut slots: Vec<u32> = entries
-            .iter()
-            .filter_map(|entry| inner.find(entry.id).filter(|&at| inner.slot(at).spot() == entry.spot))
-            .collect();
-        let leaving: std::collections::HashSet<u32> = slots.iter().copied().collect();
-        if slots.iter().any(|&at| inner.retention.is_pinned(at)) {
+        let leaving = inner.at_their_places(entries);
+        if leaving.iter().any(|&at| inner.retention.is_pinned(at)) {
             return false;
         }
         let mut children: HashMap<u32, u32> = HashMap::new();
-        for parent in slots.iter().filter_map(|&at| inner.retention.parent(at)) {
-            *children.entry(parent).or_default() += u32::from(leaving.contains(&parent));
+        for parent in leaving.iter().filter_map(|&at| inner.retention.parent(at)) {
+            *children.entry(parent).or_default() += 1;
         }
-        if slots.iter().any(|at| inner.retention.children(*at) != children.get(at).copied().unwrap_or(0)) {
+        if leaving.iter().any(|at| inner.retention.children(*at) != children.get(at).copied().unwrap_or(0)) {
             return false;
         }
-        // A child completes a longer prefix than its parent, and a state comes behind its block.
-        slots.sort_by_key(|&at| (inner.slot(at).tokens, inner.slot(at).kind));
-        slots.into_iter().rev().for_each(|at| inner.release(at));
+        inner.release_loose(&leaving);
         true
     }
 
     /// Removes those of `entries` that are still at their places and that neither a pin nor anything behind them holds.
     pub(crate) fn remove_loose(&self, entries: &[Entry]) -> Vec<Victim> {
         let mut inner = self.write();
-        let here = |entry: &Entry| inner.find(entry.id).filter(|&at| inner.slot(at).spot() == entry.spot);
-        let mut slots: Vec<u32> = entries.iter().filter_map(here).collect();
-        slots.sort_by_key(|&at| (inner.slot(at).tokens, inner.slot(at).kind));
-        let mut victims = Vec::new();
-        for at in slots.into_iter().rev() {
-            if !inner.retention.is_pinned(at) && inner.retention.is_leaf(at) {
-                victims.push(inner.slot(at).record());
-                inner.release(at);
-            }
-        }
-        victims
+        let leaving = inner.at_their_places(entries);
+        inner.release_loose(&leaving)
     }
 
     /// Removes an object if it still is at `spot`. Tells whether it was. What is pinned leaves its slot behind, and the pins on
@@ -358,7 +344,7 @@ impl Table {
     pub(crate) fn remove_if(&self, id: ObjectId, spot: Spot) -> bool {
         let mut inner = self.write();
         let Some(at) = inner.find(id).filter(|&at| inner.slot(at).spot() == spot) else { return false };
-        let own = crate::shared::is_own(id);
+        let own = is_own(id);
         if inner.retention.is_leaf(at) && (own || !inner.retention.is_pinned(at)) {
             inner.release(at);
         } else {
@@ -450,7 +436,8 @@ impl Inner {
 
     /// Hands a new slot to [`Retention`].
     fn retain(&mut self, at: u32, entry: &Entry, candidate: Option<Candidate>) {
-        let parent = entry.parent.and_then(|parent| self.find_any_id(parent));
+        // An erasure names what it erased, which would never go again if anything hung on it that stays.
+        let parent = entry.parent.filter(|_| !is_own(entry.id)).and_then(|parent| self.find_any_id(parent));
         let candidate = candidate.unwrap_or_else(|| {
             let context = self.retention.context(parent);
             let bytes = clamp(u64::from(entry.record_pages) * PAGE as u64);
@@ -465,6 +452,27 @@ impl Inner {
             // Its only pin: nobody else can know it yet.
             let _ = self.retention.pin(at);
         }
+    }
+
+    /// The slots of those of `entries` that are still at their places.
+    fn at_their_places(&self, entries: &[Entry]) -> HashSet<u32> {
+        let here = |entry: &Entry| self.find(entry.id).filter(|&at| self.slot(at).spot() == entry.spot);
+        entries.iter().filter_map(here).collect()
+    }
+
+    /// Frees those of `leaving` that nothing holds, each after what of them hangs on it: places tell no order, since a parent
+    /// may have been put again behind its children.
+    fn release_loose(&mut self, leaving: &HashSet<u32>) -> Vec<Victim> {
+        let loose = |inner: &Self, at: u32| inner.retention.is_leaf(at) && !inner.retention.is_pinned(at);
+        let mut ready: Vec<u32> = leaving.iter().copied().filter(|&at| loose(self, at)).collect();
+        let mut victims = Vec::with_capacity(leaving.len());
+        while let Some(at) = ready.pop() {
+            let parent = self.retention.parent(at);
+            victims.push(self.slot(at).record());
+            self.release(at);
+            ready.extend(parent.filter(|parent| leaving.contains(parent) && loose(self, *parent)));
+        }
+        victims
     }
 
     /// Frees the slot of a leaf.

@@ -247,6 +247,30 @@ fn what_comes_later_does_not_keep_what_came_first() {
     assert!(most < 130 << 20, "the rest of what is closed early stays: {most} bytes");
 }
 
+/// A parent that was put again lies behind its children, and neither its place nor its tokens tell that it comes first.
+#[test]
+fn a_prefix_goes_from_its_end_wherever_its_blocks_lie() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let settings = StoreSettings { capacity_bytes: u64::MAX, ..small() };
+    let store = Store::open_at(dir.path(), settings, clock.clone()).unwrap();
+    let same = |object: PutObject| PutObject { tokens: 128, ..object }.with_class(TtlClass(0));
+    let objects: Vec<PutObject> = chain(0, 4, &[5000]).into_iter().map(same).collect();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    for again in [1, 0] {
+        store.erase(Erase::Object(id(again))).unwrap();
+        let outcome = store.put(vec![objects[again as usize].clone()]).remove(0);
+        assert!(matches!(outcome, Ok(PutOutcome::Stored)), "{outcome:?}");
+    }
+    assert_eq!(store.lookup(&ids(&objects)).len(), 4);
+    clock.pass(HOUR);
+    store.keep_house();
+    assert_eq!(store.stats().expired, 4);
+    assert!(store.get(&ids(&objects)).iter().all(Option::is_none));
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    assert_eq!(store.lookup(&ids(&objects)).len(), 4);
+}
+
 #[test]
 fn what_ran_out_meanwhile_goes_at_the_start() {
     let dir = tempfile::tempdir().unwrap();
