@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, channel, sync_channel};
+use std::sync::mpsc::channel;
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use esker_decoder::{DecoderError, Incoming, LayerRows, Model, Parked, Sequence};
-use esker_prefix::{BlockObject, ObjectId, ObjectKind, PlaneSpec, StateObject, TokenId};
+use esker_prefix::{ObjectId, ObjectKind, PlaneSpec, TokenId};
 use esker_store::{Fetch, FetchEvent, FetchOrder, FetchRequest, Found, MissKind, PlaneSelection};
 
 use super::offer::Offer;
@@ -29,20 +29,11 @@ const RESTORE_DEADLINE: Duration = Duration::from_secs(10);
 const DAMAGE_SEARCH: Duration = Duration::from_millis(250);
 /// From so many bytes on a prefix is worth reading in the order of its layers, which takes a read per plane, not per block.
 pub(super) const ORDERED_FROM_BYTES: u64 = 1 << 20;
-/// Blocks proven and not yet put back.
-const RESTORE_AHEAD_BLOCKS: usize = 8;
-
 /// What is put back.
 struct Plan {
     blocks: Vec<Found>,
     /// At the end of the last block.
     state: Option<Found>,
-}
-
-/// A proven part of it.
-enum Restored {
-    Block(BlockObject),
-    State(StateObject),
 }
 
 /// What was found of a prompt and is in the sequence, or on its way there.
@@ -132,7 +123,7 @@ impl<'a> Resumption<'a> {
         Ok(resumed)
     }
 
-    /// Block after block, and all of them before this returns.
+    /// Block after block, and all of them before this returns: the store reads and proves the next ones meanwhile.
     fn whole<'scope>(
         self,
         plan: Plan,
@@ -142,35 +133,52 @@ impl<'a> Resumption<'a> {
     ) -> Result<Resumed<'scope>, GenerateError> {
         let Self { node, engine, prompt, offer, .. } = self;
         let model = &engine.loaded.model;
-        let total = plan.blocks.len() * trail.block_tokens();
+        let (blocks, total) = (plan.blocks.len(), plan.blocks.len() * trail.block_tokens());
         sequence.reserve(model, prompt.len());
-        let mut resumed = Resumed::default();
-        let (verified, parts) = sync_channel(RESTORE_AHEAD_BLOCKS);
-        // Reading and proving one block while the one before it is put back: each costs about as much as the other.
-        std::thread::scope(|scope| {
-            let reading = scope.spawn(move || read(node, trail, plan, offer, &verified));
-            let mut told = Ok(());
-            for (part, size) in parts {
-                let restored = match part {
-                    Restored::Block(block) => sequence.restore(model, &block),
-                    Restored::State(state) => sequence.restore_state(model, &state),
-                };
-                // Proven bytes of the right key that do not fit: a store written by other code. Compute instead.
-                if let Err(error) = restored {
-                    offer.miss(MissKind::WrongRecord);
-                    tracing::warn!(%error, "what is stored does not fit the model");
+        let objects: Vec<Found> = plan.blocks.into_iter().chain(plan.state).collect();
+        let size = |found: &Found| (found.stored_bytes, found.raw_bytes);
+        let sizes: Vec<(u64, u64)> = objects.iter().map(size).collect();
+        let mut fetch = node.store.fetch(FetchRequest {
+            objects,
+            planes: PlaneSelection::All,
+            order: FetchOrder::ByObject,
+            deadline: Some(Instant::now() + RESTORE_DEADLINE),
+        });
+        let (mut resumed, mut planes) = (Resumed::default(), Vec::new());
+        while let Some(event) = fetch.next() {
+            let (object, bytes) = match event {
+                FetchEvent::Plane { object, bytes, .. } => (object, bytes),
+                FetchEvent::Miss { kind, .. } => {
+                    find_damage(fetch, kind, offer);
                     break;
                 }
-                resumed.bytes_read += size.stored_bytes;
-                resumed.raw_bytes += size.raw_bytes;
-                told = listen(emit(Event::Restoring { done: sequence.tokens(), total }));
-                if told.is_err() {
-                    break;
-                }
+            };
+            planes.push(bytes);
+            let is_block = object < blocks;
+            if planes.len() < trail.planes(if is_block { ObjectKind::Block } else { ObjectKind::State }) {
+                continue;
             }
-            join(reading);
-            told
-        })?;
+            let whole = std::mem::take(&mut planes);
+            let restored = match is_block {
+                true => trail
+                    .block(object, whole)
+                    .map_err(DecoderError::from)
+                    .and_then(|block| sequence.restore(model, &block)),
+                false => trail
+                    .state(blocks - 1, whole)
+                    .map_err(DecoderError::from)
+                    .and_then(|state| sequence.restore_state(model, &state)),
+            };
+            // Proven bytes of the right key that do not fit: a store written by other code. Compute instead.
+            if let Err(error) = restored {
+                offer.miss(MissKind::WrongRecord);
+                tracing::warn!(%error, "what is stored does not fit the model");
+                break;
+            }
+            resumed.bytes_read += sizes[object].0;
+            resumed.raw_bytes += sizes[object].1;
+            listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+        }
         Ok(resumed)
     }
 
@@ -313,54 +321,6 @@ fn plan(node: &Node, model: &Model, trail: &Trail<'_>, prompt_tokens: usize) -> 
             Plan { blocks, state: states.into_iter().nth(newest).flatten() }
         }
         _ => Plan { blocks, state: None },
-    }
-}
-
-/// Bytes of an object: of its record, and of its planes as they were put.
-#[derive(Clone, Copy)]
-struct Size {
-    stored_bytes: u64,
-    raw_bytes: u64,
-}
-
-/// Fetches blocks and then the state, and sends each with its size, until one is missing or nobody takes them.
-fn read(node: &Node, trail: &Trail<'_>, plan: Plan, offer: &Offer, verified: &SyncSender<(Restored, Size)>) {
-    let blocks = plan.blocks.len();
-    let objects: Vec<Found> = plan.blocks.into_iter().chain(plan.state).collect();
-    let size = |found: &Found| Size { stored_bytes: found.stored_bytes, raw_bytes: found.raw_bytes };
-    let sizes: Vec<Size> = objects.iter().map(size).collect();
-    let kinds = |object| if object < blocks { ObjectKind::Block } else { ObjectKind::State };
-    let mut fetch = node.store.fetch(FetchRequest {
-        objects,
-        planes: PlaneSelection::All,
-        order: FetchOrder::ByObject,
-        deadline: Some(Instant::now() + RESTORE_DEADLINE),
-    });
-    let mut planes = Vec::new();
-    while let Some(event) = fetch.next() {
-        let (object, bytes) = match event {
-            FetchEvent::Plane { object, bytes, .. } => (object, bytes),
-            FetchEvent::Miss { kind, .. } => return find_damage(fetch, kind, offer),
-        };
-        planes.push(bytes);
-        if planes.len() < trail.planes(kinds(object)) {
-            continue;
-        }
-        let whole = std::mem::take(&mut planes);
-        let part = match kinds(object) {
-            ObjectKind::Block => trail.block(object, whole).map(Restored::Block),
-            _ => trail.state(blocks - 1, whole).map(Restored::State),
-        };
-        let part = match part {
-            Ok(part) => part,
-            Err(error) => {
-                offer.miss(MissKind::WrongRecord);
-                return tracing::warn!(%error, "what is stored does not fit the layout");
-            }
-        };
-        if verified.send((part, sizes[object])).is_err() {
-            return;
-        }
     }
 }
 
