@@ -14,6 +14,7 @@ use esker_prefix::{BlockHash, ObjectKind};
 
 use crate::block::{check_plane, layer_bytes, layers_of};
 use crate::config::Family;
+use crate::kernel::pages;
 use crate::panels::KeyPanels;
 use crate::residency::{Parked, Residency, is_parkable};
 use crate::sequence::Cache;
@@ -80,7 +81,7 @@ impl Incoming {
                 let count = model.rows_in(layer, 0..room).len();
                 match is_key(&group.name) {
                     true => keys.reserve(count),
-                    false => rows.reserve(count * row_width),
+                    false => pages::reserve(rows, count * row_width),
                 }
             }
         }

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use crate::kernel::pages;
 use crate::kernel::sparse::PANEL;
 
 /// Keys in the order of their tokens.
@@ -28,7 +29,7 @@ impl KeyPanels {
     }
 
     pub(crate) fn reserve(&mut self, keys: usize) {
-        self.data.reserve((keys + PANEL) * self.width);
+        pages::reserve(&mut self.data, (keys + PANEL) * self.width);
     }
 
     /// Appends `rows`, `[keys, width]`.

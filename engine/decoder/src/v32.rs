@@ -8,6 +8,7 @@ use crate::arrival::{LayerRows, Supply};
 use crate::block::Place;
 use crate::checkpoint::Checkpoint;
 use crate::config::MlaConfig;
+use crate::kernel::pages;
 use crate::kernel::vector::add_scaled;
 use crate::mla::Mla;
 use crate::moe::{Mlp, Moe};
@@ -184,7 +185,7 @@ impl Cache {
 
     pub(crate) fn reserve(&mut self, tokens: usize) {
         for layer in &mut self.layers {
-            layer.rows.reserve(tokens * self.row_width);
+            pages::reserve(&mut layer.rows, tokens * self.row_width);
             if layer.indexed {
                 layer.keys.reserve(tokens);
             }

@@ -1,8 +1,8 @@
 //! Nothing read from a disk is believed before it has passed here.
 //!
-//! The order: place in the table, header against its checksum, header against the table and the name asked for, stored
-//! bytes of a plane against their checksum, decompression bounded by the authenticated length, content against its
-//! digest.
+//! The order: place in the table, header against its checksum, header against the table and the name asked for, decompression
+//! bounded by the authenticated length, content against its digest. That proves the stored bytes too; their own checksum is
+//! asked only where it fails, for whether they are what was written.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -43,17 +43,20 @@ pub(crate) fn plane(
     let decoded = match plane.codec {
         Codec::Raw => None,
         Codec::Zstd | Codec::Columns => {
-            if xxhash_rust::xxh3::xxh3_64(stored) != plane.stored_checksum {
-                return Err(MissKind::PlaneChecksum);
-            }
-            Some(decode(plane, stored, pool)?)
+            Some(decode(plane, stored, pool).map_err(|kind| blame(plane, stored, kind))?)
         }
     };
     let content = decoded.as_deref().map_or(stored, |buf| &buf[..plane.raw_bytes as usize]);
-    if *blake3::hash(content).as_bytes() != plane.digest {
-        return Err(MissKind::Digest);
+    match *blake3::hash(content).as_bytes() == plane.digest {
+        true => Ok(decoded),
+        false if decoded.is_none() => Err(MissKind::Digest),
+        false => Err(blame(plane, stored, MissKind::Digest)),
     }
-    Ok(decoded)
+}
+
+/// Why a plane that was stored encoded failed in this way: mostly because its bytes are not those that were written.
+fn blame(plane: &Plane, stored: &[u8], kind: MissKind) -> MissKind {
+    if xxhash_rust::xxh3::xxh3_64(stored) == plane.stored_checksum { kind } else { MissKind::PlaneChecksum }
 }
 
 /// The content of a plane of a sealed record.

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use crate::arrival::LayerRows;
 use crate::block::Place;
+use crate::kernel::pages;
 use crate::panels::KeyPanels;
 use crate::v4::config::{Compression, V4Config};
 use crate::v4::tail::Tail;
@@ -93,7 +94,7 @@ impl Cache {
         for layer in &mut self.layers {
             let ratio = layer.ratio();
             if let Some(cache) = &mut layer.rows {
-                cache.rows.reserve((tokens / ratio + 1) * self.width);
+                pages::reserve(&mut cache.rows, (tokens / ratio + 1) * self.width);
             }
             if let Some(cache) = &mut layer.keys {
                 cache.keys.reserve(tokens / ratio + 1);
