@@ -29,6 +29,7 @@ const RESTORE_DEADLINE: Duration = Duration::from_secs(10);
 const DAMAGE_SEARCH: Duration = Duration::from_millis(250);
 /// From so many bytes on a prefix is worth reading in the order of its layers, which takes a read per plane, not per block.
 pub(super) const ORDERED_FROM_BYTES: u64 = 1 << 20;
+
 /// What is put back.
 struct Plan {
     blocks: Vec<Found>,

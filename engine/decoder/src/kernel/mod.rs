@@ -1,8 +1,8 @@
 //! Arithmetic on slices: dense products, sparse attention, and the few element-wise loops that are hot.
 //!
 //! The only place of this crate with unsafe code: calls of functions compiled for a wider instruction set, the loads
-//! and stores of the dense products, and advice on memory. Every function here gives the same bits on every vector width: Rust never reorders a
-//! floating-point sum nor contracts a product and a sum, and each sum below has its order written out.
+//! and stores of the dense products, and advice on memory. Every function here gives the same bits on every vector width:
+//! Rust never reorders a floating-point sum nor contracts a product and a sum, and each sum below has its order written out.
 
 pub(crate) mod packed;
 pub(crate) mod pages;
