@@ -95,6 +95,7 @@ enum Event {
 impl Committer {
     pub(crate) fn start(shared: Arc<Shared>, position: Position) -> io::Result<Self> {
         let (events, received) = mpsc::channel();
+        shared.lapses.next_is(position.next_sequence);
         let maker = Maker::start(Arc::clone(&shared), position.next_segment, events.clone())?;
         let mut writer = Writer {
             shared,
@@ -252,7 +253,7 @@ impl Writer {
         let old = |tail: &&Tail| {
             self.shared.is_expired(tail.id) || self.shared.is_half_over(tail.class, tail.begun_s)
         };
-        let retired = |tail: &&Tail| tail.published_at > RECORDS_AT && old(tail) && !busy(tail.id);
+        let retired = |tail: &&Tail| old(tail) && !busy(tail.id);
         let tails: Vec<Tail> = self.tails.values().filter(retired).copied().collect();
         for tail in tails {
             self.tails.remove(&tail.class);
@@ -397,7 +398,7 @@ impl Writer {
                 Err(StoreError::WriteFailed { source: Arc::new(error) })
             }
             Some(Made::Segment(blank)) => {
-                let next = blank.begin(&self.shared, class).map_err(|error| {
+                let next = blank.begin(&self.shared, class, self.next_sequence).map_err(|error| {
                     self.failures += 1;
                     tracing::error!(%error, failures = self.failures, "a segment could not be begun");
                     StoreError::WriteFailed { source: Arc::new(error) }
@@ -427,6 +428,7 @@ impl Writer {
                 self.shared.disk.submit(Op::write(run.tail.file, place.offset, record, tag, &self.reply()));
             }
         }
+        self.shared.lapses.next_is(self.next_sequence);
         self.batches.push_back(batch);
     }
 

@@ -2,7 +2,9 @@
 //!
 //! An erasure is a record without planes whose header says it all: an object as its parent, or else a writer, or else a scope,
 //! or else a namespace. Everything of it with a lower sequence is gone; what is put later is new. The record is durable before
-//! anything is removed, and every opening applies all of them again.
+//! anything is removed, and every opening applies all of them again, until nothing is left that could come back (lapse.rs).
+
+mod lapse;
 
 use std::collections::HashMap;
 
@@ -10,6 +12,7 @@ use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, Write
 
 use crate::index::Entry;
 use crate::{PutObject, TtlClass};
+pub(crate) use lapse::Lapses;
 
 /// What is to be erased.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

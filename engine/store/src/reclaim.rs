@@ -3,7 +3,8 @@
 //! Records are never moved. What goes is punched out of its segment (`fallocate(2)` with a hole), which frees its pages
 //! exactly and writes nothing; a sealed segment of which nothing is left is removed. Where the file system cannot punch,
 //! only whole segments are given back. The order is: index durably without the entries, then the space: after a crash
-//! between the two, space is lost until its segment goes, and nothing points at holes.
+//! between the two, space is lost until its segment goes, and nothing points at holes. Erasures go the same way once they lapse
+//! (erasure/lapse.rs).
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -90,9 +91,13 @@ impl Shared {
     /// Removes a segment of which nothing is needed. Its file goes first: an index that names a missing segment is
     /// put right at the next opening.
     pub(crate) fn remove_segment(&self, id: SegmentId) {
+        self.lapses.file_leaves();
         self.segments.remove(id);
-        if let Err(error) = self.disk.remove(&id.file_name()) {
-            tracing::warn!(segment = %id, %error, "an empty segment could not be removed");
+        match self.disk.remove(&id.file_name()) {
+            Ok(()) => self.lapses.file_is_gone(),
+            // Whoever removed it says when it is gone.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.lapses.file_is_gone(),
+            Err(error) => tracing::warn!(segment = %id, %error, "an empty segment could not be removed"),
         }
         let mut changes = Changes::default();
         changes.remove_segment(id);
@@ -170,6 +175,7 @@ impl Shared {
     /// What is done every few seconds.
     pub(crate) fn keep_house(&self) {
         let done = self.expire().and_then(|()| self.time.save()).and_then(|()| self.save_hits());
+        let done = done.and_then(|()| self.let_erasures_lapse());
         if let Err(error) = done {
             tracing::error!(%error, "housekeeping failed");
         }
@@ -240,9 +246,17 @@ impl Shared {
         self.ttl_s(segment.class).is_some_and(|ttl_s| segment.used_s.saturating_add(ttl_s) < now_s)
     }
 
-    /// Whether half of the time that objects of a class are kept has passed since then.
+    /// Whether half of the time that objects of a class are kept has passed since then. What is kept for ever counts as the class
+    /// that is kept longest where there are erasures: none lapses before its segment is closed.
     pub(crate) fn is_half_over(&self, class: TtlClass, since_s: u32) -> bool {
-        self.ttl_s(class).is_some_and(|ttl_s| since_s.saturating_add(ttl_s / 2) < self.time.now_s())
+        let classes = 0..u8::try_from(self.settings.ttl_classes.len()).unwrap_or(u8::MAX);
+        let ttl_s = match class {
+            TtlClass::PERMANENT if self.table.erasures() > 0 => {
+                classes.filter_map(|class| self.ttl_s(TtlClass(class))).max()
+            }
+            class => self.ttl_s(class),
+        };
+        ttl_s.is_some_and(|ttl_s| since_s.saturating_add(ttl_s / 2) < self.time.now_s())
     }
 
     /// Seconds that objects of a class are kept; `None` for ever.

@@ -30,7 +30,7 @@ use crate::scan::{Met, Scan, Scanned};
 use crate::segment::{Ends, OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage, Spot, last_page};
 use crate::shared::Shared;
 use crate::stats::MissCounts;
-use crate::{Result, StoreError, verify};
+use crate::{Result, StoreError, TtlClass, verify};
 
 /// What a segment takes at most when everything in it was given back: its own two pages, and what a file system keeps.
 const EMPTY_BYTES: u64 = 16 * PAGE as u64;
@@ -93,6 +93,8 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
     let mut changes = Changes::default();
     known.into_keys().for_each(|missing| changes.remove_segment(missing));
     work.load(changes)?;
+    // Nobody knows what is in them.
+    work.report.unreadable_segments.iter().for_each(|_| shared.lapses.file_leaves());
     // Never a number that an index, this one or one that a power cut brings back, knows another segment by: its watermark
     // and its entries would be taken for the new one's.
     let last = ids.last().map_or(0, |id| id.0).max(shared.index.highest_segment()?.0).max(known_last);
@@ -289,21 +291,27 @@ impl Worker<'_> {
         let class = header.or(seal).map(|page| page.class).or(scanned.class).unwrap_or_default();
         // Who does not know when it was used takes it for used now.
         let used_s = self.shared.index.last_use(id)?.unwrap_or_else(|| self.shared.time.now_s());
-        self.shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
+        let lowest = header.map_or(0, |header| header.sequence);
+        self.shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s, lowest));
+        // What is appended may not be earlier than the header says.
+        self.sequence = self.sequence.max(lowest.saturating_sub(1));
         let mut tail =
             Tail { id, class, generation, file, len_bytes, append_at: 0, published_at: 0, begun_s: used_s };
         tail.end_at(scanned.end);
         // Nothing will be added to a suspect one, and its space returns with its last record.
         let open_or_suspect = if suspect { Phase::Suspect } else { Phase::Open };
-        if seal.is_none()
-            && records.count > 0
-            && let Err(error) = self.flush(
-                file,
-                // A header that is gone, or never came to be, is written from what the index knows: without one nothing could be
-                // told once the index is gone, too.
-                &header.unwrap_or(SegmentPage { id, class, generation, extent_bytes: 0, sequence: 0 }),
-            )
-        {
+        let flushed = if seal.is_none() && records.count > 0 {
+            // A header that is gone, or never came to be, is written from what the index knows: without one nothing could be
+            // told once the index is gone, too.
+            let unknown = SegmentPage { id, class, generation, extent_bytes: 0, sequence: 0 };
+            self.flush(file, &header.unwrap_or(unknown))
+        } else if found.state.is_none() && class == TtlClass::PERMANENT {
+            // An erasure that was given back, and comes back with a power cut, must not be later than what is put from here on.
+            self.sync(file)
+        } else {
+            Ok(())
+        };
+        if let Err(error) = flushed {
             tracing::error!(segment = %id, %error, "a segment cannot be flushed; what it may have lost is not indexed");
             // Some of it may have been acknowledged, by a process whose index is gone: scanned and flushed again next
             // time, neither appended to nor sealed until then.
@@ -321,6 +329,7 @@ impl Worker<'_> {
         if suspect || scanned.torn {
             // A seal would vouch for what is torn. Without one all payload is verified whenever the index is built anew.
             self.remember(&tail, Phase::Suspect)?;
+            self.shared.segments.update(id, |segment| segment.complete = whole);
             return Ok(None);
         }
         let Some(seal) = seal else {
@@ -341,12 +350,17 @@ impl Worker<'_> {
         self.sequence = self.sequence.max(seal.sequence);
         tail.end_at(seal.extent_bytes);
         self.remember(&tail, Phase::Sealed)?;
+        self.shared.segments.update(id, |segment| segment.complete = true);
         Ok(None)
     }
 
     /// Makes what the scan has written again durable, and the header with it.
     fn flush(&self, file: FileId, header: &SegmentPage) -> std::io::Result<()> {
         self.shared.write_segment_page(file, 0, PageKind::Header, header)?;
+        self.sync(file)
+    }
+
+    fn sync(&self, file: FileId) -> std::io::Result<()> {
         wait(self.shared.disk.as_ref(), |reply| Op::sync(file, 0, reply)).map(drop)
     }
 
@@ -417,6 +431,7 @@ impl Worker<'_> {
             match entry.id.kind {
                 ObjectKind::Lease => self.report.own.push(entry),
                 ObjectKind::Erasure => {
+                    self.shared.lapses.note(entry.sequence);
                     Erase::of(&entry).into_iter().for_each(|erase| erasures.add(erase, entry.sequence))
                 }
                 _ => {}

@@ -24,7 +24,7 @@
 //!  24   8  generation: random, written into every record. Bytes that a client stored to look like a record cannot
 //!          have it right
 //!  32   8  header: length of the segment in bytes, 0 if that is not known any more. seal: end of the last record
-//!  40   8  header: zero. seal: highest sequence before `end`
+//!  40   8  header: lowest sequence that a record in it may have, 0 if that is not known. seal: highest before `end`
 //!  48  16  first 16 bytes of BLAKE3 over 0..48  }
 //!  64      zero
 //! ```
@@ -114,7 +114,7 @@ pub(crate) struct SegmentPage {
     pub(crate) generation: u64,
     /// Header: length of the segment. Seal: end of the last record. In bytes.
     pub(crate) extent_bytes: u64,
-    /// Seal: highest sequence.
+    /// Header: lowest sequence that a record may have, or 0. Seal: highest sequence.
     pub(crate) sequence: u64,
 }
 
@@ -226,6 +226,10 @@ pub(crate) struct OpenSegment {
     pub(crate) class: TtlClass,
     /// Nothing will be added to it.
     pub(crate) sealed: bool,
+    /// Nothing will be added to it, and the index names all that is to be kept of it.
+    pub(crate) complete: bool,
+    /// No erasure with a lower sequence is needed for it; see `erasure/lapse.rs`.
+    pub(crate) clear_below: u64,
     /// Bytes of the records that the table names.
     pub(crate) live_bytes: u64,
     /// Bytes given back to the file system.
@@ -274,13 +278,23 @@ impl SegmentTable {
 }
 
 impl OpenSegment {
-    pub(crate) fn new(file: FileId, len_bytes: u64, generation: u64, class: TtlClass, used_s: u32) -> Self {
+    /// `clear_below`: the lowest sequence that a record in it may have.
+    pub(crate) fn new(
+        file: FileId,
+        len_bytes: u64,
+        generation: u64,
+        class: TtlClass,
+        used_s: u32,
+        clear_below: u64,
+    ) -> Self {
         Self {
             file,
             len_bytes,
             generation,
             class,
             sealed: false,
+            complete: false,
+            clear_below,
             live_bytes: 0,
             punched_bytes: 0,
             used_s,

@@ -74,6 +74,8 @@ pub struct Sabotage {
     pub skip_breaker: bool,
     /// Erase without writing down that something was erased.
     pub skip_tombstone: bool,
+    /// Let erasures lapse while what they mean may come back.
+    pub lapse_early: bool,
 }
 
 impl Default for StoreSettings {
@@ -143,6 +145,13 @@ impl StoreSettings {
     pub(crate) fn skips_tombstone(&self) -> bool {
         #[cfg(any(test, feature = "testing"))]
         return self.sabotage.skip_tombstone;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+
+    pub(crate) fn lapses_early(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.lapse_early;
         #[cfg(not(any(test, feature = "testing")))]
         return false;
     }

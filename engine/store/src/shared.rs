@@ -9,6 +9,7 @@ use esker_prefix::{ObjectId, ObjectKind};
 use crate::breaker::Breaker;
 use crate::clock::StoreTime;
 use crate::commit::Tail;
+use crate::erasure::Lapses;
 use crate::fetch::Verifiers;
 use crate::hits::HitCounts;
 use crate::index::{Changes, Entry, Index, Phase};
@@ -38,6 +39,7 @@ pub(crate) struct Shared {
     pub(crate) table: Table,
     pub(crate) time: StoreTime,
     pub(crate) leases: Leases,
+    pub(crate) lapses: Lapses,
     pub(crate) segments: SegmentTable,
     pub(crate) counters: Counters,
     pub(crate) hits: HitCounts,
@@ -186,7 +188,7 @@ impl Shared {
         let mut changes = Changes::default();
         changes.put_segment(tail.id, &tail.state(Phase::Sealed, sequence));
         self.index.write(changes)?;
-        self.segments.update(tail.id, |segment| segment.sealed = true);
+        self.segments.update(tail.id, |segment| (segment.sealed, segment.complete) = (true, true));
         // Of one that was closed early.
         let rest_bytes = tail.records_end().saturating_sub(published_at);
         if rest_bytes > tail.len_bytes / REST_SHARE {

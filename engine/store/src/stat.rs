@@ -77,6 +77,8 @@ pub struct StoreStat {
     pub classes: BTreeMap<TtlClass, Amount>,
     /// By age, below each of [`AGE_BOUNDS_S`].
     pub ages: [Amount; AGE_BOUNDS_S.len()],
+    /// Erasures that are kept: something older than they are may still be on the device.
+    pub erasures: u64,
     /// Leases whose record is there.
     pub leases: Vec<LeaseStat>,
     /// Segments in order.
@@ -121,7 +123,8 @@ pub fn stat(dir: &Path) -> Result<StoreStat> {
         match entry.id.kind {
             ObjectKind::Block | ObjectKind::State => found.object(&entry, &table, now_s),
             ObjectKind::Lease => found.lease(&entry, &segments, &pool, now_s),
-            ObjectKind::Layout | ObjectKind::Erasure => {}
+            ObjectKind::Erasure => found.erasures += 1,
+            ObjectKind::Layout => {}
         }
     }
     for ((namespace, scope, class), hits) in index.hits()? {

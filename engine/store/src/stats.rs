@@ -160,6 +160,10 @@ pub struct StoreStats {
     pub expired: u64,
     /// Objects erased.
     pub erased: u64,
+    /// Erasures that are kept, as something older than they are may still be on the device.
+    pub erasures: u64,
+    /// Erasures that lapsed: nothing was left that they could mean.
+    pub erasures_lapsed: u64,
     /// Bytes given back to the file system out of segments that stay.
     pub punched_bytes: u64,
     /// Leases that hold.
@@ -262,6 +266,7 @@ pub(crate) struct Counters {
     pub(crate) evicted_bytes: Counter,
     pub(crate) expired: Counter,
     pub(crate) erased: Counter,
+    pub(crate) erasures_lapsed: Counter,
     pub(crate) punched_bytes: Counter,
     pub(crate) looked_up: Counter,
     pub(crate) found: Counter,

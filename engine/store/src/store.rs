@@ -12,7 +12,7 @@ use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, Scope
 use crate::clock::{Clock, StoreTime, SystemClock};
 use crate::commit::{Committer, Outcome, Submission};
 use crate::encoding::Hashed;
-use crate::erasure::Erase;
+use crate::erasure::{Erase, Lapses};
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::hits::HitCounts;
 use crate::index::{Changes, Entry, Index};
@@ -156,7 +156,10 @@ impl Store {
         let segments = dir.join("segments");
         fs::create_dir_all(&segments).map_err(StoreError::io("making", &segments))?;
         let lock = lock(dir, settings.lock_wait)?;
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(StoreError::io("flushing", dir))?;
+        // What a process that was killed has removed is gone from here on, too.
+        for dir in [dir, &segments] {
+            File::open(dir).and_then(|dir| dir.sync_all()).map_err(StoreError::io("flushing", dir))?;
+        }
         let (disk, refused_engines) = disk(&segments)?;
         let clock: Arc<dyn Clock> = match clock {
             Some(clock) => clock,
@@ -179,6 +182,7 @@ impl Store {
                 table: Table::new(),
                 time: StoreTime::open(dir, Arc::clone(&clock))?,
                 leases: Leases::default(),
+                lapses: Lapses::default(),
                 segments: SegmentTable::default(),
                 counters: Counters::default(),
                 hits: HitCounts::default(),
@@ -412,18 +416,25 @@ impl Store {
         if self.shared.settings.skips_tombstone() {
             return self.shared.erase(what, u64::MAX);
         }
+        let begun = self.shared.lapses.begin();
         let object = what.object();
         let id = object.id;
-        if let Err(error) = self.put(vec![object]).remove(0) {
+        let written = self.put(vec![object]).remove(0);
+        let sequence = match &written {
+            Ok(_) => {
+                let located = self.shared.table.get(id);
+                let record = located.and_then(|located| self.shared.index.get(located.spot).transpose());
+                let Some(entry) = record.transpose()? else { return Err(StoreError::Closed) };
+                self.shared.lapses.note(entry.sequence);
+                entry.sequence
+            }
             // The record may be on the drive all the same, and would take with it, after the next crash, what is put again until
             // then and answered with what is there already.
-            self.shared.erase(what, u64::MAX)?;
-            return Err(error);
-        }
-        let record =
-            self.shared.table.get(id).and_then(|located| self.shared.index.get(located.spot).transpose());
-        let Some(entry) = record.transpose()? else { return Err(StoreError::Closed) };
-        self.shared.erase(what, entry.sequence)
+            Err(_) => u64::MAX,
+        };
+        let gone = self.shared.erase(what, sequence)?;
+        self.shared.lapses.done(begun);
+        written.map(|_| gone)
     }
 
     /// Expires, ends leases and writes the clock down now rather than within seconds.
@@ -483,6 +494,8 @@ impl Store {
             evicted_bytes: counters.evicted_bytes.get(),
             expired: counters.expired.get(),
             erased: counters.erased.get(),
+            erasures: self.shared.table.erasures(),
+            erasures_lapsed: counters.erasures_lapsed.get(),
             punched_bytes: counters.punched_bytes.get(),
             leases,
             leased_bytes,

@@ -61,6 +61,7 @@ struct Inner {
     by_hash: HashTable<u32>,
     realms: Realms,
     retention: Retention,
+    erasures: u64,
 }
 
 /// A record that is not needed any more.
@@ -114,6 +115,7 @@ impl Table {
             by_hash: HashTable::new(),
             realms: Realms::default(),
             retention: Retention::new(RetentionSettings::new(ORDINARY_BYTES_PER_TOKEN)),
+            erasures: 0,
         }))
     }
 
@@ -188,6 +190,7 @@ impl Table {
         }
         let at = inner.allocate(slot);
         inner.realms.add(&slot);
+        inner.erasures += u64::from(entry.id.kind == ObjectKind::Erasure);
         let Inner { by_hash, chunks, .. } = &mut *inner;
         by_hash.insert_unique(slot.bucket(), at, |&other| chunk_slot(chunks, other).bucket());
         inner.retain(at, entry, candidate);
@@ -386,6 +389,11 @@ impl Table {
         }
     }
 
+    /// Erasures that are kept.
+    pub(crate) fn erasures(&self) -> u64 {
+        self.read().erasures
+    }
+
     /// Objects, and bytes of memory that they take.
     pub(crate) fn size(&self) -> (u64, u64) {
         let inner = self.read();
@@ -481,6 +489,7 @@ impl Inner {
         if slot.kind & HOLE == 0 {
             self.realms.subtract(&slot);
         }
+        self.erasures -= u64::from(slot.kind & !HOLE == ObjectKind::Erasure as u8);
         let bucket = slot.bucket();
         if let Ok(found) = self.by_hash.find_entry(bucket, |&other| other == at) {
             found.remove();

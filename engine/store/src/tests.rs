@@ -8,6 +8,7 @@ mod damage;
 mod faults;
 mod fetching;
 mod fsck;
+mod lapse;
 mod nth;
 mod parsers;
 mod power;

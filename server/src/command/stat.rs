@@ -92,6 +92,7 @@ fn tell(found: &StoreStat) -> anyhow::Result<()> {
         let left = HumanDuration(std::time::Duration::from_secs(lease.remaining_s.into()));
         say!("  {} {} ends, {left} left", hex(&lease.id.0), lease.ends);
     }
+    say!("erasures kept: {}", found.erasures);
     let sum = |part: fn(&esker_store::SegmentStat) -> u64| HumanBytes(found.segments.iter().map(part).sum());
     say!(
         "segments: {} of {} begun; {} long, {} live, {} dead, {} given back",
@@ -135,6 +136,7 @@ fn to_json(found: &StoreStat) -> Value {
         .iter()
         .map(|lease| json!({"id": hex(&lease.id.0), "ends": lease.ends, "remaining_s": lease.remaining_s}));
     whole.insert("leases".into(), leases.collect());
+    whole.insert("erasures".into(), found.erasures.into());
     let segments = found.segments.iter().map(|segment| {
         json!({"number": segment.number, "sealed": segment.sealed, "len_bytes": segment.len_bytes,
                "live_bytes": segment.live_bytes, "dead_bytes": segment.dead_bytes,

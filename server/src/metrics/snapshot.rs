@@ -139,6 +139,16 @@ impl Collector for Snapshot {
                 ("quarantined", store.quarantined),
             ],
         )?;
+        page.gauge(
+            "kept_erasures",
+            "Erasures on record, as something older than they are may still be on the drive",
+            store.erasures,
+        )?;
+        page.counter(
+            "lapsed_erasures",
+            "Erasures removed, as nothing was left that they could mean",
+            store.erasures_lapsed,
+        )?;
         page.counter("evicted_bytes", "Bytes of the records of evicted objects", store.evicted_bytes)?;
         page.counter(
             "reclaimed_bytes",

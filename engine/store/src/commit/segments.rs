@@ -169,13 +169,14 @@ fn make(shared: &Shared, next: &mut SegmentId, len_bytes: u64) -> Made {
 }
 
 impl Blank {
-    /// Gives the segment its class and its header, which is flushed with its first records.
-    pub(super) fn begin(self, shared: &Shared, class: TtlClass) -> io::Result<Tail> {
+    /// Gives the segment its class and its header, which is flushed with its first records. None of these has a sequence below
+    /// `sequence`.
+    pub(super) fn begin(self, shared: &Shared, class: TtlClass, sequence: u64) -> io::Result<Tail> {
         let Self { id, file, len_bytes } = self;
         let generation = random_generation();
         let used_s = shared.time.now_s();
-        shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s));
-        let header = SegmentPage { id, class, generation, extent_bytes: len_bytes, sequence: 0 };
+        shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s, sequence));
+        let header = SegmentPage { id, class, generation, extent_bytes: len_bytes, sequence };
         shared.write_headers(file, &header)?;
         Ok(Tail::empty(id, class, generation, file, len_bytes, used_s))
     }

@@ -1,6 +1,6 @@
 //! Power cuts in process: the real store on a simulated disk, cut after every op of a random script, several states of
 //! the medium each, with an index that is gone, older than the segments, or current. In a third of the scripts time jumps, by
-//! a second or by ten years; in half of them things are erased; in a third the store is full and evicts.
+//! a second or by ten years; in half of them things are erased, and erasures lapse; in a third the store is full and evicts.
 //!
 //! `ESKER_CRASH_STATES` says how many states, `ESKER_CRASH_SEED` repeats one script. A seed fixes the script, the
 //! faults and the states; which thread of the store comes first is the machine's, so a seed is repeated several times.
@@ -47,6 +47,8 @@ struct Tally {
     /// Blocks that had to be there, in all states together.
     expected: AtomicU64,
     damaged: AtomicU64,
+    /// Erasures that lapsed in scripts.
+    lapsed: AtomicU64,
     failures: Mutex<Vec<String>>,
 }
 
@@ -67,8 +69,9 @@ struct Mode {
 fn no_power_cut_loses_an_acknowledged_block() {
     let (tally, elapsed) =
         run(figures::number("ESKER_CRASH_STATES", STATES), Mode::default(), "ESKER_CRASH_SEED");
-    let [scripts, states, twice, expected] = [&tally.scripts, &tally.states, &tally.twice, &tally.expected]
-        .map(|count| count.load(Ordering::Relaxed));
+    let [scripts, states, twice, expected, lapsed] =
+        [&tally.scripts, &tally.states, &tally.twice, &tally.expected, &tally.lapsed]
+            .map(|count| count.load(Ordering::Relaxed));
     let failures = tally.failures.into_inner().unwrap();
     figures::report(
         "crash_states",
@@ -77,6 +80,7 @@ fn no_power_cut_loses_an_acknowledged_block() {
             ("scripts", scripts),
             ("crashed_twice", twice),
             ("blocks_expected", expected),
+            ("erasures_lapsed", lapsed),
             ("violations", failures.len() as u64),
             ("states_per_second", states * 1000 / elapsed.as_millis().max(1) as u64),
             ("seconds", elapsed.as_secs()),
@@ -140,6 +144,16 @@ fn without_tombstones_a_power_cut_brings_back_what_was_erased() {
     assert!(failures.iter().any(|failure| failure.contains("is back")), "the oracle is blind: {failures:?}");
 }
 
+/// The control: erasures that do not wait until nothing older can come back let a power cut bring it back.
+#[test]
+fn erasures_that_lapse_too_early_let_a_power_cut_bring_back_what_was_erased() {
+    let recording = Sabotage { lapse_early: true, ..Sabotage::default() };
+    let (tally, _) = run(6000, Mode { recording, ..Mode::default() }, "");
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report("lapse_control", &[("states", 6000), ("violations_found", failures.len() as u64)]);
+    assert!(failures.iter().any(|failure| failure.contains("is back")), "the oracle is blind: {failures:?}");
+}
+
 /// The control: without verification damaged bytes are served, and the oracle sees it.
 #[test]
 fn without_verification_damaged_sectors_are_served() {
@@ -192,6 +206,7 @@ fn script_states(
 ) -> Result<(), String> {
     let recording = Recording::make(dir, seed, mode.recording, mode.lying)?;
     tally.scripts.fetch_add(1, Ordering::Relaxed);
+    tally.lapsed.fetch_add(recording.lapsed, Ordering::Relaxed);
     watchdog.progress();
     let mut random = Random::new(seed ^ 0xc4a5);
     let mut replay = recording.history.replay();
@@ -259,7 +274,9 @@ impl State<'_> {
         let opened_at = disk.position();
         if self.later_s > 0 {
             clock.pass(Duration::from_secs(self.later_s));
-            store.keep_house();
+        }
+        if self.later_s > 0 || random.once_in(3) {
+            (0..1 + random.below(3)).for_each(|_| store.keep_house());
         }
         let twice = self.may_lose == 0 && random.once_in(5);
         // Not always looked at before: a look puts damage out of the way, and then it answers for nothing that is put.

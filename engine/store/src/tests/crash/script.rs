@@ -45,6 +45,8 @@ pub(super) struct Recording {
     clock_files: Vec<(usize, String)>,
     /// Objects that may be missing, since the disk has lied once.
     pub(super) may_lose: usize,
+    /// Erasures that were given up as meaning nothing any more.
+    pub(super) lapsed: u64,
 }
 
 /// A put that was acknowledged.
@@ -82,6 +84,10 @@ impl Recording {
             true => (false, false),
             false => (life.once_in(2), life.once_in(3)),
         };
+        // Erasures lapse where much comes and goes: often, and in short segments. Not in scripts of before they did.
+        let mut tidy = Random::new(seed ^ 0x71d7);
+        let tidies = erases && !super::REGRESSIONS.contains(&seed);
+        let clocked = clocked || tidies && tidy.once_in(2);
         let settings = StoreSettings {
             segment_bytes: random.one_of(&[24 << 10, 64 << 10, 128 << 10]),
             zstd_level: random.one_of(&[None, Some(1)]),
@@ -94,6 +100,8 @@ impl Recording {
             bulk_entries: life.one_of(&[0, 0, 1, 6]),
             ..StoreSettings::default()
         };
+        let segment_bytes = if tidies && tidy.once_in(2) { 24 << 10 } else { settings.segment_bytes };
+        let settings = StoreSettings { segment_bytes, ..settings };
         let late = random.once_in(2);
         let disk = match late {
             true => SimDisk::late(Image::default(), u64::MAX, random.number()),
@@ -111,6 +119,7 @@ impl Recording {
             times: vec![(0, 0)],
             clock_files: Vec::new(),
             may_lose: 0,
+            lapsed: 0,
             settings,
         };
         // The script's before this one.
@@ -126,6 +135,7 @@ impl Recording {
             match random.below(16) {
                 0 => {
                     recording.note_index(&store, &disk);
+                    recording.lapsed += store.stats().erasures_lapsed;
                     // Not closed: memory has no log to flush.
                     drop(store);
                     if clocked && life.once_in(2) {
@@ -142,9 +152,13 @@ impl Recording {
             if clocked && life.once_in(4) {
                 recording.pass_time(&store, &disk, &mut life);
             }
+            if tidies && tidy.once_in(3) {
+                (0..1 + tidy.below(3)).for_each(|_| store.keep_house());
+            }
             recording.note_index(&store, &disk);
             recording.note_clock(dir, &disk);
         }
+        recording.lapsed += store.stats().erasures_lapsed;
         drop(store);
         recording.history = disk.history();
         Ok(recording)
