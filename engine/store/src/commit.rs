@@ -247,7 +247,7 @@ impl Writer {
     }
 
     /// Closes the tails whose time to live is over, so that their segments can go, and those that have been filled for half of it:
-    /// what comes would keep what came first.
+    /// what comes would keep what came first. One that nothing was written to would keep erasures.
     fn retire_old(&mut self) {
         let busy = |id| self.batches.iter().flat_map(|batch| &batch.runs).any(|run| run.tail.id == id);
         let old = |tail: &&Tail| {

@@ -8,10 +8,11 @@ use std::time::Duration;
 use esker_prefix::ObjectId;
 
 use super::common::{ManualClock, all, fetch, id, object, planes};
-use super::{buffered, segment_path};
-use crate::io::OpKind;
+use super::{buffered, entry, segment_path};
 use crate::io::faulty::{Fault, Plan};
 use crate::io::sim::{Image, SimDisk};
+use crate::io::{OpKind, PAGE};
+use crate::segment::{PageKind, SegmentId, SegmentPage};
 use crate::{Erase, PutObject, Store, StoreSettings, TtlClass};
 
 /// Longer than half of what the longest class lives, and than all of what the shortest does.
@@ -188,6 +189,27 @@ fn an_erasure_stays_when_the_flush_of_a_sweep_fails() {
     let store = open();
     assert_eq!(settle(&store), 0);
     assert!(is_there(&store, &permanent(2)) && !is_there(&store, &permanent(1)));
+}
+
+/// A segment that was begun and never written to, whose header outlived what was put before it.
+#[test]
+fn nothing_is_appended_that_is_earlier_than_the_header_says() {
+    let (dir, clock) = (scratch(), ManualClock::new());
+    let store = open(dir.path(), &clock);
+    put(&store, vec![short_lived(1)]);
+    store.close().unwrap();
+    let (id, class, len_bytes) = (SegmentId(9), TtlClass(1), 1 << 20);
+    let mut bytes = vec![0; len_bytes];
+    let header = SegmentPage { id, class, generation: 5, extent_bytes: len_bytes as u64, sequence: 50 };
+    header.encode(PageKind::Header, &mut bytes[..PAGE]);
+    header.encode(PageKind::Header, &mut bytes[len_bytes - PAGE..]);
+    fs::write(segment_path(dir.path(), 9), bytes).unwrap();
+    fs::remove_dir_all(dir.path().join("index")).unwrap();
+    let store = open(dir.path(), &clock);
+    let later = object(2, 2, &LENS).with_class(class);
+    put(&store, vec![later.clone()]);
+    let entry = entry(&store, later.id);
+    assert_eq!((entry.spot.segment, entry.sequence), (SegmentId(9), 50));
 }
 
 /// A sweep speaks for the erasures that were carried out when it began, and for no others.
