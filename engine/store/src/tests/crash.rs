@@ -273,7 +273,6 @@ impl State<'_> {
     fn look(&mut self, random: &mut Random, tally: &Tally) -> Result<(), String> {
         let (store, disk, clock) = self.open()?;
         tally.expected.fetch_add(self.oracle.expected() as u64, Ordering::Relaxed);
-        let opened_at = disk.position();
         if self.later_s > 0 {
             clock.pass(Duration::from_secs(self.later_s));
         }
@@ -289,7 +288,9 @@ impl State<'_> {
             return Ok(());
         }
         // Life goes on, and the power fails again: in recovery, or behind it.
+        // The position after the content: an index from which erasures have lapsed is never older than what they waited for.
         let before = store.shared.index.contents();
+        let noted_at = disk.position();
         let acked = self.oracle.put_more(&store, &disk, random)?;
         let after = store.shared.index.contents();
         let history = disk.history();
@@ -300,7 +301,7 @@ impl State<'_> {
         self.image = replay.crash(random);
         self.index = match random.below(4) {
             0 => Contents::new(),
-            1 if position >= opened_at => before,
+            1 if position >= noted_at => before,
             2 if position >= history.len() => after,
             _ => std::mem::take(&mut self.index),
         };
