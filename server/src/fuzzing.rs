@@ -35,7 +35,8 @@ pub fn request(bytes: &[u8]) {
             let Ok(request) = v1::LookupRequest::decode(bytes) else { return };
             let _ = check_namespace_id(&request.namespace);
             let _ = check_name("user", &request.user);
-            let _ = check_prefix(request.tokens, &request.hashes, request.engine_hashes, request.unchained);
+            let v1::LookupRequest { tokens, hashes, tail_tokens, engine_hashes, unchained, .. } = request;
+            let _ = check_prefix(tokens, &hashes, tail_tokens, engine_hashes, unchained);
         }
         1 => {
             let Ok(request) = v1::RegisterNamespaceRequest::decode(bytes) else { return };
@@ -61,6 +62,7 @@ fn planes(mut bytes: &[u8]) {
         plane_layers: 1,
         optional: rows == 2,
         grain_blocks: if rows == 6 { 2 } else { 1 },
+        run_tokens: 0,
     };
     let groups = vec![
         group("latent", Family::History, 4),

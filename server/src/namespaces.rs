@@ -51,8 +51,8 @@ impl Namespaces {
         if self.layout(id).is_some() {
             return Ok(());
         }
-        for kind in [ObjectKind::Block, ObjectKind::State] {
-            let got = layout.object_bytes(kind);
+        let blocks = (ObjectKind::Block, layout.object_bytes(ObjectKind::Block));
+        for (kind, got) in [blocks, (ObjectKind::State, layout.max_object_bytes())] {
             if got > MAX_OBJECT_BYTES {
                 return Err(RegisterError::ObjectTooLarge { kind, got });
             }

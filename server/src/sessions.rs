@@ -90,13 +90,14 @@ impl Sessions {
         }
         // Pinned until the lease holds it.
         let (answer, pins) = question.answer(&node.store, true);
-        let Some((_, end)) = answer.blocks.last() else {
+        let state = answer.states.last().map(|state| state.id);
+        let ends: Vec<ObjectId> =
+            answer.blocks.last().map(|(_, end)| end.id).into_iter().chain(state).collect();
+        let Some(end) = ends.first() else {
             return Err(Status::failed_precondition(
                 "nothing of this prefix is stored: put its blocks before a session is to keep them",
             ));
         };
-        let state = answer.states.last().map(|state| state.id);
-        let ends: Vec<ObjectId> = std::iter::once(end.id).chain(state).collect();
         let record = Record {
             namespace: question.namespace.to_hex(),
             user: user.to_owned(),
@@ -104,7 +105,7 @@ impl Sessions {
             resume_tokens: answer.best(),
             keep_s,
             state: state.map(|state| state.hash.to_hex()),
-            end: end.id.hash.to_hex(),
+            end: end.hash.to_hex(),
         };
         let lease = self.lease(node, tenant, name, &ends, keep_s)?;
         self.write(tenant, name, &record)?;
@@ -354,7 +355,7 @@ fn from_store(error: &StoreError) -> Status {
     }
 }
 
-/// The question for the prefix that a session is to keep: all whole blocks of it.
+/// The question for the prefix that a session is to keep: all of it that is stored.
 pub(crate) fn question(
     node: &Node,
     principal: &Principal,
@@ -370,7 +371,7 @@ pub(crate) fn question(
     // Only what is the tenant's own: what others published is theirs to keep.
     let scopes = node.tenants.readable(principal, user)?.into_iter().take(1).collect();
     let mut tokens = tokens;
-    // A session keeps the last whole block as well, though a prompt that ends with it could not use it.
+    // A session keeps the end as well, though a prompt that ends there could not use it.
     tokens.push(esker_prefix::TokenId(0));
     let (names, sight) = (PrefixNames::Tokens(tokens), node.tenants.sight(&principal.tenant));
     Ok(Question { namespace, layout, names, prompt_tokens: 0, scopes, sight })

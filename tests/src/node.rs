@@ -344,7 +344,7 @@ impl Fetched {
         }
         counts
             .into_iter()
-            .filter(|((kind, _), count)| *count == prompt.layout.planes(*kind).len())
+            .filter(|((kind, tokens), count)| *count == prompt.layout.planes_at(*kind, *tokens).len())
             .map(|c| c.0)
             .collect()
     }

@@ -92,7 +92,9 @@ async fn six_hours_through_three_crashes_and_then_a_full_hit() -> Result<()> {
         gone(&node, &unkept).await.with_context(|| format!("after crash {crash}"))?;
     }
     assert_eq!(ask(&node, &unkept).await?, 0, "nobody kept this one");
-    assert_eq!(ask(&node, &parked).await?, opened.resume_tokens, "the parked conversation hits in full");
+    let next_turn = [&parked[..], &tokens(7, 5)].concat();
+    assert_eq!(opened.resume_tokens, parked.len() as u64, "up to its last token");
+    assert_eq!(ask(&node, &next_turn).await?, opened.resume_tokens, "the parked conversation hits in full");
 
     // When the lease is over the session is, too.
     node.kill()?;
@@ -113,7 +115,7 @@ async fn a_conversation_goes_on_and_forks() -> Result<()> {
     let folder = scratch();
     let node = Node::start(&folder.path().join("data"), &["--segment-mib", "4"]).await?;
     let namespace = namespace(&node).await?;
-    let mut conversation = tokens(3, TURN_TOKENS);
+    let mut conversation = tokens(3, 8 * TURN_TOKENS);
     ask(&node, &conversation).await?;
     node.settled(&conversation).await?;
     let mut client = sessions(&node);

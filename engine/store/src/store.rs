@@ -290,6 +290,20 @@ impl Store {
         ids.iter().zip(all).map(|(&id, located)| Some(Found::new(id, located?))).collect()
     }
 
+    /// States that may lie off the block grid behind `from` and more of `blocks`, which continue each other from the root of a
+    /// namespace and scope on: behind how many blocks, and how many tokens the prefix has that the state completes. The longest
+    /// first, at most `most`, of less than `below` tokens. Which of them are of some prompt is told by their names.
+    pub fn tails(
+        &self,
+        root: (NamespaceId, ScopeTag),
+        from: usize,
+        blocks: &[BlockHash],
+        below: u64,
+        most: usize,
+    ) -> Vec<(usize, u64)> {
+        self.shared.table.tails(root, from, blocks, below, most)
+    }
+
     /// Fetches planes. Nothing is read before the first call of `next`. The prefix that ends in the last object counts as
     /// used.
     pub fn fetch(&self, request: FetchRequest) -> Fetch {

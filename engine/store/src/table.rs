@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use esker_prefix::{NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 use hashbrown::HashTable;
 
 use crate::TtlClass;
@@ -24,6 +24,7 @@ use crate::record::header_bytes;
 use crate::retention::{Candidate, Context, Retention, RetentionSettings};
 use crate::segment::{SegmentId, Spot};
 use crate::shared::is_own;
+use crate::tails::{Behind, Tails};
 
 /// Slots are allocated this many at a time.
 const CHUNK_SLOTS: usize = 4096;
@@ -61,6 +62,7 @@ struct Inner {
     by_hash: HashTable<u32>,
     realms: Realms,
     retention: Retention,
+    tails: Tails,
 }
 
 /// A record that is not needed any more.
@@ -114,6 +116,7 @@ impl Table {
             by_hash: HashTable::new(),
             realms: Realms::default(),
             retention: Retention::new(RetentionSettings::new(ORDINARY_BYTES_PER_TOKEN)),
+            tails: Tails::default(),
         }))
     }
 
@@ -146,6 +149,30 @@ impl Table {
     pub(crate) fn get(&self, id: ObjectId) -> Option<Located> {
         let inner = self.read();
         inner.find(id).map(|slot| inner.located(slot))
+    }
+
+    /// Where behind `from` and more blocks of a prefix, off the block grid, states may lie: behind how many of `blocks`, and how long
+    /// the prefix is that the state completes. The longest first, at most `most`, of prefixes shorter than `below`.
+    pub(crate) fn tails(
+        &self,
+        root: (NamespaceId, ScopeTag),
+        from: usize,
+        blocks: &[BlockHash],
+        below: u64,
+        most: usize,
+    ) -> Vec<(usize, u64)> {
+        let inner = self.read();
+        if inner.tails.is_empty() {
+            return Vec::new();
+        }
+        let behind = |count: usize| match count.checked_sub(1) {
+            Some(last) => Behind::Block(short(ObjectId { kind: ObjectKind::Block, hash: blocks[last] })),
+            None => Behind::Nothing(root.0, root.1),
+        };
+        let lengths = (from..=blocks.len())
+            .rev()
+            .flat_map(|count| inner.tails.behind(behind(count)).map(move |tokens| (count, tokens)));
+        lengths.filter(|&(_, tokens)| tokens < below).take(most).collect()
     }
 
     /// Whether an object is at `spot`.
@@ -181,6 +208,7 @@ impl Table {
             let before = *inner.slot(known);
             *inner.slot_mut(known) = slot;
             inner.realms.add(&slot);
+            inner.tails.add(slot.hash, entry);
             if before.kind & HOLE == 0 {
                 inner.realms.subtract(&before);
             }
@@ -188,6 +216,7 @@ impl Table {
         }
         let at = inner.allocate(slot);
         inner.realms.add(&slot);
+        inner.tails.add(slot.hash, entry);
         let Inner { by_hash, chunks, .. } = &mut *inner;
         by_hash.insert_unique(slot.bucket(), at, |&other| chunk_slot(chunks, other).bucket());
         inner.retain(at, entry, candidate);
@@ -349,7 +378,7 @@ impl Table {
             inner.release(at);
         } else {
             let slot = *inner.slot(at);
-            inner.realms.subtract(&slot);
+            inner.forget(&slot);
             inner.slot_mut(at).kind |= HOLE;
         }
         true
@@ -479,7 +508,7 @@ impl Inner {
     fn release(&mut self, at: u32) {
         let slot = *self.slot(at);
         if slot.kind & HOLE == 0 {
-            self.realms.subtract(&slot);
+            self.forget(&slot);
         }
         let bucket = slot.bucket();
         if let Ok(found) = self.by_hash.find_entry(bucket, |&other| other == at) {
@@ -488,6 +517,14 @@ impl Inner {
         self.retention.remove(at);
         self.slot_mut(at).kind = 0;
         self.free.push(at);
+    }
+
+    /// Takes what an object adds to the whole back.
+    fn forget(&mut self, slot: &Slot) {
+        self.realms.subtract(slot);
+        if slot.kind == ObjectKind::State as u8 {
+            self.tails.remove(&slot.hash);
+        }
     }
 
     /// As `find`, looking at the slot `next` first.
@@ -623,7 +660,8 @@ fn chunk_slot(chunks: &[Vec<Slot>], at: u32) -> &Slot {
     &chunks[at as usize / CHUNK_SLOTS][at as usize % CHUNK_SLOTS]
 }
 
-fn short(id: ObjectId) -> [u8; 16] {
+/// The half of a hash that is kept.
+pub(crate) fn short(id: ObjectId) -> [u8; 16] {
     let mut half = [0; 16];
     half.copy_from_slice(&id.hash.0[..16]);
     half

@@ -10,6 +10,7 @@ use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, StateObj
 use esker_store::{Found, PutObject, Store, TtlClass};
 
 use super::GenerateError;
+use crate::lookup::Tails;
 use crate::node::Engine;
 use crate::write_behind::Receipt;
 use crate::writers::Place;
@@ -32,7 +33,7 @@ pub(super) struct Trail<'a> {
     hashes: Vec<BlockHash>,
     /// Blocks that are stored or were offered.
     pub(super) stored: usize,
-    /// States to be offered behind their blocks: index of the block, and the state.
+    /// States to be offered behind their blocks: how many those are, and the state.
     states: VecDeque<(usize, StateObject)>,
     /// Whole blocks of the prompt.
     prompt_blocks: usize,
@@ -97,14 +98,14 @@ impl<'a> Trail<'a> {
         &self.hashes[..self.hashes_to(tokens)]
     }
 
-    /// Planes of an object of this kind.
-    pub(super) fn planes(&self, kind: ObjectKind) -> usize {
-        self.engine.loaded.model.layout().planes(kind).len()
+    /// Planes of the object of this kind at so many tokens.
+    pub(super) fn planes(&self, kind: ObjectKind, tokens: u64) -> usize {
+        self.engine.loaded.model.layout().planes_at(kind, tokens).len()
     }
 
-    /// Whether the model has states to keep.
+    /// Whether nothing can be resumed without a state.
     pub(super) fn has_states(&self) -> bool {
-        self.planes(ObjectKind::State) > 0
+        self.engine.loaded.model.layout().has_states()
     }
 
     /// The block at `index` of these planes.
@@ -114,24 +115,51 @@ impl<'a> Trail<'a> {
         BlockObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
     }
 
-    /// The state behind the block at `index` of these planes.
-    pub(super) fn state(&self, index: usize, planes: Vec<Bytes>) -> esker_prefix::Result<StateObject> {
-        let BlockIdentity { namespace, scope, parent, hash } = self.identity(index);
-        let tokens = ((index + 1) * self.block_tokens) as u64;
+    /// The state after `tokens` tokens of these planes.
+    pub(super) fn state(&self, tokens: u64, planes: Vec<Bytes>) -> esker_prefix::Result<StateObject> {
+        let identity = self.identity_at(usize::try_from(tokens).unwrap_or(usize::MAX));
+        let BlockIdentity { namespace, scope, parent, hash } = identity;
         StateObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
     }
 
-    /// Takes the state at the last block boundary that the sequence has passed, if the model has states and that block
-    /// is not stored with one.
+    /// Names of the states that may be stored of this prompt off the block grid, behind some of its blocks that are stored.
+    pub(super) fn tails(&self, store: &Store, prompt: &[TokenId], blocks: usize) -> Vec<ObjectId> {
+        let tails = Tails {
+            namespace: self.engine.namespace,
+            scope: &self.place.key,
+            block_tokens: self.engine.loaded.model.layout().block_tokens(),
+            first_block: 0,
+            tokens: prompt,
+            below: prompt.len() as u64,
+        };
+        tails.names(store, &self.hashes[..blocks])
+    }
+
+    /// Takes the state at the last block boundary that the sequence has passed, if the model has states; not where it was put
+    /// back behind that boundary.
     pub(super) fn keep_state(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
-        let blocks = self.hashes_to(sequence.tokens());
-        let known = self.states.back().is_some_and(|(index, _)| index + 1 == blocks);
-        if !self.has_states() || blocks == 0 || known {
+        let boundary = self.hashes_to(sequence.tokens()) * self.block_tokens;
+        if !self.has_states() || boundary == 0 || !sequence.holds_state(boundary) {
             return Ok(());
         }
-        let index = blocks - 1;
-        self.states
-            .push_back((index, sequence.state(&self.engine.loaded.model, index, self.identity(index))?));
+        self.keep(sequence, boundary)
+    }
+
+    /// Takes the state at the very end too, where who goes on from there resumes; the other is for who has other last tokens.
+    pub(super) fn keep_end(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
+        self.keep_state(sequence)?;
+        if sequence.tokens().is_multiple_of(self.block_tokens) {
+            return Ok(());
+        }
+        self.keep(sequence, sequence.tokens())
+    }
+
+    fn keep(&mut self, sequence: &Sequence, tokens: usize) -> Result<(), GenerateError> {
+        if self.stored == usize::MAX || self.states.iter().any(|(_, state)| state.tokens() == tokens as u64) {
+            return Ok(());
+        }
+        let state = sequence.state_at(&self.engine.loaded.model, tokens, self.identity_at(tokens))?;
+        self.states.push_back((self.hashes_to(tokens), state));
         Ok(())
     }
 
@@ -149,7 +177,7 @@ impl<'a> Trail<'a> {
     /// The next whole block or state that is not stored yet.
     pub(super) fn next_object(&mut self, sequence: &Sequence) -> Result<Option<PutObject>, GenerateError> {
         let model = &self.engine.loaded.model;
-        if let Some((_, state)) = self.states.pop_front_if(|(index, _)| *index < self.stored) {
+        if let Some((_, state)) = self.states.pop_front_if(|(blocks, _)| *blocks <= self.stored) {
             return Ok(Some(self.own(PutObject::state(model.layout(), state))));
         }
         if self.stored >= self.hashes_to(sequence.tokens()) {
@@ -191,12 +219,17 @@ impl<'a> Trail<'a> {
     }
 
     fn identity(&self, index: usize) -> BlockIdentity {
-        let parent = if index == 0 { self.genesis } else { self.hashes[index - 1] };
-        BlockIdentity {
-            namespace: self.engine.namespace,
-            scope: self.place.key.tag(),
-            parent,
-            hash: self.hashes[index],
-        }
+        self.identity_at((index + 1) * self.block_tokens)
+    }
+
+    /// Of what completes a prefix of `tokens` tokens.
+    fn identity_at(&self, tokens: usize) -> BlockIdentity {
+        let at = |blocks: usize| blocks.checked_sub(1).map_or(self.genesis, |last| self.hashes[last]);
+        let blocks = self.hashes_to(tokens);
+        let (parent, hash) = match &self.tokens[blocks * self.block_tokens..tokens] {
+            [] => (at(blocks.saturating_sub(1)), at(blocks)),
+            tail => (at(blocks), Chain::resume(&self.place.key, at(blocks)).push(tail)),
+        };
+        BlockIdentity { namespace: self.engine.namespace, scope: self.place.key.tag(), parent, hash }
     }
 }

@@ -30,7 +30,7 @@ const IDLE_PROGRESS: Duration = Duration::from_secs(30);
 pub(crate) struct Fetching {
     pub(crate) granted: Arc<Granted>,
     pub(crate) request: FetchRequest,
-    /// Of each object of the request: kind, tokens as the caller counts them, position among the grant's blocks.
+    /// Of each object of the request: kind, tokens as the caller counts them, position among the grant's blocks and states.
     pub(crate) labels: Vec<Label>,
 }
 
@@ -39,7 +39,7 @@ pub(crate) struct Fetching {
 pub(crate) struct Label {
     pub(crate) kind: ObjectKind,
     pub(crate) tokens: u64,
-    position: Option<usize>,
+    position: usize,
 }
 
 impl Fetching {
@@ -73,15 +73,16 @@ impl Fetching {
         let mut objects: Vec<Found> = Vec::new();
         let mut labels = Vec::new();
         if request.blocks.is_empty() {
-            for state in answer.states.iter().filter(|state| state.tokens == tokens) {
-                labels.push(Label { kind: ObjectKind::State, tokens, position: None });
+            let states = (answer.blocks.len()..).zip(&answer.states);
+            for (position, state) in states.filter(|(_, state)| state.tokens == tokens) {
+                labels.push(Label { kind: ObjectKind::State, tokens, position });
                 objects.push(state.clone());
             }
         }
         for (index, (position, block)) in answer.blocks.iter().enumerate().filter(|(_, (at, _))| wanted(*at))
         {
             let tokens = (*position as u64 + 1) * block_tokens;
-            labels.push(Label { kind: ObjectKind::Block, tokens, position: Some(index) });
+            labels.push(Label { kind: ObjectKind::Block, tokens, position: index });
             objects.push(block.clone());
         }
         let planes = plane_selection(&answer.layout, request)?;
@@ -115,7 +116,7 @@ impl Fetching {
                     if taken {
                         done.planes += 1;
                         done.bytes += len;
-                        position.into_iter().for_each(|position| ticks.tick(position, plane));
+                        ticks.tick(position, plane);
                     }
                     taken
                 }

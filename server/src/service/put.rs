@@ -95,6 +95,13 @@ struct Held {
     _in_flight: InFlight,
 }
 
+/// What an object is called, and how long the prefix is that it completes, as it is stored.
+struct Name {
+    parent: BlockHash,
+    hash: BlockHash,
+    tokens: u64,
+}
+
 impl Put {
     /// Checks the first message and takes what the put may use.
     pub(super) fn open(
@@ -105,12 +112,12 @@ impl Put {
     ) -> Result<Self, Status> {
         let namespace = check_namespace_id(&prefix.namespace).map_err(from_wire)?;
         let (scope, ttl, durability) = (prefix.scope(), prefix.ttl(), prefix.durability());
-        let names =
-            check_prefix(prefix.tokens, &[], prefix.engine_hashes, prefix.unchained).map_err(from_wire)?;
+        let names = check_prefix(prefix.tokens, &[], Vec::new(), prefix.engine_hashes, prefix.unchained)
+            .map_err(from_wire)?;
         let layout = layout(node, namespace)?;
         let tenant = node.tenants.of(principal);
         node.tenants.admit_stored(&node.store, &tenant)?;
-        let object = layout.object_bytes(ObjectKind::Block).max(layout.object_bytes(ObjectKind::State));
+        let object = layout.max_object_bytes();
         let gathered = object.max(PUT_BATCH_BYTES as u64);
         let held = |ahead: u64| (gathered + ahead).max(2 * object);
         let free = (admission.put_memory.available_permits() as u64) << 10;
@@ -144,7 +151,7 @@ impl Put {
                 named.engine_hashes = hashes;
                 (genesis, rekeyed)
             }
-            PrefixNames::Hashes(_) => {
+            PrefixNames::Hashes(..) => {
                 return Err(Status::invalid_argument("a put names its prefix by tokens or engine_hashes"));
             }
         };
@@ -253,8 +260,8 @@ impl Put {
         let Some(WholePlane { kind, tokens, plane, bytes }) = reader.push(chunk).map_err(from_wire)? else {
             return Ok(None);
         };
-        let id = ObjectId { kind, hash: self.hashes[self.index(tokens)?] };
-        let planes = self.layout.planes(kind).len();
+        let id = ObjectId { kind, hash: self.name(kind, tokens)?.hash };
+        let planes = self.layout.planes_at(kind, tokens).len();
         let tenant = self.tenant.id();
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
         let added = added
@@ -271,43 +278,65 @@ impl Put {
         }
     }
 
-    /// Position of the block that ends at so many tokens.
-    fn index(&self, tokens: u64) -> Result<usize, Status> {
+    /// What the object of this kind that completes a prefix of so many tokens is called.
+    fn name(&self, kind: ObjectKind, tokens: u64) -> Result<Name, Status> {
         let block_tokens = u64::from(self.layout.block_tokens());
-        let index = usize::try_from(tokens / block_tokens).unwrap_or(usize::MAX);
-        if !tokens.is_multiple_of(block_tokens) || index == 0 || index > self.hashes.len() {
-            return Err(Status::invalid_argument(format!(
-                "an object at {tokens} tokens does not fit: the prefix of this put has {} whole blocks of \
-                 {block_tokens} tokens",
-                self.hashes.len()
-            )));
-        }
-        Ok(index - 1)
+        let blocks = usize::try_from(tokens / block_tokens).unwrap_or(usize::MAX);
+        let before = |blocks: usize| match (self.genesis, blocks.checked_sub(1)) {
+            (Some(genesis), None) => Some(genesis),
+            (_, Some(last)) => self.hashes.get(last).copied(),
+            (None, None) => None,
+        };
+        let name = if tokens.is_multiple_of(block_tokens) {
+            let hash = before(blocks).filter(|_| blocks > 0);
+            // A block that stands for itself is the same in whatever company it is put: as long as one block.
+            hash.and_then(|hash| match self.genesis {
+                None => Some(Name { parent: hash, hash, tokens: block_tokens }),
+                Some(_) => Some(Name { parent: before(blocks - 1)?, hash, tokens }),
+            })
+        } else {
+            // Behind whole blocks only tokens name something.
+            let of_tokens = |parent| {
+                let (begin, end) =
+                    (blocks * usize::try_from(block_tokens).ok()?, usize::try_from(tokens).ok()?);
+                let tail = self.named.tokens.get(begin..end)?;
+                let hash = Chain::resume(&self.author.place.key, parent).push(tail);
+                Some(Name { parent, hash, tokens })
+            };
+            before(blocks).filter(|_| kind == ObjectKind::State).and_then(of_tokens)
+        };
+        name.ok_or_else(|| {
+            let kind = if kind == ObjectKind::State { "state" } else { "block" };
+            let whole = self.hashes.len();
+            Status::invalid_argument(match self.named.tokens.len() {
+                0 => format!(
+                    "a {kind} at {tokens} tokens does not fit: the prefix of this put has {whole} whole blocks of \
+                     {block_tokens} tokens"
+                ),
+                all => format!(
+                    "a {kind} at {tokens} tokens does not fit: the prefix of this put has {all} tokens, {whole} whole \
+                     blocks of {block_tokens}; blocks end with one of them, states anywhere"
+                ),
+            })
+        })
     }
 
     fn object(&self, whole: Assembled) -> Result<Numbered, Status> {
         let Assembled { kind, tokens, planes } = whole;
-        let block_tokens = u64::from(self.layout.block_tokens());
-        let index = self.index(tokens)? + 1;
-        let hash = self.hashes[index - 1];
+        let Name { parent, hash, tokens: stored_tokens } = self.name(kind, tokens)?;
         let place = &self.author.place;
         let (layout, namespace, scope) = (&*self.layout, self.namespace, place.key.tag());
-        if kind == ObjectKind::Block {
-            self.note(index - 1);
-        }
-        // A block that stands for itself is the same in whatever company it is put: as long as one block.
-        let (parent, stored_tokens) = match (self.genesis, index) {
-            (None, _) => (hash, block_tokens),
-            (Some(genesis), 1) => (genesis, tokens),
-            (Some(_), _) => (self.hashes[index - 2], tokens),
-        };
         let object = match kind {
             ObjectKind::State => {
                 StateObject::new(layout, namespace, scope, parent, hash, stored_tokens, planes)
                     .map(|object| PutObject::state(layout, object))
             }
-            _ => BlockObject::new(layout, namespace, scope, parent, hash, stored_tokens, planes)
-                .map(|object| PutObject::block(layout, object)),
+            _ => {
+                // What has a name ends a whole block.
+                self.note(usize::try_from(tokens / u64::from(layout.block_tokens())).unwrap_or(1) - 1);
+                BlockObject::new(layout, namespace, scope, parent, hash, stored_tokens, planes)
+                    .map(|object| PutObject::block(layout, object))
+            }
         };
         let object =
             object.map(|object| Numbered { tokens, object: object.with_class(self.class).by(place.writer) });
