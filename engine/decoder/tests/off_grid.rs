@@ -24,7 +24,7 @@ fn inside(end: usize) -> BlockIdentity {
 }
 
 fn state(model: &Model, sequence: &Sequence, end: usize) -> StateObject {
-    let identity = if end % BLOCK == 0 { identity(0, end / BLOCK - 1) } else { inside(end) };
+    let identity = if end.is_multiple_of(BLOCK) { identity(0, end / BLOCK - 1) } else { inside(end) };
     sequence.state_at(model, end, identity).unwrap()
 }
 
@@ -76,11 +76,10 @@ fn a_sequence_goes_on_from_any_length() {
             let rest = logit_bits(&model, &mut sequence, &tokens[end..], &[1, 3, TOKENS]);
             assert!(rest == whole[end..], "{config} {format:?} at {end}");
             // Its later blocks and states are those of a sequence that was never put away.
-            let later = TOKENS / BLOCK * BLOCK;
             let (all, last) = stored(&model, &tokens, TOKENS);
             assert_eq!(state(&model, &sequence, TOKENS), last);
-            for index in 0..later / BLOCK {
-                assert_eq!(sequence.block(&model, index, identity(0, index)).unwrap(), all[index]);
+            for (index, block) in all.iter().enumerate() {
+                assert_eq!(sequence.block(&model, index, identity(0, index)).unwrap(), *block);
             }
         }
     }

@@ -256,7 +256,8 @@ impl KvLayout {
     pub fn has_boundary(&self, tokens: u64) -> bool {
         let block_tokens = u64::from(self.block_tokens());
         let blocks = tokens / block_tokens;
-        tokens > 0 && (tokens % block_tokens == 0 || blocks.is_multiple_of(u64::from(self.grain_blocks())))
+        tokens > 0
+            && (tokens.is_multiple_of(block_tokens) || blocks.is_multiple_of(u64::from(self.grain_blocks())))
     }
 
     /// Planes of the object of this kind that completes a prefix of `tokens` tokens, in restore order, each as long as it is
@@ -280,7 +281,8 @@ impl KvLayout {
                 planes.iter().map(exact).collect()
             }
             ObjectKind::State => {
-                let tail = if tokens % u64::from(block_tokens) == 0 { &[] } else { &self.block_planes[..] };
+                let tail =
+                    if tokens.is_multiple_of(u64::from(block_tokens)) { &[] } else { &self.block_planes[..] };
                 if tail.is_empty() && groups.iter().all(|group| group.run_tokens == 0) {
                     return planes.into();
                 }

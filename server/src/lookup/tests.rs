@@ -209,7 +209,8 @@ impl Round {
     fn erase(&mut self, random: &mut Random, stored: usize, hashes: &[BlockHash]) {
         let tokens = self.chains.last().unwrap();
         let at = random.below(stored);
-        let off_grid = |prefix: &&Vec<u32>| prefix.len() % BLOCK_TOKENS != 0 && tokens.starts_with(prefix);
+        let off_grid =
+            |prefix: &&Vec<u32>| !prefix.len().is_multiple_of(BLOCK_TOKENS) && tokens.starts_with(prefix);
         let tail = self.model.states.keys().filter(off_grid).nth(random.below(3)).cloned();
         if let Some(tail) = tail {
             let (_, hash) = self.tail_name(&tail);
@@ -304,7 +305,7 @@ impl Round {
             .map(|point| (point.tokens, !point.missing_optional.is_empty()))
             .collect();
         let drafts = self.layout.optional_group().is_some();
-        let on_grid = |n: usize| n % BLOCK_TOKENS == 0;
+        let on_grid = |n: usize| n.is_multiple_of(BLOCK_TOKENS);
         // Of the points that need no state only the greatest is listed.
         let greatest = points.keys().copied().filter(|&n| on_grid(n)).max();
         let said = points.iter().filter(|&(&n, _)| has_states || !on_grid(n) || Some(n) == greatest);
