@@ -307,7 +307,7 @@ impl Run<'_> {
             let mut resumed = resumption.resume(mode, trail, scope, sequence, emit)?;
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
             trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
-            trail.offered = trail.hashes_to(offer.tokens());
+            trail.offered_tokens = offer.tokens();
             let logits = prefill(engine, trail, prompt, sequence, drafts, emit)?;
             let (bytes_read, raw_bytes) = (resumed.bytes_read, resumed.raw_bytes);
             let replayed_tokens = resumed.replayed_tokens;

@@ -37,8 +37,9 @@ pub(super) struct Trail<'a> {
     states: VecDeque<(usize, StateObject)>,
     /// Whole blocks of the prompt.
     prompt_blocks: usize,
-    /// Those of them that a lookup offered. One that is stored again was lost, and is nothing that its caller is charged for.
-    pub(super) offered: usize,
+    /// Tokens of it that a lookup offered. What of them is stored again was lost, or is in a block that they end in, and is
+    /// nothing that its caller is charged for.
+    pub(super) offered_tokens: usize,
     /// Counts the others that are newly stored.
     receipt: Arc<Receipt>,
 }
@@ -59,7 +60,7 @@ impl<'a> Trail<'a> {
             stored: 0,
             states: VecDeque::new(),
             prompt_blocks: 0,
-            offered: 0,
+            offered_tokens: 0,
             receipt: Arc::default(),
         }
     }
@@ -168,8 +169,10 @@ impl<'a> Trail<'a> {
         let blocks = self.stored;
         let Some(object) = self.next_object(sequence)? else { return Ok(false) };
         // A block of the prompt, not a state: what its caller is charged for once it is stored.
-        let counts = self.stored > blocks && (self.offered..self.prompt_blocks).contains(&blocks);
-        let receipt = counts.then(|| (Arc::clone(&self.receipt), self.block_tokens as u64));
+        let end = (blocks + 1) * self.block_tokens;
+        let counts = self.stored > blocks && blocks < self.prompt_blocks && end > self.offered_tokens;
+        let new_tokens = self.block_tokens.min(end.saturating_sub(self.offered_tokens)) as u64;
+        let receipt = counts.then(|| (Arc::clone(&self.receipt), new_tokens));
         self.offer(object, receipt);
         Ok(self.stored != usize::MAX)
     }

@@ -1,7 +1,7 @@
 //! `Put`: objects of one prefix, stored in batches.
 
 use std::collections::{BTreeSet, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,7 +13,7 @@ use esker_proto::{
     Assembled, PlaneAssembler, PlaneReader, PrefixNames, WholePlane, check_namespace_id, check_prefix,
 };
 use esker_store::{PutObject, PutOutcome, StoreError, TtlClass};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::{JoinError, JoinHandle};
 use tonic::{Status, Streaming};
 
@@ -78,6 +78,9 @@ pub(super) struct Put {
     tenant: Arc<Tenant>,
     /// Raw bytes that may be on their way to the drive at a time; beside them the next batch is gathered.
     committing_bytes: usize,
+    /// Raw bytes of the longest object on the block grid: what the put began with has room for such.
+    object_bytes: u64,
+    memory: Arc<Semaphore>,
     held: Arc<Held>,
     /// What this put has sent to a scope of several tenants.
     sent: Mutex<HashSet<ObjectId>>,
@@ -93,6 +96,15 @@ struct Author {
 struct Held {
     _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
+    /// For states off the block grid, once one has come.
+    more: OnceLock<(OwnedSemaphorePermit, InFlight)>,
+}
+
+/// A part of the memory that all puts have together.
+fn take_memory(memory: &Arc<Semaphore>, bytes: u64) -> Result<OwnedSemaphorePermit, Status> {
+    let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
+    let full = |_| over("put memory of this node", PUT_MEMORY_BYTES, PUT_MEMORY_BYTES, 200);
+    Arc::clone(memory).try_acquire_many_owned(kib).map_err(full)
 }
 
 /// What an object is called, and how long the prefix is that it completes, as it is stored.
@@ -117,7 +129,8 @@ impl Put {
         let layout = layout(node, namespace)?;
         let tenant = node.tenants.of(principal);
         node.tenants.admit_stored(&node.store, &tenant)?;
-        let object = layout.max_object_bytes();
+        let of_kind = |kind| layout.object_bytes_at(kind, u64::from(layout.block_tokens()));
+        let object = of_kind(ObjectKind::Block).max(of_kind(ObjectKind::State));
         let gathered = object.max(PUT_BATCH_BYTES as u64);
         let held = |ahead: u64| (gathered + ahead).max(2 * object);
         let free = (admission.put_memory.available_permits() as u64) << 10;
@@ -128,10 +141,7 @@ impl Put {
             None => (held(PUT_AHEAD_BYTES), node.tenants.fly(&tenant, held(PUT_AHEAD_BYTES))?),
         };
         let committing_bytes = usize::try_from(held - gathered).unwrap_or(usize::MAX);
-        let kib = u32::try_from(held >> 10).unwrap_or(u32::MAX);
-        let permit = Arc::clone(&admission.put_memory)
-            .try_acquire_many_owned(kib)
-            .map_err(|_| over("put memory of this node", PUT_MEMORY_BYTES, PUT_MEMORY_BYTES, 200))?;
+        let permit = take_memory(&admission.put_memory, held)?;
         let place = node.tenants.writable(principal, &prefix.user, scope)?;
         let key = &place.key;
         if scope != v1::Scope::Private && scope != v1::Scope::Unspecified {
@@ -168,7 +178,9 @@ impl Put {
             named,
             tenant,
             committing_bytes,
-            held: Arc::new(Held { _permit: permit, _in_flight: in_flight }),
+            object_bytes: object,
+            memory: Arc::clone(&admission.put_memory),
+            held: Arc::new(Held { _permit: permit, _in_flight: in_flight, more: OnceLock::new() }),
             sent: Mutex::default(),
         })
     }
@@ -217,8 +229,14 @@ impl Put {
                 }
             };
             let object = match next {
-                Some(Next::Chunk(chunk)) => self.gather(&mut gathering, chunk)?,
-                Some(Next::Object(whole)) => Some(self.object(whole)?),
+                Some(Next::Chunk(chunk)) => {
+                    self.make_room(chunk.kind(), chunk.tokens)?;
+                    self.gather(&mut gathering, chunk)?
+                }
+                Some(Next::Object(whole)) => {
+                    self.make_room(whole.kind.into(), whole.tokens)?;
+                    Some(self.object(whole)?)
+                }
                 None => break,
             };
             if let Some(object) = object {
@@ -243,6 +261,18 @@ impl Put {
                 reader.finish().map_err(from_wire)
             }
         }
+    }
+
+    /// Takes more memory before the first object that is longer than those on the block grid: few puts have one.
+    fn make_room(&self, kind: v1::ObjectKind, tokens: u64) -> Result<(), Status> {
+        let is_long = || self.layout.object_bytes_at(ObjectKind::State, tokens) > self.object_bytes;
+        if kind == v1::ObjectKind::State && self.held.more.get().is_none() && is_long() {
+            // One that is gathered, and one on its way to the drive.
+            let bytes = 2 * (self.layout.max_object_bytes() - self.object_bytes);
+            let more = (take_memory(&self.memory, bytes)?, self.node.tenants.fly(&self.tenant, bytes)?);
+            let _ = self.held.more.set(more);
+        }
+        Ok(())
     }
 
     /// Takes a chunk; the object that it completes, if it does.
