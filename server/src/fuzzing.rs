@@ -62,13 +62,14 @@ fn planes(mut bytes: &[u8]) {
         plane_layers: 1,
         optional: rows == 2,
         grain_blocks: if rows == 6 { 2 } else { 1 },
-        run_tokens: 0,
+        run_tokens: if rows == 7 { 8 } else { 0 },
     };
     let groups = vec![
         group("latent", Family::History, 4),
         group("coarse", Family::History, 6),
         group("window", Family::State, 3),
         group("optional", Family::State, 2),
+        group("open", Family::State, 7),
     ];
     let Ok(layout) = KvLayout::new("fuzzed", 4, groups) else { panic!("this layout is sound") };
     let mut assembler = PlaneAssembler::new(&layout);
@@ -78,7 +79,7 @@ fn planes(mut bytes: &[u8]) {
         let Ok(chunk) = v1::PlaneChunk::decode(message) else { return };
         match assembler.push(chunk) {
             Ok(Some(object)) => {
-                let specs = layout.planes(object.kind);
+                let specs = layout.planes_at(object.kind, object.tokens);
                 assert_eq!(object.planes.len(), specs.len(), "a part of an object");
                 let fits = |(plane, len): (&bytes::Bytes, u64)| plane.is_empty() || plane.len() as u64 == len;
                 let lengths = specs.iter().map(|spec| spec.len_bytes);

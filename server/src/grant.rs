@@ -97,8 +97,8 @@ impl Granted {
     /// Where the planes of a fetch are noted, for [`deliver`](Self::deliver): of the answer's blocks, and of its states behind
     /// them.
     pub(crate) fn ticks(&self) -> Ticks {
-        let (blocks, states) = self.planes();
-        Ticks::new(self.answer.objects(), blocks.max(states))
+        let (_, most) = self.planes();
+        Ticks::new(self.answer.objects(), most)
     }
 
     /// Planes of each block, and of each state off the block grid.

@@ -162,6 +162,7 @@ impl Question {
             scope,
             block_tokens,
             first_block,
+            from_block: 0,
             tokens,
             below: self.prompt_tokens(),
         };
@@ -211,9 +212,15 @@ impl Question {
         } else {
             Vec::new()
         };
-        for tails in tails {
-            let off_grid = store.get(&tails.names(store, &hashes[..blocks.len()])).into_iter().flatten();
-            states.extend(off_grid.filter(ours));
+        let (hashes_there, scope) = (&hashes[..blocks.len()], blocks.last().map(|(_, block)| block.scope));
+        for mut tails in
+            tails.into_iter().filter(|tails| scope.is_none_or(|scope| scope == tails.scope.tag()))
+        {
+            if !self.layout.has_states() {
+                // Whole blocks can be resumed as they are, so only what lies behind all of them is worth finding.
+                tails.from_block = blocks.len();
+            }
+            states.extend(tails.find(store, hashes_there, MAX_RESUME_POINTS, ours));
         }
         states.sort_by_key(|state| state.tokens);
         let (layout, prompt_tokens) = (Arc::clone(&self.layout), self.prompt_tokens());

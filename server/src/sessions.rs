@@ -40,8 +40,11 @@ struct Record {
     tokens: u64,
     resume_tokens: u64,
     keep_s: u64,
-    /// Of the state that the session holds, to be let go when a newer one takes its place.
+    /// Of the states that the session holds, to be let go when newer ones take their place: the newest, and the one at the
+    /// last block boundary, for who has other last tokens.
     state: Option<String>,
+    #[serde(default)]
+    boundary_state: Option<String>,
     end: String,
 }
 
@@ -90,9 +93,13 @@ impl Sessions {
         }
         // Pinned until the lease holds it.
         let (answer, pins) = question.answer(&node.store, true);
-        let state = answer.states.last().map(|state| state.id);
-        let ends: Vec<ObjectId> =
-            answer.blocks.last().map(|(_, end)| end.id).into_iter().chain(state).collect();
+        let block_tokens = u64::from(answer.layout.block_tokens());
+        let newest = answer.states.last().filter(|state| state.tokens == answer.best());
+        let at_boundary = answer.states.iter().rfind(|state| state.tokens.is_multiple_of(block_tokens));
+        let (state, boundary_state) = (newest.map(|state| state.id), at_boundary.map(|state| state.id));
+        let end = answer.blocks.last().map(|(_, end)| end.id);
+        let mut ends: Vec<ObjectId> = end.into_iter().chain(state).chain(boundary_state).collect();
+        ends.dedup();
         let Some(end) = ends.first() else {
             return Err(Status::failed_precondition(
                 "nothing of this prefix is stored: put its blocks before a session is to keep them",
@@ -101,20 +108,22 @@ impl Sessions {
         let record = Record {
             namespace: question.namespace.to_hex(),
             user: user.to_owned(),
-            tokens: answer.history_tokens(),
+            tokens: answer.history_tokens().max(answer.best()),
             resume_tokens: answer.best(),
             keep_s,
             state: state.map(|state| state.hash.to_hex()),
+            boundary_state: boundary_state.map(|state| state.hash.to_hex()),
             end: end.hash.to_hex(),
         };
         let lease = self.lease(node, tenant, name, &ends, keep_s)?;
         self.write(tenant, name, &record)?;
         drop(pins);
-        if let Some(old) =
-            before.and_then(|before| before.state).filter(|old| Some(old) != record.state.as_ref())
-            && let Ok(hash) = BlockHash::from_hex(&old)
-        {
-            node.store.supersede(ObjectId { kind: ObjectKind::State, hash });
+        let now = [&record.state, &record.boundary_state];
+        let old = before.into_iter().flat_map(|before| [before.state, before.boundary_state]);
+        for old in old.filter(|old| !now.contains(&old)).flatten() {
+            if let Ok(hash) = BlockHash::from_hex(&old) {
+                node.store.supersede(ObjectId { kind: ObjectKind::State, hash });
+            }
         }
         session(name.to_owned(), &record, Some(&lease), node)
     }

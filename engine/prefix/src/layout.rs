@@ -295,6 +295,12 @@ impl KvLayout {
         }
     }
 
+    /// How many planes [`KvLayout::planes_at`] gives.
+    pub fn planes_count(&self, kind: ObjectKind, tokens: u64) -> usize {
+        let tail = kind == ObjectKind::State && !tokens.is_multiple_of(u64::from(self.block_tokens()));
+        self.planes(kind).len() + if tail { self.block_planes.len() } else { 0 }
+    }
+
     /// Planes that an object of this kind may have, in restore order, each as long as it can be: those of every block, and of
     /// every state on the block grid. Layout objects have one plane of any length, so none is listed for them.
     pub fn planes(&self, kind: ObjectKind) -> &[PlaneSpec] {
@@ -332,7 +338,19 @@ impl KvLayout {
 
     /// Raw bytes of the object of this kind that completes a prefix of `tokens` tokens and lacks nothing.
     pub fn object_bytes_at(&self, kind: ObjectKind, tokens: u64) -> u64 {
-        self.planes_at(kind, tokens).iter().map(|plane| plane.len_bytes).sum()
+        let block_tokens = self.block_tokens();
+        let blocks = tokens / u64::from(block_tokens);
+        let off_grid = !tokens.is_multiple_of(u64::from(block_tokens));
+        let rows = |group: &Group| match (kind, group.family) {
+            (ObjectKind::Block, Family::History) if group.is_in(blocks) == Some(true) => {
+                u64::from(group.rows)
+            }
+            (ObjectKind::State, Family::State) => group.state_rows(tokens, block_tokens),
+            (ObjectKind::State, Family::History) if off_grid => group.state_rows(tokens, block_tokens),
+            _ => 0,
+        };
+        let bytes = |group: &Group| rows(group) * group.row_bytes() * group.layers.len() as u64;
+        self.groups().iter().map(bytes).sum()
     }
 
     /// No object has more raw bytes.

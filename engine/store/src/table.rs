@@ -166,8 +166,8 @@ impl Table {
             return Vec::new();
         }
         let behind = |count: usize| match count.checked_sub(1) {
-            Some(last) => Behind::Block(short(ObjectId { kind: ObjectKind::Block, hash: blocks[last] })),
-            None => Behind::Nothing(root.0, root.1),
+            Some(last) => Behind::block(&blocks[last]),
+            None => Behind::nothing(root.0, root.1),
         };
         let lengths = (from..=blocks.len())
             .rev()
@@ -239,8 +239,8 @@ impl Table {
             // What is about to hang on it should not go before.
             inner.retention.renew(parent, now_s);
         }
-        let (bytes, tokens) =
-            (clamp(record_bytes), block_tokens(header.tokens, parent.map(|at| inner.slot(at).tokens)));
+        let tokens = added_tokens(header.id.kind, header.tokens, parent.map(|at| inner.slot(at).tokens));
+        let bytes = clamp(record_bytes);
         let candidate = inner.retention.missed(key_of(header.id), context, bytes, tokens, now_s);
         let admits = inner.retention.admits(&candidate, now_s);
         (candidate, context, admits)
@@ -422,7 +422,8 @@ impl Table {
         let bytes = slots
             + inner.by_hash.allocation_size()
             + inner.free.capacity() * size_of::<u32>()
-            + inner.retention.memory_bytes();
+            + inner.retention.memory_bytes()
+            + inner.tails.memory_bytes();
         (inner.by_hash.len() as u64, bytes as u64)
     }
 
@@ -470,7 +471,7 @@ impl Inner {
         let candidate = candidate.unwrap_or_else(|| {
             let context = self.retention.context(parent);
             let bytes = clamp(u64::from(entry.record_pages) * PAGE as u64);
-            let tokens = block_tokens(entry.tokens, parent.map(|at| self.slot(at).tokens));
+            let tokens = added_tokens(entry.id.kind, entry.tokens, parent.map(|at| self.slot(at).tokens));
             self.retention.recovered(key_of(entry.id), context, bytes, tokens)
         });
         if let Some(parent) = parent {
@@ -660,8 +661,7 @@ fn chunk_slot(chunks: &[Vec<Slot>], at: u32) -> &Slot {
     &chunks[at as usize / CHUNK_SLOTS][at as usize % CHUNK_SLOTS]
 }
 
-/// The half of a hash that is kept.
-pub(crate) fn short(id: ObjectId) -> [u8; 16] {
+fn short(id: ObjectId) -> [u8; 16] {
     let mut half = [0; 16];
     half.copy_from_slice(&id.hash.0[..16]);
     half
@@ -683,9 +683,10 @@ fn key_of(id: ObjectId) -> u64 {
     bucket(id.kind as u8, &short(id))
 }
 
-/// Tokens that an object adds to its prefix; a state adds as many as a block, for which it stands.
-fn block_tokens(tokens: u64, parent: Option<u64>) -> u32 {
+/// Tokens that an object adds to its prefix; a state adds as many as a block, for which it stands, wherever it lies.
+fn added_tokens(kind: ObjectKind, tokens: u64, parent: Option<u64>) -> u32 {
     const ORDINARY_BLOCK_TOKENS: u64 = 128;
+    let parent = if kind == ObjectKind::State { Some(tokens) } else { parent };
     match parent.map_or(tokens, |parent| tokens.saturating_sub(parent)) {
         0 => u32::try_from(tokens.min(ORDINARY_BLOCK_TOKENS)).unwrap_or(1).max(1),
         added => u32::try_from(added).unwrap_or(u32::MAX),

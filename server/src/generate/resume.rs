@@ -119,9 +119,7 @@ impl<'a> Resumption<'a> {
         let parkable_bytes = plan.blocks.len() as u64 * model.parkable_block_bytes();
         let pool_bytes = self.resident_bytes.filter(|&bytes| bytes < parkable_bytes);
         let mut resumed = match mode {
-            RestoreMode::Ordered
-                if raw_bytes >= ORDERED_FROM_BYTES || pool_bytes.is_some() && !plan.blocks.is_empty() =>
-            {
+            RestoreMode::Ordered if raw_bytes >= ORDERED_FROM_BYTES || pool_bytes.is_some() => {
                 self.in_order(plan, pool_bytes, trail, scope, sequence)?
             }
             _ => self.whole(plan, trail, sequence, emit)?,
@@ -146,6 +144,7 @@ impl<'a> Resumption<'a> {
         let model = &engine.loaded.model;
         let (blocks, total) = (plan.blocks.len(), plan.tokens(trail.block_tokens()));
         sequence.reserve(model, prompt.len());
+        let is_off_grid = total > blocks * trail.block_tokens();
         let objects: Vec<Found> = plan.blocks.into_iter().chain(plan.state).collect();
         let size = |found: &Found| (found.stored_bytes, found.raw_bytes, found.tokens);
         let sizes: Vec<(u64, u64, u64)> = objects.iter().map(size).collect();
@@ -191,6 +190,21 @@ impl<'a> Resumption<'a> {
             resumed.bytes_read += stored_bytes;
             resumed.raw_bytes += raw_bytes;
             listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+        }
+        if sequence.needs_state() && is_off_grid {
+            // What the last block ends with does as well, and spares a replay.
+            let hash = trail.hashes_within(sequence.tokens()).last().copied();
+            let id = hash.map(|hash| ObjectId { kind: ObjectKind::State, hash });
+            let found = trail.find(&node.store, id.as_slice()).into_iter().flatten().next();
+            if let Some(found) = found {
+                let (tokens, bytes) = (found.tokens, (found.stored_bytes, found.raw_bytes));
+                let planes = whole_object(node, found, trail.planes(ObjectKind::State, tokens), offer);
+                let state = planes.and_then(|planes| trail.state(tokens, planes).ok());
+                if state.is_some_and(|state| sequence.restore_state(model, &state).is_ok()) {
+                    resumed.bytes_read += bytes.0;
+                    resumed.raw_bytes += bytes.1;
+                }
+            }
         }
         Ok(resumed)
     }
@@ -321,11 +335,14 @@ fn plan(node: &Node, model: &Model, trail: &Trail<'_>, prompt: &[TokenId]) -> Pl
     let hashes = trail.hashes_within(prompt.len() - 1);
     let ids = |kind| hashes.iter().map(|&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
     let mut blocks = trail.blocks(&node.store, &ids(ObjectKind::Block));
-    let newest = |names: &[ObjectId]| trail.find(&node.store, names).into_iter().flatten().next_back();
-    let mut tails = trail.tails(&node.store, prompt, blocks.len());
-    tails.reverse();
-    let on_grid = trail.has_states().then(|| newest(&ids(ObjectKind::State)[..blocks.len()])).flatten();
-    let state = on_grid.into_iter().chain(newest(&tails)).max_by_key(|state| state.tokens);
+    let on_grid = match trail.has_states() {
+        true => {
+            trail.find(&node.store, &ids(ObjectKind::State)[..blocks.len()]).into_iter().flatten().next_back()
+        }
+        false => None,
+    };
+    let tail = trail.tail(&node.store, prompt, blocks.len());
+    let state = on_grid.into_iter().chain(tail).max_by_key(|state| state.tokens);
     let all = blocks.len() * trail.block_tokens();
     // A replay goes through fewer layers with every window; it costs about half of a prefill of its length.
     let replay = if trail.has_states() { model.replay_tokens(all) / 2 } else { 0 };

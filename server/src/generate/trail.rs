@@ -1,6 +1,6 @@
 //! The trail of a sequence: its chain of hashes, and what of it is stored, on its way, or to be offered.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +35,8 @@ pub(super) struct Trail<'a> {
     pub(super) stored: usize,
     /// States to be offered behind their blocks: how many those are, and the state.
     states: VecDeque<(usize, StateObject)>,
+    /// Lengths at which states were taken.
+    kept: BTreeSet<usize>,
     /// Whole blocks of the prompt.
     prompt_blocks: usize,
     /// Tokens of it that a lookup offered. What of them is stored again was lost, or is in a block that they end in, and is
@@ -59,6 +61,7 @@ impl<'a> Trail<'a> {
             hashes: Vec::new(),
             stored: 0,
             states: VecDeque::new(),
+            kept: BTreeSet::new(),
             prompt_blocks: 0,
             offered_tokens: 0,
             receipt: Arc::default(),
@@ -101,7 +104,7 @@ impl<'a> Trail<'a> {
 
     /// Planes of the object of this kind at so many tokens.
     pub(super) fn planes(&self, kind: ObjectKind, tokens: u64) -> usize {
-        self.engine.loaded.model.layout().planes_at(kind, tokens).len()
+        self.engine.loaded.model.layout().planes_count(kind, tokens)
     }
 
     /// Whether nothing can be resumed without a state.
@@ -123,24 +126,25 @@ impl<'a> Trail<'a> {
         StateObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
     }
 
-    /// Names of the states that may be stored of this prompt off the block grid, behind some of its blocks that are stored.
-    pub(super) fn tails(&self, store: &Store, prompt: &[TokenId], blocks: usize) -> Vec<ObjectId> {
+    /// The longest state of this prompt off the block grid, behind some of its blocks that are stored.
+    pub(super) fn tail(&self, store: &Store, prompt: &[TokenId], blocks: usize) -> Option<Found> {
         let tails = Tails {
             namespace: self.engine.namespace,
             scope: &self.place.key,
             block_tokens: self.engine.loaded.model.layout().block_tokens(),
             first_block: 0,
+            from_block: if self.has_states() { 0 } else { blocks },
             tokens: prompt,
             below: prompt.len() as u64,
         };
-        tails.names(store, &self.hashes[..blocks])
+        tails.find(store, &self.hashes[..blocks], 1, |found| self.place.sight.sees(found)).pop()
     }
 
     /// Takes the state at the last block boundary that the sequence has passed, if the model has states; not where it was put
     /// back behind that boundary.
     pub(super) fn keep_state(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
         let boundary = self.hashes_to(sequence.tokens()) * self.block_tokens;
-        if !self.has_states() || boundary == 0 || !sequence.holds_state(boundary) {
+        if !self.has_states() || boundary == 0 {
             return Ok(());
         }
         self.keep(sequence, boundary)
@@ -156,7 +160,7 @@ impl<'a> Trail<'a> {
     }
 
     fn keep(&mut self, sequence: &Sequence, tokens: usize) -> Result<(), GenerateError> {
-        if self.stored == usize::MAX || self.states.iter().any(|(_, state)| state.tokens() == tokens as u64) {
+        if self.stored == usize::MAX || !sequence.holds_state(tokens) || !self.kept.insert(tokens) {
             return Ok(());
         }
         let state = sequence.state_at(&self.engine.loaded.model, tokens, self.identity_at(tokens))?;

@@ -78,7 +78,11 @@ impl Model {
         for n in 1..prompt.len() {
             // Fetched alone, a prefix has the rows of the coarsest group only where that group ends.
             let (floor, on_grid) = (n - n % BLOCK_TOKENS, n % BLOCK_TOKENS == 0);
-            if floor > history || floor % (grain * BLOCK_TOKENS) != 0 || !on_grid && floor < known {
+            if floor > history || floor % (grain * BLOCK_TOKENS) != 0 {
+                continue;
+            }
+            // What needs no state at the end of its last whole block is not resumed inside an earlier one.
+            if !on_grid && (floor < known || !has_states && floor < history) {
                 continue;
             }
             match self.states.get(&prompt[..n]) {
@@ -86,6 +90,11 @@ impl Model {
                 None if !has_states && on_grid => points.insert(n, false),
                 None => None,
             };
+        }
+        // The longest are enough.
+        let off_grid = points.keys().rev().filter(|&n| !n.is_multiple_of(BLOCK_TOKENS));
+        for beyond in off_grid.skip(MAX_RESUME_POINTS).copied().collect::<Vec<_>>() {
+            points.remove(&beyond);
         }
         points
     }

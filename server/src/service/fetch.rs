@@ -104,6 +104,7 @@ impl Fetching {
     pub(crate) fn run(self, node: &Node, delivery: &mut impl Delivery) {
         let Self { granted, request, labels } = self;
         let block_tokens = u64::from(granted.answer.layout.block_tokens());
+        let needs_state = granted.answer.layout.has_states();
         let mut usable_tokens = labels.iter().map(|label| label.tokens).max().unwrap_or(0);
         let mut done = v1::FetchDone::default();
         let mut ticks = granted.ticks();
@@ -123,7 +124,11 @@ impl Fetching {
                 FetchEvent::Miss { object, kind: reason } => {
                     granted.miss(reason);
                     let Label { kind, tokens, .. } = labels[object];
-                    let ends = if kind == ObjectKind::State { 0 } else { tokens - block_tokens };
+                    let ends = match kind {
+                        ObjectKind::State if needs_state => 0,
+                        ObjectKind::State => tokens - tokens % block_tokens,
+                        _ => tokens - block_tokens,
+                    };
                     usable_tokens = usable_tokens.min(ends);
                     let kind = v1::ObjectKind::from(kind).into();
                     delivery.missing(v1::Missing { kind, tokens, reason: reason.to_string() })

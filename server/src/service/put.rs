@@ -21,6 +21,7 @@ use super::admission::{Admission, PUT_MEMORY_BYTES};
 use super::cache::layout;
 use super::status::{from_join, from_store, from_wire};
 use crate::audit::Event;
+use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
 use crate::staging::WAIT;
@@ -82,6 +83,8 @@ pub(super) struct Put {
     object_bytes: u64,
     memory: Arc<Semaphore>,
     held: Arc<Held>,
+    /// Of the object that was named last.
+    last_name: Mutex<Option<(ObjectKind, u64, Name)>>,
     /// What this put has sent to a scope of several tenants.
     sent: Mutex<HashSet<ObjectId>>,
 }
@@ -108,6 +111,7 @@ fn take_memory(memory: &Arc<Semaphore>, bytes: u64) -> Result<OwnedSemaphorePerm
 }
 
 /// What an object is called, and how long the prefix is that it completes, as it is stored.
+#[derive(Clone, Copy)]
 struct Name {
     parent: BlockHash,
     hash: BlockHash,
@@ -129,8 +133,8 @@ impl Put {
         let layout = layout(node, namespace)?;
         let tenant = node.tenants.of(principal);
         node.tenants.admit_stored(&node.store, &tenant)?;
-        let of_kind = |kind| layout.object_bytes_at(kind, u64::from(layout.block_tokens()));
-        let object = of_kind(ObjectKind::Block).max(of_kind(ObjectKind::State));
+        let state = layout.object_bytes_at(ObjectKind::State, u64::from(layout.block_tokens()));
+        let object = layout.object_bytes(ObjectKind::Block).max(state);
         let gathered = object.max(PUT_BATCH_BYTES as u64);
         let held = |ahead: u64| (gathered + ahead).max(2 * object);
         let free = (admission.put_memory.available_permits() as u64) << 10;
@@ -181,6 +185,7 @@ impl Put {
             object_bytes: object,
             memory: Arc::clone(&admission.put_memory),
             held: Arc::new(Held { _permit: permit, _in_flight: in_flight, more: OnceLock::new() }),
+            last_name: Mutex::default(),
             sent: Mutex::default(),
         })
     }
@@ -265,10 +270,21 @@ impl Put {
 
     /// Takes more memory before the first object that is longer than those on the block grid: few puts have one.
     fn make_room(&self, kind: v1::ObjectKind, tokens: u64) -> Result<(), Status> {
-        let is_long = || self.layout.object_bytes_at(ObjectKind::State, tokens) > self.object_bytes;
-        if kind == v1::ObjectKind::State && self.held.more.get().is_none() && is_long() {
+        if kind != v1::ObjectKind::State {
+            return Ok(());
+        }
+        let got = self.layout.object_bytes_at(ObjectKind::State, tokens);
+        if got > MAX_OBJECT_BYTES {
+            return Err(Status::invalid_argument(format!(
+                "the state at {tokens} tokens has {got} bytes, the limit is {MAX_OBJECT_BYTES}: keep it at a multiple of \
+                 {} tokens",
+                self.layout.block_tokens()
+            )));
+        }
+        if got > self.object_bytes && self.held.more.get().is_none() {
             // One that is gathered, and one on its way to the drive.
-            let bytes = 2 * (self.layout.max_object_bytes() - self.object_bytes);
+            let most = self.layout.max_object_bytes().min(MAX_OBJECT_BYTES);
+            let bytes = 2 * (most - self.object_bytes);
             let more = (take_memory(&self.memory, bytes)?, self.node.tenants.fly(&self.tenant, bytes)?);
             let _ = self.held.more.set(more);
         }
@@ -291,7 +307,7 @@ impl Put {
             return Ok(None);
         };
         let id = ObjectId { kind, hash: self.name(kind, tokens)?.hash };
-        let planes = self.layout.planes_at(kind, tokens).len();
+        let planes = self.layout.planes_count(kind, tokens);
         let tenant = self.tenant.id();
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
         let added = added
@@ -310,6 +326,19 @@ impl Put {
 
     /// What the object of this kind that completes a prefix of so many tokens is called.
     fn name(&self, kind: ObjectKind, tokens: u64) -> Result<Name, Status> {
+        let mut last = self.last_name.lock().unwrap_or_else(PoisonError::into_inner);
+        match *last {
+            // Of an object that comes in parts it is asked for each of them.
+            Some((of, at, name)) if (of, at) == (kind, tokens) => Ok(name),
+            _ => {
+                let name = self.new_name(kind, tokens)?;
+                *last = Some((kind, tokens, name));
+                Ok(name)
+            }
+        }
+    }
+
+    fn new_name(&self, kind: ObjectKind, tokens: u64) -> Result<Name, Status> {
         let block_tokens = u64::from(self.layout.block_tokens());
         let blocks = usize::try_from(tokens / block_tokens).unwrap_or(usize::MAX);
         let before = |blocks: usize| match (self.genesis, blocks.checked_sub(1)) {
@@ -333,7 +362,8 @@ impl Put {
                 let hash = Chain::resume(&self.author.place.key, parent).push(tail);
                 Some(Name { parent, hash, tokens })
             };
-            before(blocks).filter(|_| kind == ObjectKind::State).and_then(of_tokens)
+            let may_end = kind == ObjectKind::State && self.layout.has_boundary(tokens);
+            before(blocks).filter(|_| may_end).and_then(of_tokens)
         };
         name.ok_or_else(|| {
             let kind = if kind == ObjectKind::State { "state" } else { "block" };
@@ -345,7 +375,8 @@ impl Put {
                 ),
                 all => format!(
                     "a {kind} at {tokens} tokens does not fit: the prefix of this put has {all} tokens, {whole} whole \
-                     blocks of {block_tokens}; blocks end with one of them, states anywhere"
+                     blocks of {block_tokens}; blocks end with one of them, states anywhere but inside what a coarse \
+                     group has together"
                 ),
             })
         })

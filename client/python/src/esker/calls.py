@@ -169,6 +169,7 @@ class Receiver:
         self.fetched = Fetched(0, 0, [], set(), {})
         self._layout = layout
         self._place = self._placer(into)
+        self._keeps = into is None
         self._groups, self._layers = frozenset(groups), layers
         #: Of each object its planes, and how many of them come: those with a wanted group and layer.
         self._specs: dict[tuple[Kind, int], tuple[tuple[Plane, ...], int]] = {}
@@ -206,8 +207,8 @@ class Receiver:
             specs, _ = self._planes(kind, chunk.tokens)
             if chunk.plane >= len(specs) or chunk.offset != 0 or not self._fits(specs[chunk.plane], chunk.plane_bytes):
                 raise ProtocolError(f"plane {chunk.plane} of {kind.name} is not one of layout {self._layout.name!r}")
-            self._scatter = self._place(*plane)
-            if self._scatter.len_bytes != chunk.plane_bytes and chunk.plane_bytes > 0:
+            self._scatter = self._place(*plane) if chunk.plane_bytes > 0 else self._lacking(*plane)
+            if self._scatter.len_bytes != chunk.plane_bytes:
                 raise ValueError(
                     f"the memory given for plane {chunk.plane} of the {kind.name} at {chunk.tokens} tokens has "
                     f"{self._scatter.len_bytes} bytes; the plane has {chunk.plane_bytes}"
@@ -253,13 +254,33 @@ class Receiver:
         for spec in self._layout.planes(Kind.BLOCK):
             starts.append(starts[-1] + spec.len_bytes)
 
-        def consecutive(kind: Kind, tokens: int, plane: int) -> Scatter:
-            if kind is not Kind.BLOCK:
+        def behind(tokens: int, plane: int) -> Scatter:
+            if self._layout.planes(Kind.STATE):
                 raise ValueError("one buffer takes blocks only: give a function for a layout with states")
+            # Rows alone, of the tokens behind the last block: they go behind it.
+            tail = tokens % self._layout.block_tokens
+            sizes = [spec.len_bytes for spec in self._planes(Kind.STATE, tokens)[0]]
+            start = tokens // self._layout.block_tokens * block_bytes + sum(sizes[:plane])
+            if start + sizes[plane] > len(view):
+                raise ValueError(
+                    f"the buffer has no room for the {tail} tokens behind the last whole block: fetch {tokens - tail} tokens, "
+                    f"or give {sum(sizes)} bytes more"
+                )
+            return Scatter([view[start : start + sizes[plane]]])
+
+        def consecutive(kind: Kind, tokens: int, plane: int) -> Scatter:
+            if kind is Kind.STATE:
+                return behind(tokens, plane)
             start = (tokens // self._layout.block_tokens - 1) * block_bytes + starts[plane]
             return Scatter([view[start : start + self._planes(kind, tokens)[0][plane].len_bytes]])
 
         return consecutive
+
+    def _lacking(self, kind: Kind, tokens: int, plane: int) -> Scatter:
+        """A plane that the object has no rows for: nobody is asked for memory."""
+        if self._keeps:
+            self.fetched.objects.setdefault((kind, tokens), {})[plane] = bytearray()
+        return Scatter([])
 
     def _own(self, kind: Kind, tokens: int, plane: int) -> Scatter:
         memory = bytearray(self._planes(kind, tokens)[0][plane].len_bytes)

@@ -190,7 +190,7 @@ class Client:
     ) -> list[Put]:
         """Stores objects of one prefix, parents first. One result per object: a refusal is a result too."""
         arena = self._attached()
-        if arena is not None and sum(map(namespace.layout.object_bytes, Kind)) <= arena.largest_object:
+        if arena is not None and max(map(namespace.layout.object_bytes, Kind)) <= arena.largest_object:
             prefix = calls.put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
             return self._put_local(arena, namespace.layout, prefix, objects, timeout_s)
         requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability)
@@ -449,6 +449,11 @@ class Client:
                     if some and (some_bytes >= enough_bytes or len(some) == MAX_ANNOUNCED or not room.has_room(length)):
                         yield from _announced(some, arena.together)
                         some, some_bytes, enough_bytes = [], 0, min(2 * enough_bytes, ANNOUNCE_BYTES)
+                    if length > arena.largest_object:
+                        raise ValueError(
+                            f"the {object.kind.name} at {object.tokens} tokens has {length} bytes, more than fit in the shared "
+                            f"memory at once ({arena.largest_object}): keep the state at a block boundary"
+                        )
                     at = room.place(length)
                     arena.write(at, planes)
                     some.append(message("LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length))

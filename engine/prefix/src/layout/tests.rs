@@ -96,7 +96,15 @@ fn a_state_is_as_long_as_its_boundary_says() {
     }
     assert_eq!(rows("csa", ObjectKind::Block, 256), [32]);
     let most = flash.max_object_bytes();
-    assert!((1..300).all(|tokens| flash.object_bytes_at(ObjectKind::State, tokens) <= most));
+    for (kind, tokens) in
+        (1..300).flat_map(|tokens| [(ObjectKind::State, tokens), (ObjectKind::Block, tokens)])
+    {
+        let planes = flash.planes_at(kind, tokens);
+        assert_eq!(flash.planes_count(kind, tokens), planes.len());
+        let bytes = flash.object_bytes_at(kind, tokens);
+        assert_eq!(bytes, planes.iter().map(|plane| plane.len_bytes).sum::<u64>(), "{kind:?} at {tokens}");
+        assert!(bytes <= most);
+    }
     // Without state groups the rows are all that there is.
     let v32 = layout(V32, RowFormat::Deployed);
     assert_eq!(v32.object_bytes_at(ObjectKind::State, 512), 0);
@@ -126,6 +134,14 @@ fn a_coarse_group_is_whole_where_states_may_lie() {
     assert_eq!(lengths(ObjectKind::Block, 12), [4, 0]);
     assert_eq!(lengths(ObjectKind::Block, 16), [4, 4]);
     assert_eq!(lengths(ObjectKind::State, 18), [2, 1]);
+    for (kind, tokens, bytes) in [
+        (ObjectKind::Block, 12, 4),
+        (ObjectKind::Block, 16, 8),
+        (ObjectKind::State, 18, 3),
+        (ObjectKind::State, 16, 0),
+    ] {
+        assert_eq!(layout.object_bytes_at(kind, tokens), bytes);
+    }
     let may = (0..20).filter(|&tokens| layout.has_boundary(tokens)).collect::<Vec<_>>();
     assert_eq!(may, [1, 2, 3, 4, 8, 12, 16, 17, 18, 19]);
     for (run_tokens, rows, family) in [(4, 4, Family::State), (5, 4, Family::History)] {
