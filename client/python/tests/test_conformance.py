@@ -6,6 +6,7 @@ connectors decide by.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import random
 import threading
@@ -16,7 +17,7 @@ import pytest
 import esker
 from esker import Kind, Object
 from esker.resume import Need, Presence, common, resume_points
-from layouts import DSA, HYBRID, WINDOWED, blocks, fill, state
+from layouts import DSA, HYBRID, WINDOWED, blocks, fill, group, state
 from support import Node, within
 
 
@@ -174,6 +175,17 @@ def test_l10_snapshots(node: Node) -> None:
 
 
 def test_l11_an_optional_group_never_gates(node: Node) -> None:
+    optional = dataclasses.replace(group("draft", "state", 4, order=9), optional=True)
+    layout = esker.Layout("drafted", 128, (group("latent", "history", 128), group("window", "state", 8), optional))
+    case = Case(node, layout)
+    window, draft = fill(layout, Kind.STATE, 256)
+    case.put([*blocks(layout, 2), Object(256, [window, b""], Kind.STATE)], prompt(300))
+    found = case.found(prompt(300), grant=True)
+    assert [(point.tokens, point.missing_optional) for point in found.resume_points] == [(256, ("draft",))]
+    fetched = case.client.fetch(case.namespace, found.grant)
+    assert (Kind.STATE, 256) in fetched.whole
+    assert [bytes(plane) for _, plane in sorted(fetched.objects[Kind.STATE, 256].items())] == [window, b""]
+
     draft = Presence(Need.WINDOW, 128, pages(1024), 128, required=False)
     groups = [Presence(Need.HISTORY, 128, pages(1536)), Presence(Need.WINDOW, 128, pages(1536), 128), draft]
     assert resume_points(groups, 128, 1536)[-1] == 1536

@@ -127,7 +127,11 @@ def lookup(question: Question) -> Any:
 def found(reply: Any) -> Found:
     """Answer of Lookup."""
     points = tuple(
-        answers.ResumePoint(point.tokens, {group.group: group.bytes for group in point.bytes_by_group})
+        answers.ResumePoint(
+            point.tokens,
+            {group.group: group.bytes for group in point.bytes_by_group},
+            tuple(point.missing_optional),
+        )
         for point in reply.resume_points
     )
     return Found(
@@ -240,8 +244,7 @@ class Receiver:
         return of_layers and (not self._groups or plane.group in self._groups)
 
     def _fits(self, plane: Plane, len_bytes: int) -> bool:
-        optional = any(group.optional for group in self._layout.groups if group.name == plane.group)
-        return len_bytes == plane.len_bytes or (optional and len_bytes == 0)
+        return len_bytes == plane.len_bytes or (len_bytes == 0 and self._layout.is_optional(plane))
 
     def _placer(self, into: Into) -> Callable[[Kind, int, int], Scatter]:
         if into is None:
@@ -371,7 +374,7 @@ def object_planes(layout: Layout, object: Object) -> list[list[memoryview]]:
         )
     for plane, (spec, data) in enumerate(zip(specs, given)):
         length = sum(len(piece) for piece in data)
-        if length != spec.len_bytes:
+        if length != spec.len_bytes and not (length == 0 and layout.is_optional(spec)):
             raise ValueError(
                 f"plane {plane} ({spec.group}) has {spec.len_bytes} bytes at {object.tokens} tokens, got {length}"
             )

@@ -169,6 +169,10 @@ class Layout:
 
         return tuple(map(resized, (*self._planes[kind], *(self._planes[Kind.BLOCK] if tail else ()))))
 
+    def is_optional(self, plane: Plane) -> bool:
+        """Whether an object may lack this plane: it is empty then."""
+        return any(group.optional for group in self.groups if group.name == plane.group)
+
     def object_bytes(self, kind: Kind, tokens: int | None = None) -> int:
         """Bytes of the object of this kind at this many tokens; without ``tokens`` as of :meth:`planes`."""
         return sum(plane.len_bytes for plane in self.planes(kind, tokens))
