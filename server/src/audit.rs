@@ -264,6 +264,32 @@ fn last_of(end: &[u8]) -> (usize, Option<&[u8]>) {
     (last + 1, Some(&end[first..last]))
 }
 
+/// For fuzzing: a log as it is, and what of it are lines, chained anew. Whether it has a line as it is.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let path = Path::new("audit.jsonl");
+    let (whole, last) = last_of(bytes);
+    assert!(whole <= bytes.len() && last.is_none_or(|last| last.len() < whole && !last.contains(&b'\n')));
+    let mut chained = String::new();
+    let (mut number, mut previous) = (0, blake3::hash(b""));
+    for text in bytes.split(|&byte| byte == b'\n') {
+        let Ok(line) = serde_json::from_slice::<Line>(text) else { continue };
+        let line =
+            Line { number, previous: previous.to_hex().to_string(), event: line.event.bounded(), ..line };
+        let (text, digest) = line.write().expect("it was read");
+        assert!(text.len() as u64 <= MAX_LINE_BYTES, "a line of {} bytes", text.len());
+        chained += &text;
+        (number, previous) = (number + 1, digest);
+    }
+    let verified = verify(chained.as_bytes(), path, |_, _| {}).expect("every line follows the one before it");
+    assert_eq!((verified.lines, verified.last), (number, previous));
+    let mut seen = 0;
+    verify(bytes, path, |_, _| seen += 1).is_ok_and(|verified| {
+        assert_eq!(verified.lines, seen);
+        seen > 0
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
