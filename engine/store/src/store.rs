@@ -421,8 +421,9 @@ impl Store {
 
     /// Erases for good: when this returns, nothing of it is found, none of it can come back after any crash, and its
     /// space is given back. Leases do not protect from it. Returns how many objects went. After an error of the drive they are gone
-    /// as well, but may come back with a crash: erase again.
+    /// as well, but may come back with a crash: erase again. A writer or scope that stands for none is refused.
     pub fn erase(&self, what: Erase) -> Result<u64> {
+        what.check()?;
         if self.shared.settings.skips_tombstone() {
             return self.shared.erase(what, u64::MAX);
         }
