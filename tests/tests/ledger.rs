@@ -468,7 +468,7 @@ async fn rows_that_stay_on_ssd_are_served_when_they_are_picked() -> Result<()> {
     let (stay, come): (Vec<_>, Vec<_>) = planes.partition(|plane| picked(plane.group));
     let bytes = |planes: &[&PlaneSpec]| planes.iter().map(|plane| plane.len_bytes).sum::<u64>();
     let blocks = (PROMPT_TOKENS as u64 - 1) / 128;
-    let at_the_start = bytes(&come) * blocks + layout.object_bytes(ObjectKind::State);
+    let at_the_start = bytes(&come) * blocks + layout.object_bytes_at(ObjectKind::State, blocks * 128);
     ensure!(bytes(&stay) > 0, "no row can stay on SSD");
 
     let ids = v1::Tokens { ids: prompt.iter().map(|token| token.0).collect() };
