@@ -25,9 +25,9 @@ mod tests {
         let seed = std::env::var("ESKER_SEED").ok().and_then(|seed| seed.parse().ok());
         let mut state: u64 = seed.unwrap_or_else(|| u64::from(std::process::id()) << 20 | 0x5eed);
         println!("ESKER_SEED={state}");
-        let mut below = |bound: u64| {
+        let mut below = |bound: usize| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) % bound.max(1)
+            usize::try_from(state >> 33).unwrap() % bound.max(1)
         };
         for file in std::fs::read_dir(folder).unwrap() {
             let path = file.unwrap().path();
@@ -36,8 +36,8 @@ mod tests {
             for _ in 0..10_000 {
                 let mut bytes = kept.clone();
                 for _ in 0..=below(3) {
-                    let at = usize::try_from(below(bytes.len() as u64)).unwrap();
-                    bytes[at] = [0, 1, 0x7f, 0x80, 0xff, bytes[at] ^ 16][below(6) as usize];
+                    let at = below(bytes.len());
+                    bytes[at] = [0, 1, 0x7f, 0x80, 0xff, bytes[at] ^ 16][below(6)];
                 }
                 local_arena(&bytes);
             }
@@ -49,7 +49,7 @@ mod tests {
             let numbers = [0, 1, 64, 4096, 1 << 20, u64::MAX - 4095, u64::MAX];
             let mut any = |number: &mut u64| {
                 if below(3) == 0 {
-                    *number = numbers[below(7) as usize];
+                    *number = numbers[below(7)];
                 }
             };
             any(&mut attached.slots_at);
