@@ -70,7 +70,7 @@ async fn another_ending_and_a_sampled_answer() -> Result<()> {
     let node = Node::start(&folder.path().join("data"), &[]).await?;
     let document = tokens(7, 900);
     node.ask(question(&document)).await?;
-    node.settled(&document).await?;
+    node.parked(&document).await?;
     for seed in 1..=3 {
         let prompt = [&document[..], &tokens(100 + seed, 30)].concat();
         let request = Request { temperature: 0.9, top_p: 0.95, seed, ..question(&prompt) };
