@@ -45,7 +45,7 @@ async fn prompts_of_every_shape() -> Result<()> {
     let mut cold = Vec::new();
     for (prompt, _) in &prompts {
         cold.push(node.ask(question(prompt)).await?);
-        node.settled(prompt).await?;
+        node.parked(prompt).await?;
     }
     node.kill()?;
 
@@ -89,7 +89,7 @@ async fn a_damaged_store_gives_fewer_hits_and_the_same_answer() -> Result<()> {
     let prompt = tokens(11, 8 * BLOCK + 5);
     let node = Node::start(&data, &[]).await?;
     let cold = node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     node.kill()?;
 
     // From the fifth block on, then from the first: one byte near the middle of each block's last plane.
@@ -149,7 +149,7 @@ async fn new_weights_under_the_same_name_get_misses() -> Result<()> {
     let prompt = tokens(17, 300);
     let node = Node::start(&data, &options).await?;
     node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     assert_eq!(node.ask(question(&prompt)).await?.usage.prompt_cache_hit_tokens, 256);
     node.stop().await?;
 

@@ -460,7 +460,7 @@ async fn rows_that_stay_on_ssd_are_served_when_they_are_picked() -> Result<()> {
     let node = Node::start(&folder.path().join("data"), &["--segment-mib", "16"]).await?;
     let prompt = tokens(1, PROMPT_TOKENS);
     node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     let layout = KvLayout::from_json(&node.client.describe().await?.layout_json)?;
     // Of what indexers pick among, that is of latents and overlapping compressed rows, nothing is read at the start.
     let picked = |group: u16| ["latent", "csa"].contains(&layout.groups()[usize::from(group)].name.as_str());
