@@ -1,7 +1,9 @@
 //! Planes put together from their chunks, with memory bounded by the layout.
 
+use std::borrow::Cow;
+
 use bytes::{Bytes, BytesMut};
-use esker_prefix::{KvLayout, ObjectKind};
+use esker_prefix::{KvLayout, ObjectKind, PlaneSpec};
 
 use crate::limits::MAX_CHUNK_BYTES;
 use crate::{WireError, v1};
@@ -11,6 +13,8 @@ use crate::{WireError, v1};
 /// Allocates only what the layout says a plane has, and that only as bytes arrive.
 pub struct PlaneReader<'l> {
     layout: &'l KvLayout,
+    /// Planes of the object seen last.
+    planes: Option<(ObjectKind, u64, Cow<'l, [PlaneSpec]>)>,
     current: Option<(WholePlane, BytesMut)>,
 }
 
@@ -47,7 +51,7 @@ pub struct Assembled {
 impl<'l> PlaneReader<'l> {
     /// For planes of `layout`.
     pub fn new(layout: &'l KvLayout) -> Self {
-        Self { layout, current: None }
+        Self { layout, planes: None, current: None }
     }
 
     /// Takes the next chunk; gives the plane that it completes, if it does.
@@ -57,8 +61,11 @@ impl<'l> PlaneReader<'l> {
             let (limit, got) = (MAX_CHUNK_BYTES, chunk.data.len());
             return Err(WireError::TooLarge { field: "chunk.data", unit: "bytes", limit, got });
         }
-        let (tokens, specs) = (chunk.tokens, self.layout.planes(kind));
+        let tokens = chunk.tokens;
         let index = chunk.plane as usize;
+        let known = self.planes.take_if(|(of, at, _)| (*of, *at) == (kind, tokens));
+        let known = known.unwrap_or_else(|| (kind, tokens, self.layout.planes_at(kind, tokens)));
+        let (_, _, specs) = &*self.planes.insert(known);
         let Some(spec) = specs.get(index) else {
             let (id, planes) = (self.layout.id(), specs.len());
             return Err(WireError::Sequence(match planes {
@@ -82,9 +89,7 @@ impl<'l> PlaneReader<'l> {
             )));
         }
         let group = &self.layout.groups()[usize::from(spec.group)];
-        let blocks = tokens / u64::from(self.layout.block_tokens());
-        let may_lack = group.is_in(blocks) != Some(true) && chunk.plane_bytes == 0;
-        let len_bytes = if may_lack { 0 } else { spec.len_bytes };
+        let len_bytes = if group.optional && chunk.plane_bytes == 0 { 0 } else { spec.len_bytes };
         let arrived = growing.len() as u64 + chunk.data.len() as u64;
         if chunk.plane_bytes != len_bytes || arrived > len_bytes {
             return Err(WireError::Sequence(format!(
@@ -138,17 +143,17 @@ impl<'l> PlaneAssembler<'l> {
                 chunk.tokens,
                 object.kind,
                 object.tokens,
-                self.reader.layout.planes(object.kind).len(),
+                self.reader.layout.planes_count(object.kind, object.tokens),
             )));
         }
-        if chunk.plane as usize != next && !self.reader.layout.planes(kind).is_empty() {
+        let planes = self.reader.layout.planes_count(kind, chunk.tokens);
+        if chunk.plane as usize != next && planes > 0 {
             return Err(WireError::Sequence(format!(
                 "expected plane {next} of {kind:?} at {} tokens, got plane {}",
                 chunk.tokens, chunk.plane
             )));
         }
         let Some(WholePlane { kind, tokens, bytes, .. }) = self.reader.push(chunk)? else { return Ok(None) };
-        let planes = self.reader.layout.planes(kind).len();
         let object = self.current.get_or_insert_with(|| Assembled {
             kind,
             tokens,
@@ -163,14 +168,13 @@ impl<'l> PlaneAssembler<'l> {
 
     /// Ends the stream; an error if an object is incomplete.
     pub fn finish(self) -> Result<(), WireError> {
-        let planes = |kind| self.reader.layout.planes(kind).len();
         if let Some(object) = &self.current {
             return Err(WireError::Sequence(format!(
                 "stream ended inside {:?} at {} tokens ({} of {} planes)",
                 object.kind,
                 object.tokens,
                 object.planes.len(),
-                planes(object.kind),
+                self.reader.layout.planes_count(object.kind, object.tokens),
             )));
         }
         self.reader.finish()

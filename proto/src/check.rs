@@ -5,6 +5,7 @@ use esker_prefix::{BlockHash, KvLayout, Namespace, NamespaceId, TokenId};
 
 use crate::limits::{
     MAX_CHAIN_BLOCKS, MAX_ENGINE_HASH_BYTES, MAX_LAYOUT_JSON_BYTES, MAX_NAME_BYTES, MAX_PROMPT_TOKENS,
+    MAX_TAIL_TOKENS,
 };
 use crate::{WireError, v1};
 
@@ -30,8 +31,8 @@ pub fn check_tokens(ids: Vec<u32>) -> Result<Vec<TokenId>, WireError> {
 pub enum PrefixNames {
     /// By its tokens.
     Tokens(Vec<TokenId>),
-    /// By this service's chain hashes, one for each block.
-    Hashes(Vec<BlockHash>),
+    /// By this service's chain hashes, one for each block, and the tokens behind the last of them, where they are known.
+    Hashes(Vec<BlockHash>, Vec<TokenId>),
     /// By an engine's hashes, one for each block; blocks that are not `chained` stand for themselves.
     Engine {
         /// At most [`MAX_ENGINE_HASH_BYTES`] each.
@@ -41,13 +42,22 @@ pub enum PrefixNames {
     },
 }
 
-/// The one way in which a request names a prefix. Bounds: [`MAX_PROMPT_TOKENS`], [`MAX_CHAIN_BLOCKS`].
+/// The one way in which a request names a prefix. Bounds: [`MAX_PROMPT_TOKENS`], [`MAX_CHAIN_BLOCKS`], [`MAX_TAIL_TOKENS`].
 pub fn check_prefix(
     tokens: Vec<u32>,
     hashes: &[Bytes],
+    tail_tokens: Vec<u32>,
     engine_hashes: Vec<Bytes>,
     unchained: bool,
 ) -> Result<PrefixNames, WireError> {
+    let (limit, got) = (MAX_TAIL_TOKENS, tail_tokens.len());
+    if got > limit {
+        return Err(WireError::TooLarge { field: "tail_tokens", unit: "tokens", limit, got });
+    }
+    if got > 0 && hashes.is_empty() {
+        return Err(WireError::Sequence("`tail_tokens` go with `hashes`".into()));
+    }
+    let tail = tail_tokens.into_iter().map(TokenId).collect();
     let given = [!tokens.is_empty(), !hashes.is_empty(), !engine_hashes.is_empty()];
     match given {
         [false, false, false] => Err(WireError::Empty("tokens")),
@@ -55,7 +65,7 @@ pub fn check_prefix(
         [false, true, false] => {
             bounded("hashes", hashes.len())?;
             let hashes = hashes.iter().map(|hash| digest("hashes[]", hash).map(BlockHash));
-            Ok(PrefixNames::Hashes(hashes.collect::<Result<_, _>>()?))
+            Ok(PrefixNames::Hashes(hashes.collect::<Result<_, _>>()?, tail))
         }
         [false, false, true] => {
             bounded("engine_hashes", engine_hashes.len())?;

@@ -23,5 +23,5 @@ pub use check::{PrefixNames, check_name, check_namespace_id, check_prefix, check
 pub use error::WireError;
 pub use limits::{
     MAX_CHAIN_BLOCKS, MAX_CHUNK_BYTES, MAX_ENGINE_HASH_BYTES, MAX_LAYOUT_JSON_BYTES, MAX_LOOKUPS,
-    MAX_MESSAGE_BYTES, MAX_NAME_BYTES, MAX_PROMPT_TOKENS, MAX_TEXT_BYTES,
+    MAX_MESSAGE_BYTES, MAX_NAME_BYTES, MAX_PROMPT_TOKENS, MAX_TAIL_TOKENS, MAX_TEXT_BYTES,
 };

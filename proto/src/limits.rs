@@ -12,6 +12,8 @@ pub const MAX_TEXT_BYTES: usize = 3 << 20;
 pub const MAX_LAYOUT_JSON_BYTES: usize = 1 << 20;
 /// Most blocks of one lookup or put, and of all lookups of one `LookupMany`.
 pub const MAX_CHAIN_BLOCKS: usize = 1 << 16;
+/// Most tokens behind the last block of a chain that is named by hashes: less than the longest block has.
+pub const MAX_TAIL_TOKENS: usize = (1 << 16) - 1;
 /// Most lookups of one `LookupMany`.
 pub const MAX_LOOKUPS: usize = 64;
 /// Longest hash of an engine, in bytes.

@@ -9,13 +9,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use crate::principal::Principal;
 
 /// Longest line: the end of the file that is read to find the last one.
 const MAX_LINE_BYTES: u64 = 16 << 10;
+/// Longest of a line's texts: four of them, with every byte escaped as JSON escapes control characters, fit a line.
+const MAX_FIELD_BYTES: usize = 640;
 /// End of the file that is looked through for what happened lately.
 const RECENT_BYTES: u64 = 256 << 10;
 /// Refusals written down in a second; one caller in a loop must not fill the disk. What is left out is counted.
@@ -37,7 +39,7 @@ pub(crate) struct Event {
     pub(crate) count: Option<u64>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Line {
     number: u64,
     unix_ms: u64,
@@ -52,6 +54,17 @@ pub(crate) struct Verified {
     pub(crate) lines: u64,
     /// BLAKE3 of the last line, without its line feed. Lines that were cut off the end show only to whoever has noted it.
     pub(crate) last: blake3::Hash,
+}
+
+/// Why a log was not verified to its end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unverified {
+    /// Which says nothing of what is written there.
+    #[error("cannot read {} behind its line {lines}", path.display())]
+    Unreadable { path: PathBuf, lines: u64, source: std::io::Error },
+    /// What is there is not what was written.
+    #[error("line {line} of {} {what}", path.display())]
+    Changed { path: PathBuf, line: u64, what: String },
 }
 
 /// See the module.
@@ -87,6 +100,17 @@ impl Event {
 
     pub(crate) fn count(self, count: u64) -> Self {
         Self { count: Some(count), ..self }
+    }
+
+    /// The same with its texts cut to what a line has room for: a caller chooses some of them, such as the path of a request.
+    fn bounded(&self) -> Self {
+        let cut = |text: &String| match text.len() {
+            ..=MAX_FIELD_BYTES => text.clone(),
+            _ => format!("{}…", &text[..text.floor_char_boundary(MAX_FIELD_BYTES - '…'.len_utf8())]),
+        };
+        let Self { who, operation, object, result, count } = self;
+        let (who, operation, object, result) = (cut(who), cut(operation), cut(object), cut(result));
+        Self { who, operation, object, result, count: *count }
     }
 }
 
@@ -149,29 +173,49 @@ impl Audit {
 
     /// Reads a log from its first line, checks the chain, and tells of each event with its time. Also while it is written: what is
     /// behind the last line feed is no line yet.
-    pub(crate) fn verify(path: &Path, mut see: impl FnMut(u64, &Event)) -> anyhow::Result<Verified> {
-        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let mut reader = BufReader::new(file);
-        let mut verified = Verified { lines: 0, last: blake3::hash(b"") };
-        let mut text = Vec::new();
-        loop {
-            text.clear();
-            let number = verified.lines;
-            let mut line = (&mut reader).take(MAX_LINE_BYTES);
-            line.read_until(b'\n', &mut text).with_context(|| format!("cannot read {}", path.display()))?;
-            let Some(text) = text.strip_suffix(b"\n") else {
-                let whole = text.len() as u64 == MAX_LINE_BYTES;
-                ensure!(!whole, "line {} of {} is none of this log", number + 1, path.display());
-                return Ok(verified);
-            };
-            let line: Line = serde_json::from_slice(text)
-                .with_context(|| format!("line {} of {} cannot be read", number + 1, path.display()))?;
-            if line.number != number || line.previous != verified.last.to_hex().as_str() {
-                bail!("line {} of {} does not follow the line before it", number + 1, path.display());
+    pub(crate) fn verify(path: &Path, see: impl FnMut(u64, &Event)) -> Result<Verified, Unverified> {
+        let unreadable = |source| Unverified::Unreadable { path: path.to_owned(), lines: 0, source };
+        verify(BufReader::new(File::open(path).map_err(unreadable)?), path, see)
+    }
+}
+
+/// [`Audit::verify`] of the lines of a file; `path` is its name in errors.
+pub(crate) fn verify(
+    mut reader: impl BufRead,
+    path: &Path,
+    mut see: impl FnMut(u64, &Event),
+) -> Result<Verified, Unverified> {
+    let mut verified = Verified { lines: 0, last: blake3::hash(b"") };
+    let mut text = Vec::new();
+    loop {
+        text.clear();
+        let lines = verified.lines;
+        let changed = |what| Unverified::Changed { path: path.to_owned(), line: lines + 1, what };
+        let read = (&mut reader).take(MAX_LINE_BYTES).read_until(b'\n', &mut text);
+        read.map_err(|source| Unverified::Unreadable { path: path.to_owned(), lines, source })?;
+        let Some(text) = text.strip_suffix(b"\n") else {
+            if text.len() as u64 == MAX_LINE_BYTES {
+                return Err(changed("is longer than any of this log".into()));
             }
-            see(line.unix_ms, &line.event);
-            verified = Verified { lines: number + 1, last: blake3::hash(text) };
+            return Ok(verified);
+        };
+        let line: Line = serde_json::from_slice(text)
+            .map_err(|error| changed(format!("is no line of this log: {error}")))?;
+        if line.number != lines || line.previous != verified.last.to_hex().as_str() {
+            return Err(changed("does not follow the line before it".into()));
         }
+        see(line.unix_ms, &line.event);
+        verified = Verified { lines: lines + 1, last: blake3::hash(text) };
+    }
+}
+
+impl Line {
+    /// The line of an event, and what the next one says of it.
+    fn write(&self) -> serde_json::Result<(String, blake3::Hash)> {
+        let mut text = serde_json::to_string(self)?;
+        let digest = blake3::hash(text.as_bytes());
+        text.push('\n');
+        Ok((text, digest))
     }
 }
 
@@ -189,12 +233,10 @@ impl Tail {
         let line = Line {
             number: self.number,
             unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
-            event: event.clone(),
+            event: event.bounded(),
             previous: self.previous.to_hex().to_string(),
         };
-        let mut text = serde_json::to_string(&line)?;
-        let digest = blake3::hash(text.as_bytes());
-        text.push('\n');
+        let (text, digest) = line.write()?;
         self.file.write_all(text.as_bytes())?;
         self.file.sync_data()?;
         (self.number, self.previous) = (self.number + 1, digest);
@@ -209,20 +251,50 @@ fn last_line(file: &mut File) -> std::io::Result<Option<String>> {
     file.seek(SeekFrom::Start(start))?;
     let mut end = Vec::new();
     file.read_to_end(&mut end)?;
-    let Some(feed) = end.iter().rposition(|&byte| byte == b'\n') else {
-        file.set_len(start)?;
-        return Ok(None);
-    };
-    file.set_len(start + feed as u64 + 1)?;
-    let first = end[..feed].iter().rposition(|&byte| byte == b'\n').map_or(0, |before| before + 1);
-    Ok(Some(String::from_utf8_lossy(&end[first..feed]).into_owned()))
+    let (whole, line) = last_of(&end);
+    file.set_len(start + whole as u64)?;
+    Ok(line.map(|line| String::from_utf8_lossy(line).into_owned()))
+}
+
+/// How many bytes are whole lines, and the last of these.
+fn last_of(end: &[u8]) -> (usize, Option<&[u8]>) {
+    let feed = |bytes: &[u8]| bytes.iter().rposition(|&byte| byte == b'\n');
+    let Some(last) = feed(end) else { return (0, None) };
+    let first = feed(&end[..last]).map_or(0, |before| before + 1);
+    (last + 1, Some(&end[first..last]))
+}
+
+/// For fuzzing: a log as it is, and what of it are lines, chained anew. Whether it has a line as it is.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let path = Path::new("audit.jsonl");
+    let (whole, last) = last_of(bytes);
+    assert!(whole <= bytes.len() && last.is_none_or(|last| last.len() < whole && !last.contains(&b'\n')));
+    let mut chained = String::new();
+    let (mut number, mut previous) = (0, blake3::hash(b""));
+    for text in bytes.split(|&byte| byte == b'\n') {
+        let Ok(line) = serde_json::from_slice::<Line>(text) else { continue };
+        let line =
+            Line { number, previous: previous.to_hex().to_string(), event: line.event.bounded(), ..line };
+        let (text, digest) = line.write().expect("it was read");
+        assert!(text.len() as u64 <= MAX_LINE_BYTES, "a line of {} bytes", text.len());
+        chained += &text;
+        (number, previous) = (number + 1, digest);
+    }
+    let verified = verify(chained.as_bytes(), path, |_, _| {}).expect("every line follows the one before it");
+    assert_eq!((verified.lines, verified.last), (number, previous));
+    let mut seen = 0;
+    verify(bytes, path, |_, _| seen += 1).is_ok_and(|verified| {
+        assert_eq!(verified.lines, seen);
+        seen > 0
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn verify(path: &Path) -> anyhow::Result<u64> {
+    fn verify(path: &Path) -> Result<u64, Unverified> {
         let mut seen = 0;
         let verified = Audit::verify(path, |_, _| seen += 1)?;
         assert_eq!(verified.lines, seen);
@@ -279,6 +351,20 @@ mod tests {
         assert!(verify(&path).unwrap_err().to_string().contains("line 2"));
         std::fs::write(&path, whole + &"x".repeat(1 << 20)).unwrap();
         assert!(verify(&path).unwrap_err().to_string().contains("line 2"));
+    }
+
+    #[test]
+    fn what_a_caller_makes_long_stays_a_line_of_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.jsonl");
+        // Every byte of the worst is written as six.
+        for long in ["/".to_owned() + &"x".repeat(1 << 20), "\u{1}".repeat(1 << 16), "ü".repeat(999)] {
+            let audit = Audit::open(&path).unwrap();
+            let event = Event { who: long.clone(), result: long.clone(), ..event(&long) };
+            audit.record(&Event { operation: long, ..event });
+        }
+        assert_eq!(verify(&path).unwrap(), 3);
+        assert_eq!(Audit::open(&path).unwrap().refusals(9).len(), 3);
     }
 
     #[test]

@@ -3,9 +3,9 @@
 //! Each names a tenant of the policy; where two are given they must agree. Without any means of establishing identity
 //! configured everyone is the local principal, which [`serve`](crate::serve) allows on loopback only.
 
-mod jwt;
+pub(crate) mod jwt;
 mod layer;
-mod spiffe;
+pub(crate) mod spiffe;
 
 use std::sync::Arc;
 

@@ -31,6 +31,12 @@ use serde::{Deserialize, Serialize};
 use conversation::{Conversation, Role};
 
 const NAME: &str = "chat";
+/// Instructions of one rendering, and bytes of what it writes. A long conversation takes thousands; a template that never ends is
+/// refused within seconds.
+const FUEL: u64 = 20_000_000;
+const MAX_BYTES: usize = esker_proto::MAX_TEXT_BYTES;
+/// Widest indent of `tojson`.
+const MAX_INDENT: usize = 64;
 /// Where the plain template's model would go on to speak for the user.
 const PLAIN_STOP: &str = "\n\nUser:\n";
 /// Between these stands the number of an assistant's message while its template is taken apart. From a private use area.
@@ -110,6 +116,7 @@ impl ChatTemplate {
         };
         let Some(text) = template.or(named) else { return Ok(Self(None)) };
         let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
@@ -226,9 +233,50 @@ impl Jinja {
             bos_token: &self.bos_token,
             eos_token: &self.eos_token,
         };
-        let refused = |error: minijinja::Error| Refused(error.detail().unwrap_or("it fails").to_owned());
-        self.environment.get_template(NAME).and_then(|template| template.render(given)).map_err(refused)
+        let refused = |error: minijinja::Error| {
+            Refused(match error.kind() {
+                ErrorKind::WriteFailure => format!("it writes more than {MAX_BYTES} bytes"),
+                ErrorKind::OutOfFuel => format!("it takes more than {FUEL} steps"),
+                _ => error.detail().unwrap_or("it fails").to_owned(),
+            })
+        };
+        let template = self.environment.get_template(NAME).map_err(refused)?;
+        let mut written = Bounded(Vec::new());
+        template.render_captured_to(given, &mut written).map_err(refused)?;
+        String::from_utf8(written.0).map_err(|_| Refused("what it writes is no text".into()))
     }
+}
+
+/// Takes [`MAX_BYTES`] at most.
+struct Bounded(Vec<u8>);
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MAX_BYTES {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// For fuzzing: the length of a `tokenizer_config.json` (u16, little-endian), it, and the body of a request for an answer. Whether
+/// the template is usable.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let Some((len, rest)) = bytes.split_first_chunk() else { return false };
+    let Some((config, body)) = rest.split_at_checked(u16::from_le_bytes(*len).into()) else { return false };
+    let template = std::str::from_utf8(config).ok().and_then(|text| ChatTemplate::new(text, None).ok());
+    let Some(template) = template else { return false };
+    for conversation in crate::http::hear(body).0 {
+        let Ok(parts) = template.render(&conversation) else { continue };
+        assert!(template.0.is_none() || joined(&parts).len() <= MAX_BYTES, "longer than any text");
+    }
+    true
 }
 
 fn joined(parts: &[Part]) -> String {
@@ -239,6 +287,10 @@ fn joined(parts: &[Part]) -> String {
 fn to_json(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     let failed = |error| minijinja::Error::new(ErrorKind::BadSerialization, "not JSON").with_source(error);
     let indent: Option<usize> = options.get("indent")?;
+    if indent.is_some_and(|indent| indent > MAX_INDENT) {
+        let wide = format!("an indent of tojson is at most {MAX_INDENT}");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, wide));
+    }
     // Others, such as ensure_ascii=False, say what is done anyway.
     let json: serde_json::Value = serde_json::to_value(&value).map_err(failed)?;
     let text = match indent {
@@ -324,6 +376,18 @@ mod tests {
             joined(&ChatTemplate::default().render(&conversation(&TURNS[..2])).unwrap()),
             "System:\nBe brief.\n\nUser:\nWho?\n\nAssistant:\n"
         );
+    }
+
+    #[test]
+    fn a_template_that_takes_too_much_is_refused() {
+        let long = "{% for a in range(100000) %}{{ messages[0].content * 100 }}{% endfor %}";
+        let endless = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+        let wide = "{{ messages | tojson(indent=18446744073709551615) }}";
+        let wider = "{{ messages | tojson(indent=65) }}";
+        for (template, why) in [(long, "bytes"), (endless, "steps"), (wide, ""), (wider, "indent")] {
+            let refused = jinja(template).render(&conversation(&TURNS)).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
     }
 
     #[test]

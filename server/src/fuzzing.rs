@@ -1,4 +1,5 @@
-//! What fuzz targets call: decoders of bytes that others wrote, each as a function of bytes that panics where it breaks its word.
+//! What fuzz targets call: decoders of bytes that others wrote, each as a function of bytes that panics where it breaks its word and
+//! says whether the bytes were accepted. Where a decoder is private to its file, what is asked of it stands there, as `hear`.
 //! Only with the feature `fuzzing`, which nothing but the fuzz crate asks for, and in this crate's own test, which changes the kept
 //! corpus by chance and needs no fuzzer.
 
@@ -7,50 +8,123 @@ use esker_proto::v1;
 use esker_proto::{PlaneAssembler, check_name, check_namespace_id, check_prefix, namespace_of};
 use prost::Message;
 
+use crate::ledger;
 use crate::ledger::frame::{self, Parsed};
 
 /// A follower of KV events, of either kind of socket: its greeting, its handshake and what it says then.
-pub fn zmtp(said: &[u8]) {
-    // What is refused is refused with a reason; whether it is belongs to no fuzzer.
-    let _ = crate::events::zmtp::hear(said);
+pub fn zmtp(said: &[u8]) -> bool {
+    crate::events::zmtp::hear(said).is_ok()
 }
 
 /// A segment of the billing ledger, from any byte on: records are within it, and what follows damage is found or not.
-pub fn ledger_frame(bytes: &[u8]) {
+pub fn ledger_frame(bytes: &[u8]) -> bool {
     if let Parsed::Frame(frame) = frame::parse(bytes) {
         assert!(frame.len() <= bytes.len() && frame.payload.len() <= frame::MAX_PAYLOAD_BYTES);
         // A payload is proven by its checksum before it is decoded; a forger can make both.
         let _ = v1::UsageRecord::decode(frame.payload);
     }
-    if let Some((at, frame)) = frame::resync(bytes) {
+    frame::resync(bytes).is_some_and(|(at, frame)| {
         assert!(at + frame.len() <= bytes.len(), "a record that ends behind the segment");
+        true
+    })
+}
+
+/// The ledger's head: two slots; or the header of a segment of it.
+pub fn ledger_head(bytes: &[u8]) -> bool {
+    let (head, header) = (ledger::head::hear(bytes), ledger::segment::hear(bytes));
+    head || header
+}
+
+/// A key or a value of the ledger's index; or the cursor of an export, which a client brings back.
+pub fn ledger_index(bytes: &[u8]) -> bool {
+    ledger::index::hear(bytes)
+}
+
+/// A wrapped data key, by a root key of 32 nines; or a root key.
+pub fn data_key(bytes: &[u8]) -> bool {
+    crate::keys::hear(bytes)
+}
+
+/// An audit log.
+pub fn audit_log(bytes: &[u8]) -> bool {
+    crate::audit::hear(bytes)
+}
+
+/// An operator's policy.
+pub fn policy(bytes: &[u8]) -> bool {
+    crate::policy::hear(bytes)
+}
+
+/// An operator's prices.
+pub fn prices(bytes: &[u8]) -> bool {
+    crate::price::hear(bytes)
+}
+
+/// Public keys of bearer tokens.
+pub fn key_set(bytes: &[u8]) -> bool {
+    crate::auth::jwt::hear(bytes)
+}
+
+/// A client's certificate.
+pub fn certificate(bytes: &[u8]) -> bool {
+    crate::auth::spiffe::hear(bytes)
+}
+
+/// A model's chat template, and the conversation that it is to render.
+pub fn chat_template(bytes: &[u8]) -> bool {
+    crate::chat_template::hear(bytes)
+}
+
+/// The body of a request by HTTP; or what a model wrote, in which calls of tools are looked for.
+pub fn http_body(bytes: &[u8]) -> bool {
+    let called = std::str::from_utf8(bytes).is_ok_and(crate::chat_template::tool_call::hear);
+    let (conversations, accepted) = crate::http::hear(bytes);
+    for message in conversations.iter().flat_map(|conversation| &conversation.messages) {
+        crate::chat_template::tool_call::hear(&message.content);
     }
+    called || accepted
+}
+
+/// A file of prompts to warm up.
+pub fn warmup_prompts(bytes: &[u8]) -> bool {
+    crate::command::warmup::hear(bytes)
+}
+
+/// A warm-up job as it was written down.
+pub fn warmup_job(bytes: &[u8]) -> bool {
+    crate::warmups::job::hear(bytes)
+}
+
+/// What a usage sink answers.
+pub fn sink_answer(bytes: &[u8]) -> bool {
+    crate::usage::sink::hear(bytes)
 }
 
 /// Messages of clients, and every check that they go through before anything is done for them.
-pub fn request(bytes: &[u8]) {
-    let Some((&kind, bytes)) = bytes.split_first() else { return };
+pub fn request(bytes: &[u8]) -> bool {
+    let Some((&kind, bytes)) = bytes.split_first() else { return false };
     match kind % 3 {
         0 => {
-            let Ok(request) = v1::LookupRequest::decode(bytes) else { return };
+            let Ok(request) = v1::LookupRequest::decode(bytes) else { return false };
             let _ = check_namespace_id(&request.namespace);
             let _ = check_name("user", &request.user);
-            let _ = check_prefix(request.tokens, &request.hashes, request.engine_hashes, request.unchained);
+            let v1::LookupRequest { tokens, hashes, tail_tokens, engine_hashes, unchained, .. } = request;
+            check_prefix(tokens, &hashes, tail_tokens, engine_hashes, unchained).is_ok()
         }
         1 => {
-            let Ok(request) = v1::RegisterNamespaceRequest::decode(bytes) else { return };
-            if let Ok((namespace, layout)) = namespace_of(&request) {
-                assert!(namespace.layout == layout.id(), "a layout under another name");
-                let again = KvLayout::from_json(&layout.to_json());
-                assert!(again.is_ok_and(|again| again == layout), "a layout that does not come back");
-            }
+            let Ok(request) = v1::RegisterNamespaceRequest::decode(bytes) else { return false };
+            let Ok((namespace, layout)) = namespace_of(&request) else { return false };
+            assert!(namespace.layout == layout.id(), "a layout under another name");
+            let again = KvLayout::from_json(&layout.to_json());
+            assert!(again.is_ok_and(|again| again == layout), "a layout that does not come back");
+            true
         }
         _ => planes(bytes),
     }
 }
 
 /// Chunks of planes for a small layout, each as a message behind its length, one byte.
-fn planes(mut bytes: &[u8]) {
+fn planes(mut bytes: &[u8]) -> bool {
     let group = |name: &str, family, rows| Group {
         name: name.into(),
         family,
@@ -61,71 +135,37 @@ fn planes(mut bytes: &[u8]) {
         plane_layers: 1,
         optional: rows == 2,
         grain_blocks: if rows == 6 { 2 } else { 1 },
+        run_tokens: if rows == 7 { 8 } else { 0 },
     };
     let groups = vec![
         group("latent", Family::History, 4),
         group("coarse", Family::History, 6),
         group("window", Family::State, 3),
         group("optional", Family::State, 2),
+        group("open", Family::State, 7),
     ];
     let Ok(layout) = KvLayout::new("fuzzed", 4, groups) else { panic!("this layout is sound") };
     let mut assembler = PlaneAssembler::new(&layout);
+    let mut whole = false;
     while let Some((&length, rest)) = bytes.split_first() {
         let (message, rest) = rest.split_at(usize::from(length).min(rest.len()));
         bytes = rest;
-        let Ok(chunk) = v1::PlaneChunk::decode(message) else { return };
+        let Ok(chunk) = v1::PlaneChunk::decode(message) else { return whole };
         match assembler.push(chunk) {
             Ok(Some(object)) => {
-                let specs = layout.planes(object.kind);
+                let specs = layout.planes_at(object.kind, object.tokens);
                 assert_eq!(object.planes.len(), specs.len(), "a part of an object");
                 let fits = |(plane, len): (&bytes::Bytes, u64)| plane.is_empty() || plane.len() as u64 == len;
                 let lengths = specs.iter().map(|spec| spec.len_bytes);
                 assert!(object.planes.iter().zip(lengths).all(fits), "a plane of another length");
+                whole = true;
             }
             Ok(None) => {}
-            Err(_) => return,
+            Err(_) => return whole,
         }
     }
+    whole
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    /// The kept corpus of every target, with bytes changed, taken out and repeated.
-    #[test]
-    fn what_is_kept_of_each_target_can_be_damaged_at_will() {
-        let mut state = 0x5eed_u64;
-        println!("SEED={state:#x}");
-        let mut below = |bound: usize| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            usize::try_from(state >> 33).unwrap() % bound
-        };
-        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
-        for name in ["zmtp", "ledger_frame", "request"] {
-            let target = match name {
-                "zmtp" => super::zmtp,
-                "ledger_frame" => super::ledger_frame,
-                _ => super::request,
-            };
-            let files = std::fs::read_dir(corpus.join(name)).unwrap();
-            let sound: Vec<Vec<u8>> =
-                files.map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect();
-            assert!(!sound.is_empty(), "{name} has no corpus");
-            sound.iter().for_each(|bytes| target(bytes));
-            for _ in 0..20_000 {
-                let mut bytes = sound[below(sound.len())].clone();
-                for _ in 0..=below(4) {
-                    let at = below(bytes.len());
-                    match below(4) {
-                        0 => bytes[at] ^= 1 << below(8),
-                        1 => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][below(5)],
-                        2 => bytes.truncate(at.max(1)),
-                        _ => bytes.extend_from_within(at..),
-                    }
-                }
-                target(&bytes);
-            }
-        }
-    }
-}
+mod tests;

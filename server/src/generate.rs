@@ -218,7 +218,7 @@ pub(crate) fn generate(
         };
     }
     steps.end(&mut sequence);
-    trail.keep_state(&sequence)?;
+    trail.keep_end(&sequence)?;
     let rest_of_text =
         if stop_sequence.is_some() { String::new() } else { shown.finish() + &text.finish()? };
     // Every token is out; what is left to be stored belongs to the account that comes last.
@@ -307,7 +307,7 @@ impl Run<'_> {
             let mut resumed = resumption.resume(mode, trail, scope, sequence, emit)?;
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
             trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
-            trail.offered = trail.hashes_to(offer.tokens());
+            trail.offered_tokens = offer.tokens();
             let logits = prefill(engine, trail, prompt, sequence, drafts, emit)?;
             let (bytes_read, raw_bytes) = (resumed.bytes_read, resumed.raw_bytes);
             let replayed_tokens = resumed.replayed_tokens;
@@ -350,10 +350,11 @@ fn prefill(
         let logits = sequence.prefill_observed(model, &prompt[start..end], want, &mut |progress| {
             emit(Event::Prefilling { done: start - first + progress.done, total })
         })?;
-        trail.keep_state(sequence)?;
         if end == prompt.len() {
+            trail.keep_end(sequence)?;
             return Ok(logits);
         }
+        trail.keep_state(sequence)?;
     }
 }
 

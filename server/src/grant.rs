@@ -94,12 +94,21 @@ impl Granted {
         self.delivered.lock().unwrap_or_else(PoisonError::into_inner).missed
     }
 
-    /// Where the planes of a fetch are noted, for [`deliver`](Self::deliver).
+    /// Where the planes of a fetch are noted, for [`deliver`](Self::deliver): of the answer's blocks, and of its states behind
+    /// them.
     pub(crate) fn ticks(&self) -> Ticks {
-        Ticks::new(self.answer.blocks.len(), self.answer.layout.planes(ObjectKind::Block).len())
+        let (_, most) = self.planes();
+        Ticks::new(self.answer.objects(), most)
     }
 
-    /// Notes what one fetch delivered: raw bytes, and planes of blocks.
+    /// Planes of each block, and of each state off the block grid.
+    fn planes(&self) -> (usize, usize) {
+        let planes = |kind| self.answer.layout.planes(kind).len();
+        let blocks = planes(ObjectKind::Block);
+        (blocks, blocks + planes(ObjectKind::State))
+    }
+
+    /// Notes what one fetch delivered: raw bytes, and planes.
     pub(crate) fn deliver(&self, bytes: u64, ticks: &Ticks) {
         let mut delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);
         delivered.bytes += bytes;
@@ -113,31 +122,41 @@ impl Granted {
         self.delivered.lock().unwrap_or_else(PoisonError::into_inner).bytes
     }
 
-    /// Tokens of the blocks of which every plane was delivered. Wherever they are: what is before them a caller may have had.
+    /// Tokens of the blocks of which every plane was delivered, and of the longest part of a block that came with a state.
+    /// Wherever they are: what is before them a caller may have had.
     pub(crate) fn delivered_tokens(&self) -> u64 {
         let delivered = self.delivered.lock().unwrap_or_else(PoisonError::into_inner);
-        let blocks = delivered.ticks.as_ref().map_or(0, Ticks::whole);
-        blocks as u64 * u64::from(self.answer.layout.block_tokens())
+        let Some(ticks) = &delivered.ticks else { return 0 };
+        let block_tokens = u64::from(self.answer.layout.block_tokens());
+        let blocks = self.answer.blocks.len();
+        let (of_block, of_state) = self.planes();
+        let whole = (0..blocks).filter(|&block| ticks.has(block, of_block)).count() as u64;
+        let tails = (blocks..).zip(&self.answer.states).filter(|&(at, _)| ticks.has(at, of_state));
+        let tail = tails.map(|(_, state)| state.tokens % block_tokens).max().unwrap_or(0);
+        whole * block_tokens + tail
     }
 }
 
-/// Which planes of which blocks were delivered, in the order of [`Answer::blocks`]. One that comes twice counts once.
+/// Which planes of which objects were delivered, in the order of [`Answer::blocks`] and [`Answer::states`]. One that comes twice
+/// counts once.
 #[derive(Clone, Debug)]
 pub(crate) struct Ticks {
-    planes: usize,
-    /// Of each block in turn, one bit for each of its planes.
+    /// Words for each object.
+    stride: usize,
+    /// Of each object in turn, one bit for each of its planes.
     words: Vec<u64>,
 }
 
 impl Ticks {
-    fn new(blocks: usize, planes: usize) -> Self {
-        Self { planes, words: vec![0; blocks * planes.div_ceil(64)] }
+    fn new(objects: usize, planes: usize) -> Self {
+        let stride = planes.div_ceil(64);
+        Self { stride, words: vec![0; objects * stride] }
     }
 
-    /// Notes a plane of the block at a position.
-    pub(crate) fn tick(&mut self, block: usize, plane: usize) {
-        let word = block * self.planes.div_ceil(64) + plane / 64;
-        if let Some(word) = self.words.get_mut(word).filter(|_| plane < self.planes) {
+    /// Notes a plane of the object at a position.
+    pub(crate) fn tick(&mut self, object: usize, plane: usize) {
+        let word = object * self.stride + plane / 64;
+        if let Some(word) = self.words.get_mut(word).filter(|_| plane / 64 < self.stride) {
             *word |= 1 << (plane % 64);
         }
     }
@@ -148,13 +167,10 @@ impl Ticks {
         }
     }
 
-    /// Blocks of which every plane is there.
-    fn whole(&self) -> usize {
-        if self.planes == 0 {
-            return 0;
-        }
-        let ticked = |words: &&[u64]| words.iter().map(|word| word.count_ones() as usize).sum::<usize>();
-        self.words.chunks_exact(self.planes.div_ceil(64)).filter(|words| ticked(words) == self.planes).count()
+    /// Whether all of an object's planes, of which there are some, are there.
+    fn has(&self, object: usize, planes: usize) -> bool {
+        let words = &self.words[object * self.stride..(object + 1) * self.stride];
+        planes > 0 && words.iter().map(|word| word.count_ones() as usize).sum::<usize>() == planes
     }
 }
 

@@ -31,6 +31,8 @@ use serde_json::json;
 
 use crate::access::Rule;
 use crate::auth::Authenticator;
+#[cfg(any(test, feature = "fuzzing"))]
+use crate::chat_template::conversation::Conversation;
 use crate::node::Node;
 use crate::principal::Role;
 use crate::serve::TlsFiles;
@@ -51,6 +53,16 @@ pub(crate) struct Site {
     decoder: Arc<DecoderService>,
     replay: Arc<Replay>,
     censuses: Arc<Censuses>,
+}
+
+/// For fuzzing: the conversations that a body is, by the APIs that take it; and whether any takes it, one without conversation
+/// included.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(body: &[u8]) -> (Vec<Conversation>, bool) {
+    let heard = [openai::hear_chat(body), anthropic::hear(body)];
+    let conversations: Vec<_> = heard.into_iter().filter_map(Result::ok).collect();
+    let accepted = openai::hear_text(body).is_ok() || !conversations.is_empty();
+    (conversations, accepted)
 }
 
 impl Site {

@@ -94,6 +94,13 @@ impl Keys {
             let (number, month, owner, key) = unwrap(&bytes, &root_key).with_context(|| {
                 format!("{} does not open with the key of {}", path.display(), root.display())
             })?;
+            // A copy under another name would bring back, at the next start, what was destroyed under its own.
+            let own = name(number);
+            ensure!(
+                path.file_name().is_some_and(|found| *found == *own),
+                "{} is a copy of {own}, which an erasure would miss: move it away",
+                path.display()
+            );
             state.current.insert((owner.clone(), month), number);
             state.keys.insert(number, DataKey { owner, key });
         }
@@ -162,17 +169,7 @@ impl Keys {
     /// Written under another name, flushed, then renamed: nothing is ever sealed by a key that a crash could take away.
     fn save(&self, number: u32, month: u32, owner: &str, key: &[u8; KEY_BYTES]) -> anyhow::Result<()> {
         ensure!(owner.len() <= MAX_OWNER_BYTES, "an owner's name of {} bytes", owner.len());
-        let mut bytes = head(number, month, owner);
-        let nonce: [u8; NONCE_LEN] = self.random_bytes()?;
-        let mut wrapped = key.to_vec();
-        let sealed = self.root.seal_in_place_append_tag(
-            Nonce::assume_unique_for_key(nonce),
-            Aad::from(&bytes[..]),
-            &mut wrapped,
-        );
-        sealed.map_err(|_| anyhow::anyhow!("a data key cannot be wrapped"))?;
-        bytes.extend(nonce);
-        bytes.extend(wrapped);
+        let bytes = wrap(head(number, month, owner), self.random_bytes()?, key, &self.root)?;
         let (path, draft) = (self.path(number), self.dir.join("draft"));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
         file.write_all(&bytes)?;
@@ -183,7 +180,7 @@ impl Keys {
     }
 
     fn path(&self, number: u32) -> PathBuf {
-        self.dir.join(format!("{number:08x}.dek"))
+        self.dir.join(name(number))
     }
 
     fn random_bytes<const N: usize>(&self) -> anyhow::Result<[u8; N]> {
@@ -265,6 +262,28 @@ fn head(number: u32, month: u32, owner: &str) -> Vec<u8> {
     head
 }
 
+/// The file of a data key.
+fn name(number: u32) -> String {
+    format!("{number:08x}.dek")
+}
+
+/// What stands in it behind its head.
+fn wrap(
+    head: Vec<u8>,
+    nonce: [u8; NONCE_LEN],
+    key: &[u8; KEY_BYTES],
+    root: &LessSafeKey,
+) -> anyhow::Result<Vec<u8>> {
+    let mut wrapped = key.to_vec();
+    let sealed = root.seal_in_place_append_tag(
+        Nonce::assume_unique_for_key(nonce),
+        Aad::from(&head[..]),
+        &mut wrapped,
+    );
+    sealed.map_err(|_| anyhow::anyhow!("a data key cannot be wrapped"))?;
+    Ok([&head[..], &nonce, &wrapped].concat())
+}
+
 /// Number, month, owner and key of a wrapped data key.
 fn unwrap(bytes: &[u8], root: &LessSafeKey) -> anyhow::Result<(u32, u32, String, [u8; KEY_BYTES])> {
     let (fixed, rest) = bytes.split_at_checked(FIXED_BYTES).context("the file is cut short")?;
@@ -273,6 +292,11 @@ fn unwrap(bytes: &[u8], root: &LessSafeKey) -> anyhow::Result<(u32, u32, String,
     let version = u16::from_le_bytes([fixed[8], fixed[9]]);
     ensure!(version == VERSION, "the file has version {version}, this build knows {VERSION}");
     let owner_len = usize::from(u16::from_le_bytes([fixed[10], fixed[11]]));
+    ensure!(
+        owner_len <= MAX_OWNER_BYTES,
+        "its owner's name has {owner_len} bytes, at most {MAX_OWNER_BYTES}"
+    );
+    ensure!(number(12) != 0, "the file has the number 0, which no key has");
     let (owner, rest) = rest.split_at_checked(owner_len).context("the file is cut short")?;
     let (nonce, wrapped) = rest.split_first_chunk::<NONCE_LEN>().context("the file is cut short")?;
     let mut wrapped = wrapped.to_vec();
@@ -290,15 +314,54 @@ fn root_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
     let bytes = fs::read(path).with_context(|| {
         format!("cannot read the root key {0}; one is made by: head -c 32 /dev/urandom > {0}", path.display())
     })?;
-    if let Ok(key) = bytes.as_slice().try_into() {
-        return Ok(key);
-    }
-    let text = std::str::from_utf8(&bytes).unwrap_or_default().trim();
-    let digit = |at: usize| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
-    let digits: Option<Vec<u8>> = (0..text.len()).step_by(2).map(digit).collect();
-    digits.and_then(|digits| digits.try_into().ok()).with_context(|| {
+    parse_root(&bytes).with_context(|| {
         format!("{} must hold 32 bytes or 64 hexadecimal digits, has {} bytes", path.display(), bytes.len())
     })
+}
+
+fn parse_root(bytes: &[u8]) -> Option<[u8; KEY_BYTES]> {
+    if let Ok(key) = bytes.try_into() {
+        return Some(key);
+    }
+    // `from_str_radix` alone takes a sign for a digit.
+    let text = std::str::from_utf8(bytes).ok()?.trim();
+    let text = Some(text).filter(|text| text.bytes().all(|byte| byte.is_ascii_hexdigit()))?;
+    let digit = |at: usize| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
+    let digits: Option<Vec<u8>> = (0..text.len()).step_by(2).map(digit).collect();
+    digits?.try_into().ok()
+}
+
+/// For fuzzing: a root key; a wrapped key as it is, and its head wrapped anew, since nobody guesses a tag. Whether one opens.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let opens = parse_root(bytes);
+    if let Some(key) = opens {
+        let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(parse_root(hex.as_bytes()), Some(key));
+    }
+    let root = LessSafeKey::new(unbound(&[9; KEY_BYTES]));
+    let accept = |bytes: &[u8]| {
+        let Ok((number, month, owner, key)) = unwrap(bytes, &root) else { return false };
+        assert!(number != 0 && owner.len() <= MAX_OWNER_BYTES);
+        let nonce = *bytes[FIXED_BYTES + owner.len()..].first_chunk().expect("it was unwrapped");
+        let again = wrap(head(number, month, &owner), nonce, &key, &root);
+        assert_eq!(again.expect("as before"), bytes, "a key that does not come back");
+        true
+    };
+    let head_bytes =
+        bytes.get(10..12).map_or(0, |len| FIXED_BYTES + usize::from(u16::from_le_bytes([len[0], len[1]])));
+    let again = bytes.get(..head_bytes).filter(|head| !head.is_empty()).map(|head| {
+        accept(&wrap(head.to_vec(), [1; NONCE_LEN], &[2; KEY_BYTES], &root).expect("a short one"))
+    });
+    accept(bytes) | again.unwrap_or(false) | opens.is_some()
+}
+
+/// A wrapped key and a root key, for the corpus of fuzzers.
+#[cfg(test)]
+pub(crate) fn samples() -> [(&'static str, Vec<u8>); 2] {
+    let root = LessSafeKey::new(unbound(&[9; KEY_BYTES]));
+    let wrapped = wrap(head(7, 24_322, "private/acme#1"), [1; NONCE_LEN], &[2; KEY_BYTES], &root);
+    [("wrapped", wrapped.expect("a short one")), ("root", [9; KEY_BYTES].to_vec())]
 }
 
 /// Months since the year 0, by the Gregorian calendar.
@@ -326,6 +389,20 @@ mod tests {
         let root = dir.path().join("root.key");
         fs::write(&root, [9; 32]).unwrap();
         (dir, root)
+    }
+
+    #[test]
+    fn a_copy_of_a_key_under_another_name_is_not_taken() {
+        let (dir, root) = folder();
+        let keys = Keys::open(dir.path(), &root).unwrap();
+        keys.own(SCOPE, "private/acme#1");
+        keys.begin(SCOPE).unwrap();
+        drop(keys);
+        let own = fs::read_dir(dir.path().join("keys")).unwrap().next().unwrap().unwrap().path();
+        assert!(Keys::open(dir.path(), &root).is_ok());
+        fs::copy(&own, own.with_file_name("copy.dek")).unwrap();
+        let refused = format!("{:#}", Keys::open(dir.path(), &root).err().unwrap());
+        assert!(refused.contains("copy.dek") && refused.contains("move it away"), "{refused}");
     }
 
     #[test]

@@ -12,14 +12,14 @@
 
 mod commit;
 pub(crate) mod frame;
-mod head;
+pub(crate) mod head;
 mod hooks;
 mod id;
-mod index;
-mod log;
+pub(crate) mod index;
+pub(crate) mod log;
 mod reader;
 mod recovery;
-mod segment;
+pub(crate) mod segment;
 pub(crate) mod storage;
 pub(crate) mod sums;
 mod time;

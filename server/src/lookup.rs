@@ -1,9 +1,12 @@
 //! Lookup: which prefix lengths of a prompt can be resumed exactly, in which of the caller's scopes.
 //!
 //! A prefix of `n` tokens can be resumed if every block up to `n` is stored and, for a layout with state groups, the state at
-//! `n`; and if at least one token of the prompt is behind it, whose logits are what the caller came for. Every scope has names
-//! of its own for the same tokens; the first scope, in the order private, org, public, with the longest answer gives it. What is
-//! not stored, not the caller's, expired, evicted or erased is equally absent.
+//! `n`; and if at least one token of the prompt is behind it, whose logits are what the caller came for. Off the block grid it
+//! takes the blocks before `n` and the state at `n`, which brings the rows between. Every scope has names of its own for the same
+//! tokens; the first scope, in the order private, org, public, with the longest answer gives it. What is not stored, not the
+//! caller's, expired, evicted or erased is equally absent.
+
+mod tails;
 
 use std::sync::Arc;
 
@@ -17,6 +20,7 @@ use esker_store::{Found, Pins, Store};
 
 use crate::staging::Staging;
 use crate::writers::Sight;
+pub(crate) use tails::Tails;
 
 /// Most resume points listed in a reply; the greatest is always among them.
 const MAX_RESUME_POINTS: usize = 8;
@@ -44,7 +48,7 @@ pub(crate) struct Answer {
     pub(crate) prompt_given: bool,
     /// Blocks that are there: the position of each in the prefix, and the block. A run from 0 on if the prefix is a chain.
     pub(crate) blocks: Vec<(usize, Found)>,
-    /// States that are there, by boundary, ascending.
+    /// States that are there, by boundary, ascending; of a layout without state groups those off the block grid.
     pub(crate) states: Vec<Found>,
     /// Whether each block continues the one before it.
     pub(crate) chained: bool,
@@ -57,8 +61,10 @@ pub(crate) struct Answer {
 }
 
 /// Where in a scope a prefix is, by names.
-struct Names {
+struct Names<'a> {
     hashes: Vec<BlockHash>,
+    /// What names it off the block grid, where that is known; in each of these scopes.
+    tails: Vec<Tails<'a>>,
     /// Only what is in one of these scopes counts, where the names do not say it.
     only: Option<Vec<ScopeTag>>,
 }
@@ -69,7 +75,7 @@ impl Question {
         let block_tokens = self.layout.block_tokens() as usize;
         let given = match &self.names {
             PrefixNames::Tokens(tokens) => return (tokens.len() - 1) / block_tokens,
-            PrefixNames::Hashes(hashes) => hashes.len(),
+            PrefixNames::Hashes(hashes, _) => hashes.len(),
             PrefixNames::Engine { hashes, .. } => hashes.len(),
         };
         let by_length = self.prompt_tokens.saturating_sub(1) / u64::from(self.layout.block_tokens());
@@ -89,6 +95,9 @@ impl Question {
         match &self.names {
             PrefixNames::Tokens(tokens) => tokens.len() as u64,
             _ if self.prompt_tokens > 0 => self.prompt_tokens,
+            PrefixNames::Hashes(hashes, tail) if !tail.is_empty() => {
+                hashes.len() as u64 * u64::from(self.layout.block_tokens()) + tail.len() as u64
+            }
             _ => self.blocks() as u64 * u64::from(self.layout.block_tokens()) + 1,
         }
     }
@@ -99,7 +108,8 @@ impl Question {
 
     /// Which of the scopes an answer is from: private, org or public.
     pub(crate) fn scope_of(&self, answer: &Answer) -> &'static str {
-        let found = answer.blocks.first().map(|(_, block)| block.scope);
+        let first = answer.blocks.first().map(|(_, block)| block).or(answer.states.first());
+        let found = first.map(|found| found.scope);
         // In the order in which they are asked: the caller's own first, the one of all last.
         match self.scopes.iter().position(|scope| Some(scope.tag()) == found) {
             None | Some(0) => "private",
@@ -139,33 +149,43 @@ impl Question {
         best.unwrap_or_else(|| self.nothing())
     }
 
-    fn names_by_scope<'a>(&'a self, store: &'a Store, blocks: usize) -> impl Iterator<Item = Names> + 'a {
-        let by_hashes = matches!(self.names, PrefixNames::Hashes(_));
+    fn names_by_scope<'a>(&'a self, store: &'a Store, blocks: usize) -> impl Iterator<Item = Names<'a>> + 'a {
+        let by_hashes = matches!(self.names, PrefixNames::Hashes(..));
         // Hashes are of one scope already: they are asked for once.
         let scopes = if by_hashes { &self.scopes[..1] } else { &self.scopes[..] };
         // The first scope is always asked; an empty shared one costs nothing.
         let asked =
             scopes.iter().enumerate().filter(|(at, scope)| *at == 0 || store.scope_bytes(scope.tag()) > 0);
+        let block_tokens = self.layout.block_tokens();
+        let tails = move |scope, first_block, tokens| Tails {
+            namespace: self.namespace,
+            scope,
+            block_tokens,
+            first_block,
+            from_block: 0,
+            tokens,
+            below: self.prompt_tokens(),
+        };
         asked.map(move |(_, scope)| match &self.names {
             PrefixNames::Tokens(tokens) => {
-                let block_tokens = self.layout.block_tokens();
                 let whole = &tokens[..blocks * block_tokens as usize];
                 let (_, hashes) = Chain::hashes(scope, self.namespace, block_tokens, whole);
-                Names { hashes, only: None }
+                Names { hashes, tails: vec![tails(scope, 0, tokens)], only: None }
             }
-            PrefixNames::Hashes(hashes) => Names {
+            PrefixNames::Hashes(hashes, tail) => Names {
                 hashes: hashes[..blocks].to_vec(),
+                tails: self.scopes.iter().map(|scope| tails(scope, hashes.len(), tail)).collect(),
                 only: Some(self.scopes.iter().map(ScopeKey::tag).collect()),
             },
             PrefixNames::Engine { hashes, .. } => {
                 let names = hashes[..blocks].iter().map(|hash| rekey(scope, self.namespace, 0, hash));
-                Names { hashes: names.collect(), only: None }
+                Names { hashes: names.collect(), tails: Vec::new(), only: None }
             }
         })
     }
 
-    fn search_in(&self, store: &Store, names: Names, asked_blocks: usize) -> Answer {
-        let Names { hashes, only } = names;
+    fn search_in(&self, store: &Store, names: Names<'_>, asked_blocks: usize) -> Answer {
+        let Names { hashes, tails, only } = names;
         let ids = |kind| hashes.iter().map(move |&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
         let ours = |found: &Found| {
             found.namespace == self.namespace
@@ -185,13 +205,24 @@ impl Question {
             // A coarse group is whole at multiples of its grain only; grains are powers of two, so the coarsest decides.
             blocks.truncate(run_blocks / self.grain() * self.grain());
         }
-        let states = if chained && has_states(&self.layout) {
+        let mut states: Vec<Found> = if chained && self.layout.has_states() {
             let ids = ids(ObjectKind::State);
             let found = store.get(&ids[..blocks.len()]).into_iter().flatten();
             found.filter(ours).filter(|state| is_multiple(state.tokens, &self.layout)).collect()
         } else {
             Vec::new()
         };
+        let (hashes_there, scope) = (&hashes[..blocks.len()], blocks.last().map(|(_, block)| block.scope));
+        for mut tails in
+            tails.into_iter().filter(|tails| scope.is_none_or(|scope| scope == tails.scope.tag()))
+        {
+            if !self.layout.has_states() {
+                // Whole blocks can be resumed as they are, so only what lies behind all of them is worth finding.
+                tails.from_block = blocks.len();
+            }
+            states.extend(tails.find(store, hashes_there, MAX_RESUME_POINTS, ours));
+        }
+        states.sort_by_key(|state| state.tokens);
         let (layout, prompt_tokens) = (Arc::clone(&self.layout), self.prompt_tokens());
         let prompt_given = self.prompt_given();
         Answer {
@@ -238,22 +269,21 @@ impl Answer {
         run as u64 * self.block_tokens()
     }
 
+    /// Whether nothing can be resumed without a state.
+    fn needs_states(&self) -> bool {
+        self.layout.has_states() && self.chained
+    }
+
     /// The greatest prefix that can be resumed; 0 for none.
     pub(crate) fn best(&self) -> u64 {
-        if has_states(&self.layout) && self.chained {
-            self.states.last().map_or(0, |state| state.tokens)
-        } else {
-            self.history_tokens()
-        }
+        let with_state = self.states.last().map_or(0, |state| state.tokens);
+        if self.needs_states() { with_state } else { with_state.max(self.history_tokens()) }
     }
 
     /// Whether a prefix of this many tokens can be resumed.
     pub(crate) fn is_resumable(&self, tokens: u64) -> bool {
-        if has_states(&self.layout) && self.chained {
-            self.states.iter().any(|state| state.tokens == tokens)
-        } else {
-            tokens > 0 && tokens <= self.history_tokens() && is_multiple(tokens, &self.layout)
-        }
+        let of_blocks = || tokens > 0 && tokens <= self.history_tokens() && is_multiple(tokens, &self.layout);
+        self.states.iter().any(|state| state.tokens == tokens) || !self.needs_states() && of_blocks()
     }
 
     /// The most tokens that an account may say came from this grant.
@@ -272,12 +302,14 @@ impl Answer {
 
     /// Prefix lengths worth listing, descending.
     pub(crate) fn resume_points(&self) -> Vec<u64> {
-        if has_states(&self.layout) && self.chained {
-            self.states.iter().rev().take(MAX_RESUME_POINTS).map(|state| state.tokens).collect()
-        } else {
-            // Every shorter one can be resumed as well.
-            Some(self.best()).filter(|&best| best > 0).into_iter().collect()
+        let mut points: Vec<u64> = self.states.iter().map(|state| state.tokens).collect();
+        if !self.needs_states() {
+            // Of whole blocks the most: every shorter one can be resumed as well.
+            points.extend(Some(self.history_tokens()).filter(|&tokens| tokens > 0));
         }
+        points.sort_unstable_by(|a, b| b.cmp(a));
+        points.truncate(MAX_RESUME_POINTS);
+        points
     }
 
     /// What a pin has to hold.
@@ -315,9 +347,10 @@ impl Answer {
     fn resumable(&self) -> Bytes {
         let mut bits = vec![0_u8; self.blocks.last().map_or(0, |(last, _)| last / 8 + 1)];
         let mut set = |at: usize| bits[at / 8] |= 1 << (at % 8);
-        if has_states(&self.layout) && self.chained {
+        if self.needs_states() {
+            let on_grid = self.states.iter().filter(|state| state.tokens.is_multiple_of(self.block_tokens()));
             let at = |state: &Found| usize::try_from(state.tokens / self.block_tokens()).unwrap_or(1) - 1;
-            self.states.iter().map(at).for_each(&mut set);
+            on_grid.map(at).for_each(&mut set);
         } else {
             let resumable =
                 |at: usize| !self.chained || (at + 1).is_multiple_of(self.layout.grain_blocks() as usize);
@@ -329,7 +362,9 @@ impl Answer {
     /// Whether the state at a resume point lacks the optional group: its object is shorter by just that.
     fn lacks_optional(&self, tokens: u64) -> bool {
         let state = self.states.iter().find(|state| state.tokens == tokens);
-        state.is_some_and(|state| state.raw_bytes < self.layout.object_bytes(ObjectKind::State))
+        state.is_some_and(|state| {
+            state.raw_bytes < self.layout.object_bytes_at(ObjectKind::State, state.tokens)
+        })
     }
 
     /// Up to where a history group is there: stored, or waiting for the other groups of its blocks.
@@ -373,10 +408,6 @@ impl Answer {
     }
 }
 
-fn has_states(layout: &KvLayout) -> bool {
-    !layout.planes(ObjectKind::State).is_empty()
-}
-
 /// Whether a prefix ends where the coarsest group does.
 fn is_multiple(tokens: u64, layout: &KvLayout) -> bool {
     let block_tokens = u64::from(layout.block_tokens());
@@ -385,17 +416,25 @@ fn is_multiple(tokens: u64, layout: &KvLayout) -> bool {
 
 fn resume_point(layout: &KvLayout, tokens: u64, lacks_optional: bool) -> v1::ResumePoint {
     let blocks = tokens / u64::from(layout.block_tokens());
-    let missing = |group: &&Group| lacks_optional && group.optional;
-    let bytes_by_group = layout.groups().iter().filter(|group| !missing(group)).map(|group| {
-        let object = u64::from(group.rows) * group.row_bytes() * group.layers.len() as u64;
-        let objects = if group.family == Family::State { 1 } else { blocks / u64::from(group.grain_blocks) };
-        v1::GroupBytes { group: group.name.clone(), bytes: object * objects }
-    });
-    let missing_optional = layout.groups().iter().filter(missing).map(|group| group.name.clone());
+    let missing = |group: &Group| lacks_optional && group.optional;
+    let at_end = layout.planes_at(ObjectKind::State, tokens);
+    let bytes_by_group = layout.groups().iter().zip(0..).filter(|(group, _)| !missing(group)).map(
+        |(group, index): (&Group, u16)| {
+            let of_state = at_end.iter().filter(|plane| plane.group == index);
+            let of_state: u64 = of_state.map(|plane| plane.len_bytes).sum();
+            let of_block = u64::from(group.rows) * group.row_bytes() * group.layers.len() as u64;
+            let of_blocks = match group.family {
+                Family::History => of_block * (blocks / u64::from(group.grain_blocks)),
+                Family::State => 0,
+            };
+            v1::GroupBytes { group: group.name.clone(), bytes: of_blocks + of_state }
+        },
+    );
+    let missing_optional = layout.groups().iter().filter(|group| missing(group));
     v1::ResumePoint {
         tokens,
         bytes_by_group: bytes_by_group.collect(),
-        missing_optional: missing_optional.collect(),
+        missing_optional: missing_optional.map(|group| group.name.clone()).collect(),
     }
 }
 

@@ -195,6 +195,8 @@ impl Metrics {
             answer.asked_tokens(),
             if answer.chained { answer.best() } else { answer.blocks.len() as u64 * block_tokens },
         );
+        // What is found inside a block is more than its whole blocks.
+        let asked = asked.max(hit);
         let no_state = if answer.chained { answer.history_tokens().saturating_sub(hit) } else { 0 };
         let tail = answer.prompt_tokens.saturating_sub(asked);
         self.hits(

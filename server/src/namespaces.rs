@@ -7,7 +7,7 @@ use esker_prefix::{KvLayout, NamespaceId, ObjectKind};
 use esker_store::{PutObject, Store, StoreError};
 
 /// Largest object of a namespace, 64 MiB: what one put may hold in memory before it can be committed.
-const MAX_OBJECT_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_OBJECT_BYTES: u64 = 64 << 20;
 /// Most namespaces of one node; each holds its layout in memory.
 const MAX_NAMESPACES: usize = 10_000;
 

@@ -85,8 +85,13 @@ impl Policy {
     fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the policy {}", path.display()))?;
+        Self::parse(&text, path)
+    }
+
+    /// `path` is that of the file, beside which others are looked for.
+    fn parse(text: &str, path: &Path) -> anyhow::Result<Self> {
         let mut policy: Self =
-            toml::from_str(&text).with_context(|| format!("the policy {} is not usable", path.display()))?;
+            toml::from_str(text).with_context(|| format!("the policy {} is not usable", path.display()))?;
         for (tenant, rules) in &policy.tenants {
             let names = std::iter::once(&tenant.0).chain(&rules.org).chain(rules.service_accounts.keys());
             let unknown = rules.local_uids.keys().find(|name| !rules.service_accounts.contains_key(*name));
@@ -125,6 +130,28 @@ impl Policy {
         }
         Ok(policy)
     }
+}
+
+/// For fuzzing: a policy. Whether it can be used.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let text = std::str::from_utf8(bytes).ok();
+    let policy = text.and_then(|text| Policy::parse(text, Path::new("/etc/esker/policy.toml")).ok());
+    let Some(policy) = policy else { return false };
+    let mut uids: Vec<u32> = Vec::new();
+    for (tenant, rules) in &policy.tenants {
+        assert!(
+            is_name(&tenant.0)
+                && rules.org.iter().chain(rules.service_accounts.keys()).all(|name| is_name(name))
+        );
+        assert!(rules.local_uids.keys().all(|account| rules.service_accounts.contains_key(account)));
+        uids.extend(rules.local_uids.values().flatten());
+    }
+    let all = uids.len();
+    uids.sort_unstable();
+    uids.dedup();
+    assert_eq!(uids.len(), all, "a uid speaks for one account");
+    true
 }
 
 /// A policy that follows its file.

@@ -194,6 +194,35 @@ pub(crate) fn decimal(micro_units: i128) -> String {
     format!("{sign}{whole}.{part:06}")
 }
 
+/// For fuzzing: a price file, and what the least and the most usage costs by it. Whether it can be used.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let Some(file) = std::str::from_utf8(bytes).ok().and_then(|text| PriceFile::parse(text).ok()) else {
+        return false;
+    };
+    let writes =
+        v1::WriteTokens { ttl_5m: u64::MAX, ttl_1h: u64::MAX, lease: u64::MAX, ..Default::default() };
+    let most = v1::UsageSums {
+        hit_tokens: u64::MAX,
+        miss_tokens: u64::MAX,
+        prompt_tokens: u64::MAX,
+        completion_tokens: u64::MAX,
+        stored_byte_seconds: u64::MAX,
+        pinned_byte_seconds: u64::MAX,
+        write_tokens: Some(writes),
+        ..Default::default()
+    };
+    for tenant in file.tenants.keys().map(String::as_str).chain(["another"]) {
+        let prices = file.of(tenant);
+        assert_eq!(rate(&v1::UsageSums::default(), &prices), Amounts::default(), "nothing costs nothing");
+        let mut amounts = rate(&most, &prices);
+        let once = amounts.total();
+        amounts.add(&amounts.clone());
+        assert!(amounts.total() >= once && !decimal(amounts.saved()).is_empty());
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,8 +40,11 @@ struct Record {
     tokens: u64,
     resume_tokens: u64,
     keep_s: u64,
-    /// Of the state that the session holds, to be let go when a newer one takes its place.
+    /// Of the states that the session holds, to be let go when newer ones take their place: the newest, and the one at the
+    /// last block boundary, for who has other last tokens.
     state: Option<String>,
+    #[serde(default)]
+    boundary_state: Option<String>,
     end: String,
 }
 
@@ -90,30 +93,37 @@ impl Sessions {
         }
         // Pinned until the lease holds it.
         let (answer, pins) = question.answer(&node.store, true);
-        let Some((_, end)) = answer.blocks.last() else {
+        let block_tokens = u64::from(answer.layout.block_tokens());
+        let newest = answer.states.last().filter(|state| state.tokens == answer.best());
+        let at_boundary = answer.states.iter().rfind(|state| state.tokens.is_multiple_of(block_tokens));
+        let (state, boundary_state) = (newest.map(|state| state.id), at_boundary.map(|state| state.id));
+        let end = answer.blocks.last().map(|(_, end)| end.id);
+        let mut ends: Vec<ObjectId> = end.into_iter().chain(state).chain(boundary_state).collect();
+        ends.dedup();
+        let Some(end) = ends.first() else {
             return Err(Status::failed_precondition(
                 "nothing of this prefix is stored: put its blocks before a session is to keep them",
             ));
         };
-        let state = answer.states.last().map(|state| state.id);
-        let ends: Vec<ObjectId> = std::iter::once(end.id).chain(state).collect();
         let record = Record {
             namespace: question.namespace.to_hex(),
             user: user.to_owned(),
-            tokens: answer.history_tokens(),
+            tokens: answer.history_tokens().max(answer.best()),
             resume_tokens: answer.best(),
             keep_s,
             state: state.map(|state| state.hash.to_hex()),
-            end: end.id.hash.to_hex(),
+            boundary_state: boundary_state.map(|state| state.hash.to_hex()),
+            end: end.hash.to_hex(),
         };
         let lease = self.lease(node, tenant, name, &ends, keep_s)?;
         self.write(tenant, name, &record)?;
         drop(pins);
-        if let Some(old) =
-            before.and_then(|before| before.state).filter(|old| Some(old) != record.state.as_ref())
-            && let Ok(hash) = BlockHash::from_hex(&old)
-        {
-            node.store.supersede(ObjectId { kind: ObjectKind::State, hash });
+        let now = [&record.state, &record.boundary_state];
+        let old = before.into_iter().flat_map(|before| [before.state, before.boundary_state]);
+        for old in old.filter(|old| !now.contains(&old)).flatten() {
+            if let Ok(hash) = BlockHash::from_hex(&old) {
+                node.store.supersede(ObjectId { kind: ObjectKind::State, hash });
+            }
         }
         session(name.to_owned(), &record, Some(&lease), node)
     }
@@ -354,7 +364,7 @@ fn from_store(error: &StoreError) -> Status {
     }
 }
 
-/// The question for the prefix that a session is to keep: all whole blocks of it.
+/// The question for the prefix that a session is to keep: all of it that is stored.
 pub(crate) fn question(
     node: &Node,
     principal: &Principal,
@@ -370,7 +380,7 @@ pub(crate) fn question(
     // Only what is the tenant's own: what others published is theirs to keep.
     let scopes = node.tenants.readable(principal, user)?.into_iter().take(1).collect();
     let mut tokens = tokens;
-    // A session keeps the last whole block as well, though a prompt that ends with it could not use it.
+    // A session keeps the end as well, though a prompt that ends there could not use it.
     tokens.push(esker_prefix::TokenId(0));
     let (names, sight) = (PrefixNames::Tokens(tokens), node.tenants.sight(&principal.tenant));
     Ok(Question { namespace, layout, names, prompt_tokens: 0, scopes, sight })

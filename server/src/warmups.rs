@@ -8,7 +8,7 @@
 //! Prompts are forgotten as soon as a job has ended, whichever way; of ended jobs a tenant's newest [`MAX_JOBS`] are
 //! remembered.
 
-mod job;
+pub(crate) mod job;
 mod plan;
 mod run;
 
@@ -271,7 +271,7 @@ impl Warmups {
             let record = job.record.borrow();
             if !record.has_ended() {
                 totals.queued += u64::from(!jobs.is_running(job));
-                totals.tokens_left += record.tokens_left();
+                totals.tokens_left = totals.tokens_left.saturating_add(record.tokens_left());
             }
         }
         totals

@@ -10,7 +10,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use esker_prefix::{ObjectId, ScopeKey, ScopeTag, WriterId};
 use esker_store::{Found, Store};
 
@@ -71,7 +71,9 @@ impl Writers {
             return Ok(number);
         }
         ensure!(known.numbers.len() < MAX_WRITERS, "{MAX_WRITERS} accounts have put something, the limit");
-        let number = WriterId(known.newest + 1);
+        // The one after the last would be that of nobody.
+        let number =
+            known.newest.checked_add(1).map(WriterId).context("the numbers of writers are used up")?;
         self.control.put(Table::Writers, &name, &number.0)?;
         known.add(name, number);
         Ok(number)

@@ -251,6 +251,11 @@ impl Node {
         }
     }
 
+    /// Waits until a conversation that goes on from here is resumed at its very end: what is stored last of a turn.
+    pub async fn parked(&self, tokens: &[TokenId]) -> Result<()> {
+        self.resumable(&[tokens, &tokens[..1]].concat(), tokens.len() as u64).await
+    }
+
     /// Waits until a prompt of this length can be resumed there: the state behind its last block comes after that block.
     pub async fn resumable(&self, tokens: &[TokenId], at: u64) -> Result<()> {
         let namespace = check_namespace_id(&self.client.describe().await?.namespace)?;
@@ -344,7 +349,7 @@ impl Fetched {
         }
         counts
             .into_iter()
-            .filter(|((kind, _), count)| *count == prompt.layout.planes(*kind).len())
+            .filter(|((kind, tokens), count)| *count == prompt.layout.planes_at(*kind, *tokens).len())
             .map(|c| c.0)
             .collect()
     }

@@ -45,7 +45,7 @@ impl Prompt {
 
     /// The object that completes a prefix.
     pub fn object(&self, kind: ObjectKind, tokens: u64) -> Object {
-        let planes = 0..self.layout.planes(kind).len();
+        let planes = 0..self.layout.planes_at(kind, tokens).len();
         Object { kind, tokens, planes: planes.map(|plane| self.plane(kind, tokens, plane)).collect() }
     }
 
@@ -53,7 +53,8 @@ impl Prompt {
     pub fn plane(&self, kind: ObjectKind, tokens: u64, plane: usize) -> Bytes {
         let mut random = Random(self.seed ^ tokens << 20 ^ (plane as u64) << 40 ^ (kind as u64) << 56);
         let mask = if plane.is_multiple_of(2) { u64::MAX } else { 0x0303_0303_0303_0303 };
-        let len = usize::try_from(self.layout.planes(kind)[plane].len_bytes).expect("a plane fits in memory");
+        let len = usize::try_from(self.layout.planes_at(kind, tokens)[plane].len_bytes)
+            .expect("a plane fits in memory");
         let mut bytes: Vec<u8> =
             (0..len.div_ceil(8)).flat_map(|_| (random.number() & mask).to_le_bytes()).collect();
         bytes.truncate(len);

@@ -144,11 +144,11 @@ async fn a_put_that_does_not_match_the_table() -> Result<()> {
         (steps[1..].to_vec(), "the first message of a put must be `prefix`"),
         ([&steps[..1], &steps[..1]].concat(), "a put has one `prefix`"),
         (vec![], "the first message of a put must be `prefix`"),
-        (put_steps(&prompt, vec![at(&prompt, 100)]), "an object at 100 tokens does not fit"),
-        (put_steps(&prompt, vec![at(&prompt, 0)]), "an object at 0 tokens does not fit"),
+        (put_steps(&prompt, vec![at(&prompt, 100)]), "a block at 100 tokens does not fit"),
+        (put_steps(&prompt, vec![at(&prompt, 0)]), "a block at 0 tokens does not fit"),
         (
             put_steps(&prompt, vec![at(&prompt, 256)]),
-            "the prefix of this put has 3 whole blocks of 64 tokens",
+            "the prefix of this put has 193 tokens, 3 whole blocks of 64",
         ),
         (put_steps(&prompt, vec![at(&prompt, u64::MAX / 64 * 64)]), "does not fit"),
     ];

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use esker_client::v1;
+use esker_client::{Object, v1};
 use esker_prefix::{Dtype, Family, Field, Group, KvLayout, ObjectKind, TokenId};
 use esker_proto::chunks;
 use esker_tests::{Node, Prompt, change, records, scratch, staged_layout};
@@ -29,6 +29,7 @@ fn group(name: &str, family: Family) -> Group {
         plane_layers: 1,
         optional: false,
         grain_blocks: 1,
+        run_tokens: 0,
     }
 }
 
@@ -202,21 +203,127 @@ async fn l6_a_fork_between_two_states() -> Result<()> {
 }
 
 #[tokio::test]
-async fn l7_and_l8_without_a_state_off_the_grid() -> Result<()> {
+async fn l7_a_prompt_shorter_than_a_block() -> Result<()> {
     let folder = scratch();
-    let (node, prompt) = ready(&folder.path().join("data"), &windowed()?, 15).await?;
-    node.store(&prompt, [prompt.blocks(1..=15), vec![prompt.state(8), prompt.state(14)]].concat()).await?;
-    let mut brief = prompt.clone();
-    brief.tokens.truncate(100);
-    assert_eq!(
-        short(&node.lookup(&brief).await?),
-        (0, vec![], 0),
-        "shorter than a block: no error, no rounding"
-    );
-    // The output ended at 1,900; the next prompt has another token at 1,899.
+    // Windows and all; without state groups the rows are what a state off the grid is for.
+    for (data, layout) in [("windowed", windowed()?), ("flat", flat()?)] {
+        let (node, turn) = ready(&folder.path().join(data), &layout, 1).await?;
+        let shorter = |tokens: usize| {
+            let mut shorter = turn.clone();
+            shorter.tokens.truncate(tokens);
+            shorter
+        };
+        assert_eq!(short(&node.lookup(&shorter(100)).await?), (0, vec![], 0), "no error, no rounding");
+        node.store(&shorter(90), vec![turn.object(ObjectKind::State, 90)]).await?;
+        let found = node.lookup(&shorter(100)).await?;
+        assert_eq!(short(&found), (0, vec![90], 0));
+        // Its last token has to be computed, and all of them have to be the same.
+        assert_eq!(short(&node.lookup(&shorter(90)).await?), (0, vec![], 0));
+        assert_eq!(short(&node.lookup(&shorter(91)).await?), (0, vec![90], 0));
+        let mut other = shorter(100);
+        other.tokens[89] = TokenId(1);
+        assert_eq!(short(&node.lookup(&other).await?), (0, vec![], 0));
+        // What it brings is all that a prefix of 90 tokens has, and what may be settled.
+        let fetched =
+            node.fetch(v1::FetchRequest { grant: found.grant.clone(), ..Default::default() }).await?;
+        assert_eq!((fetched.wrong_planes(&turn), fetched.done.usable_tokens), (0, 90));
+        let raw: u64 = found.resume_points[0].bytes_by_group.iter().map(|group| group.bytes).sum();
+        assert_eq!((fetched.done.bytes, raw), (raw, layout.object_bytes_at(ObjectKind::State, 90)));
+        let account = v1::SettleRequest {
+            grant: found.grant,
+            request_id: format!("l7 {data}"),
+            prompt_tokens: 100,
+            used_hit_tokens: 90,
+            computed_tokens: 10,
+            ..Default::default()
+        };
+        let usage = node.cache.clone().settle(account).await?.into_inner().usage.context("usage")?;
+        assert_eq!(usage.prompt_cache_hit_tokens, 90);
+        node.kill()?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn l8_a_turn_that_ends_off_the_block_boundary() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let layout = windowed()?;
+    let (node, prompt) = ready(&data, &layout, 15).await?;
+    let ends = [prompt.state(8), prompt.state(14), prompt.object(ObjectKind::State, 1900)];
+    node.store(&prompt, [prompt.blocks(1..=15), ends.to_vec()].concat()).await?;
+    // The next turn goes on from where the output ended; or it has another token at 1,899.
     let mut next = prompt.clone();
-    next.tokens[1899] = TokenId(1);
-    assert_eq!(short(&node.lookup(&next).await?), (1792, vec![1792, 1024], 0));
+    next.tokens.truncate(1901);
+    assert_eq!(short(&node.lookup(&next).await?), (1792, vec![1900, 1792, 1024], 0));
+    assert_eq!(short(&node.lookup(&prompt).await?), (1920, vec![1900, 1792, 1024], 20));
+    let mut other = prompt.clone();
+    other.tokens[1899] = TokenId(1);
+    assert_eq!(short(&node.lookup(&other).await?), (1792, vec![1792, 1024], 0));
+
+    // The bitmap is of whole blocks. Blocks and the state together are the whole prefix.
+    let found = node.lookup(&next).await?;
+    assert_eq!(bitmap(&found), BTreeSet::from([8, 14]));
+    let fetched = node.fetch_best(&next).await?;
+    assert_eq!((fetched.wrong_planes(&prompt), fetched.done.usable_tokens), (0, 1900));
+    let blocks = (1..=14).map(|number| (ObjectKind::Block, prompt.boundary(number)));
+    assert_eq!(fetched.whole_objects(&prompt), blocks.chain([(ObjectKind::State, 1900)]).collect());
+
+    // By hashes it takes the tokens behind the last of them.
+    let named = v1::LookupRequest {
+        namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+        tokens: prompt.tokens.iter().map(|token| token.0).collect(),
+        want_hashes: true,
+        ..Default::default()
+    };
+    let hashes = node.cache.clone().lookup(named.clone()).await?.into_inner().hashes;
+    let by_hashes = async |tail: &[TokenId]| -> Result<Vec<u64>> {
+        let request = v1::LookupRequest {
+            tokens: Vec::new(),
+            hashes: hashes[..14].to_vec(),
+            tail_tokens: tail.iter().map(|token| token.0).collect(),
+            ..named.clone()
+        };
+        Ok(short(&node.cache.clone().lookup(request).await?.into_inner()).1)
+    };
+    assert_eq!(by_hashes(&[]).await?, [1792, 1024]);
+    assert_eq!(by_hashes(&prompt.tokens[1792..1901]).await?, [1900, 1792, 1024]);
+    assert_eq!(by_hashes(&prompt.tokens[1792..1900]).await?, [1792, 1024], "the last token is computed");
+    assert_eq!(by_hashes(&other.tokens[1792..]).await?, [1792, 1024]);
+
+    // It lasts, and where its history has a hole it is not offered.
+    node.kill()?;
+    let hole = records(&data)?
+        .into_iter()
+        .find(|record| record.kind == ObjectKind::Block && record.tokens == prompt.boundary(14))
+        .context("block 14 was stored")?;
+    change(&hole.file, hole.planes[0].start, |byte| byte ^ 1)?;
+    let node = Node::store_only(&data).await?;
+    node.register(&layout, 4).await?;
+    assert_eq!(short(&node.lookup(&next).await?).1, [1900, 1792, 1024], "nobody has looked yet");
+    let grant = node.lookup(&next).await?.grant;
+    let fetched = node.fetch(v1::FetchRequest { grant, ..Default::default() }).await?;
+    assert_eq!(fetched.done.usable_tokens, 13 * B);
+    assert_eq!(short(&node.lookup(&next).await?), (13 * B, vec![1024], 640));
+    node.kill()
+}
+
+#[tokio::test]
+async fn what_cannot_end_off_the_grid_is_refused_by_name() -> Result<()> {
+    let folder = scratch();
+    let (node, prompt) = ready(&folder.path().join("data"), &windowed()?, 2).await?;
+    let refused = async |object: Object| node.store(&prompt, vec![object]).await.unwrap_err().to_string();
+    let block = Object { kind: ObjectKind::Block, ..prompt.object(ObjectKind::Block, 128) };
+    let error = refused(Object { tokens: 90, ..block }).await;
+    assert!(error.contains("a block at 90 tokens"), "{error}");
+    let beyond = prompt.object(ObjectKind::State, 258);
+    let error = refused(beyond).await;
+    assert!(error.contains("a state at 258 tokens") && error.contains("257 tokens"), "{error}");
+    // Of the tail rows one is missing.
+    let mut lacking = prompt.object(ObjectKind::State, 90);
+    lacking.planes.pop();
+    let error = refused(lacking).await;
+    assert!(error.contains("90 tokens"), "{error}");
     node.kill()
 }
 

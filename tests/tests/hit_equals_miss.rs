@@ -45,7 +45,7 @@ async fn prompts_of_every_shape() -> Result<()> {
     let mut cold = Vec::new();
     for (prompt, _) in &prompts {
         cold.push(node.ask(question(prompt)).await?);
-        node.settled(prompt).await?;
+        node.parked(prompt).await?;
     }
     node.kill()?;
 
@@ -70,13 +70,13 @@ async fn another_ending_and_a_sampled_answer() -> Result<()> {
     let node = Node::start(&folder.path().join("data"), &[]).await?;
     let document = tokens(7, 900);
     node.ask(question(&document)).await?;
-    node.settled(&document).await?;
+    node.parked(&document).await?;
     for seed in 1..=3 {
         let prompt = [&document[..], &tokens(100 + seed, 30)].concat();
         let request = Request { temperature: 0.9, top_p: 0.95, seed, ..question(&prompt) };
         let warm = node.ask(request.clone()).await?;
         check_account(&warm, &prompt);
-        assert_eq!(warm.usage.prompt_cache_hit_tokens, 896);
+        assert_eq!(warm.usage.prompt_cache_hit_tokens, 900, "up to the last token of the document");
         assert_eq!(warm.tokens, from_nothing(request).await?.tokens, "seed {seed}");
     }
     node.kill()
@@ -89,7 +89,7 @@ async fn a_damaged_store_gives_fewer_hits_and_the_same_answer() -> Result<()> {
     let prompt = tokens(11, 8 * BLOCK + 5);
     let node = Node::start(&data, &[]).await?;
     let cold = node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     node.kill()?;
 
     // From the fifth block on, then from the first: one byte near the middle of each block's last plane.
@@ -149,7 +149,7 @@ async fn new_weights_under_the_same_name_get_misses() -> Result<()> {
     let prompt = tokens(17, 300);
     let node = Node::start(&data, &options).await?;
     node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     assert_eq!(node.ask(question(&prompt)).await?.usage.prompt_cache_hit_tokens, 256);
     node.stop().await?;
 

@@ -66,6 +66,7 @@ impl Small {
             plane_layers: 1,
             optional: false,
             grain_blocks: 1,
+            run_tokens: 0,
         };
         let layout = Arc::new(KvLayout::new("small", 128, vec![group])?);
         let about =

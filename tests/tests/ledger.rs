@@ -460,7 +460,7 @@ async fn rows_that_stay_on_ssd_are_served_when_they_are_picked() -> Result<()> {
     let node = Node::start(&folder.path().join("data"), &["--segment-mib", "16"]).await?;
     let prompt = tokens(1, PROMPT_TOKENS);
     node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     let layout = KvLayout::from_json(&node.client.describe().await?.layout_json)?;
     // Of what indexers pick among, that is of latents and overlapping compressed rows, nothing is read at the start.
     let picked = |group: u16| ["latent", "csa"].contains(&layout.groups()[usize::from(group)].name.as_str());
@@ -468,7 +468,7 @@ async fn rows_that_stay_on_ssd_are_served_when_they_are_picked() -> Result<()> {
     let (stay, come): (Vec<_>, Vec<_>) = planes.partition(|plane| picked(plane.group));
     let bytes = |planes: &[&PlaneSpec]| planes.iter().map(|plane| plane.len_bytes).sum::<u64>();
     let blocks = (PROMPT_TOKENS as u64 - 1) / 128;
-    let at_the_start = bytes(&come) * blocks + layout.object_bytes(ObjectKind::State);
+    let at_the_start = bytes(&come) * blocks + layout.object_bytes_at(ObjectKind::State, blocks * 128);
     ensure!(bytes(&stay) > 0, "no row can stay on SSD");
 
     let ids = v1::Tokens { ids: prompt.iter().map(|token| token.0).collect() };

@@ -152,7 +152,7 @@ async fn the_same_bytes_come_through_shared_memory() -> Result<()> {
         let namespace = node.register(&layout, u8::try_from(seed)?).await?;
         let prompt = Prompt::new(namespace, &layout, seed, blocks);
         let mut objects = prompt.blocks(1..=blocks.into());
-        if !layout.planes(ObjectKind::State).is_empty() {
+        if layout.has_states() {
             objects.push(prompt.state(blocks.into()));
         }
         let count = objects.len();

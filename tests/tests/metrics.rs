@@ -13,7 +13,7 @@ async fn busy_node(data: &Path) -> Result<Node> {
     let node = Node::start(data, &["--http", "127.0.0.1:0"]).await?;
     let prompt = tokens(3, 700);
     node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     node.ask(question(&prompt)).await?;
     let ids = tokens(4, 300).iter().map(|token| token.0).collect();
     let prompt = v1::warmup_prompt::Prompt::Tokens(v1::WarmupTokens { ids });

@@ -52,7 +52,7 @@ async fn nothing_panics_for_want_of_a_reader_or_of_room() -> Result<()> {
     let node = Node::start(&data, &["--http", "127.0.0.1:0"]).await?;
     let prompt = tokens(1, 300);
     node.ask(question(&prompt)).await?;
-    node.settled(&prompt).await?;
+    node.parked(&prompt).await?;
     let prompts = folder.path().join("prompts.jsonl");
     std::fs::write(&prompts, "{\"text\": \"Who is there?\"}\n")?;
     let trace = folder.path().join("trace.jsonl");

@@ -159,7 +159,8 @@ async fn a_fetch_brings_what_was_asked_for() -> Result<()> {
 
 /// Names of all planes up to a boundary: the state's, then block after block.
 fn by_object(layout: &Arc<KvLayout>, blocks: u64) -> Vec<(ObjectKind, u64, usize)> {
-    let planes = |kind, tokens| (0..layout.planes(kind).len()).map(move |plane| (kind, tokens, plane));
+    let planes =
+        |kind, tokens| (0..layout.planes_at(kind, tokens).len()).map(move |plane| (kind, tokens, plane));
     let state = planes(ObjectKind::State, blocks * B);
     state.chain((1..=blocks).flat_map(|number| planes(ObjectKind::Block, number * B))).collect()
 }

@@ -183,7 +183,7 @@ async fn the_commands_of_a_client() -> Result<()> {
     let before = run(&["lookup"])?;
     assert_eq!((&before["history_tokens"], &before["resume_points"]), (&0.into(), &serde_json::json!([])));
     let cold = run(&["generate", "-n", "4"])?;
-    node.settled(&node.client.tokenize(&text).await?).await?;
+    node.parked(&node.client.tokenize(&text).await?).await?;
     let warm = run(&["generate", "-n", "4"])?;
     assert_eq!(cold["text"], warm["text"]);
     let found = run(&["lookup"])?;

@@ -64,7 +64,7 @@ async fn six_hours_through_three_crashes_and_then_a_full_hit() -> Result<()> {
     let (parked, unkept) = (tokens(1, TURN_TOKENS), tokens(2, TURN_TOKENS));
     for conversation in [&parked, &unkept] {
         assert_eq!(ask(&node, conversation).await?, 0);
-        node.settled(conversation).await?;
+        node.parked(conversation).await?;
     }
     let opened = sessions(&node)
         .open_session(v1::OpenSessionRequest {
@@ -92,7 +92,9 @@ async fn six_hours_through_three_crashes_and_then_a_full_hit() -> Result<()> {
         gone(&node, &unkept).await.with_context(|| format!("after crash {crash}"))?;
     }
     assert_eq!(ask(&node, &unkept).await?, 0, "nobody kept this one");
-    assert_eq!(ask(&node, &parked).await?, opened.resume_tokens, "the parked conversation hits in full");
+    let next_turn = [&parked[..], &tokens(7, 5)].concat();
+    assert_eq!(opened.resume_tokens, parked.len() as u64, "up to its last token");
+    assert_eq!(ask(&node, &next_turn).await?, opened.resume_tokens, "the parked conversation hits in full");
 
     // When the lease is over the session is, too.
     node.kill()?;
@@ -113,9 +115,9 @@ async fn a_conversation_goes_on_and_forks() -> Result<()> {
     let folder = scratch();
     let node = Node::start(&folder.path().join("data"), &["--segment-mib", "4"]).await?;
     let namespace = namespace(&node).await?;
-    let mut conversation = tokens(3, TURN_TOKENS);
+    let mut conversation = tokens(3, 8 * TURN_TOKENS);
     ask(&node, &conversation).await?;
-    node.settled(&conversation).await?;
+    node.parked(&conversation).await?;
     let mut client = sessions(&node);
     let open = |session: &str, conversation: &[TokenId]| v1::OpenSessionRequest {
         session: session.into(),
@@ -129,14 +131,14 @@ async fn a_conversation_goes_on_and_forks() -> Result<()> {
     let fork = [&conversation[..], &tokens(5, TURN_TOKENS)].concat();
     conversation.extend(tokens(4, TURN_TOKENS));
     ask(&node, &conversation).await?;
-    node.settled(&conversation).await?;
+    node.parked(&conversation).await?;
     let extend = v1::ExtendSessionRequest { session: "chat".into(), tokens: ids(&conversation), keep_s: 0 };
     let second = client.extend_session(extend).await?.into_inner();
     ensure!(second.tokens > first.tokens && second.bytes > first.bytes, "{first:?}, then {second:?}");
     // A fork shares what it has in common: its session holds the same blocks again, and nothing is stored twice.
     let before = node.client.describe().await?.store_bytes;
     ask(&node, &fork).await?;
-    node.settled(&fork).await?;
+    node.parked(&fork).await?;
     let forked = client.open_session(open("fork", &fork)).await?.into_inner();
     ensure!(forked.tokens == second.tokens, "{forked:?}");
     let added = node.client.describe().await?.store_bytes - before;

@@ -28,7 +28,7 @@ HYBRID = Layout("hybrid", 128, (group("full", "history", 16, 1), group("recurren
 def fill(layout: Layout, kind: Kind, tokens: int, salt: int = 0) -> list[bytes]:
     """Planes of an object: bytes that say which object, plane and place they are, and that do not compress to nothing."""
     planes = []
-    for index, plane in enumerate(layout.planes(kind)):
+    for index, plane in enumerate(layout.planes(kind, tokens)):
         seed = (tokens * 31 + index * 7 + int(kind) * 3 + salt * 1009).to_bytes(8, "little")
         import hashlib
 

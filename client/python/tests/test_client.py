@@ -51,6 +51,24 @@ def test_what_is_put_comes_back_into_the_callers_memory(client: esker.Client) ->
         client.fetch(namespace, found.grant)
 
 
+def test_rows_behind_the_last_block_go_behind_it(client: esker.Client) -> None:
+    namespace = register(client)
+    tokens = list(range(300))
+    client.put(namespace, [*blocks(DSA, 2), state(DSA, 290)], tokens=tokens)
+    found = client.lookup(namespace, tokens)
+    assert (found.tokens, found.history_tokens) == (290, 256)
+    memory = bytearray(DSA.object_bytes(Kind.BLOCK) * 2 + DSA.object_bytes(Kind.STATE, 290))
+    fetched = client.fetch(namespace, found.grant, into=memory)
+    assert fetched.whole == {(Kind.BLOCK, 128), (Kind.BLOCK, 256), (Kind.STATE, 290)}
+    parts = [fill(DSA, Kind.BLOCK, 128), fill(DSA, Kind.BLOCK, 256), fill(DSA, Kind.STATE, 290)]
+    assert bytes(memory) == b"".join(map(b"".join, parts))
+    # Who has room for whole blocks alone is told what to ask for.
+    memory = bytearray(DSA.object_bytes(Kind.BLOCK) * 2)
+    with pytest.raises(ValueError, match="no room for the 34 tokens behind the last whole block: fetch 256 tokens"):
+        client.fetch(namespace, found.grant, into=memory)
+    assert client.fetch(namespace, found.grant, 256, into=memory).usable_tokens == 256
+
+
 def test_planes_groups_and_blocks_can_be_chosen(client: esker.Client) -> None:
     namespace = register(client)
     tokens = list(range(600))

@@ -6,6 +6,7 @@ connectors decide by.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import random
 import threading
@@ -16,7 +17,7 @@ import pytest
 import esker
 from esker import Kind, Object
 from esker.resume import Need, Presence, common, resume_points
-from layouts import DSA, HYBRID, WINDOWED, blocks, fill, state
+from layouts import DSA, HYBRID, WINDOWED, blocks, fill, group, state
 from support import Node, within
 
 
@@ -120,22 +121,40 @@ def test_l6_fork_between_two_states(node: Node) -> None:
     assert [point.tokens for point in found.resume_points] == [1024]
 
 
-def test_l7_prompt_shorter_than_a_block(node: Node) -> None:
-    case = Case(node, WINDOWED)
+@pytest.mark.parametrize("layout", [WINDOWED, DSA], ids=lambda layout: layout.name)
+def test_l7_prompt_shorter_than_a_block(node: Node, layout: esker.Layout) -> None:
+    case = Case(node, layout)
     found = case.found(prompt(100))
     assert (found.history_tokens, found.tokens) == (0, 0) and not found.resume_points
-    # Nothing is rounded: what does not lie on the grid is refused by name, not stored elsewhere.
-    with pytest.raises(esker.InvalidRequest, match="90"):
-        case.put([state(WINDOWED, 90)], prompt(100))
-    assert case.found(prompt(100)).tokens == 0
+    # A state off the grid brings the rows of its tokens along.
+    case.put([state(layout, 90)], prompt(90))
+    found = case.found(prompt(100), grant=True)
+    assert (found.history_tokens, found.tokens, found.replay_tokens) == (0, 90, 0)
+    fetched = case.client.fetch(case.namespace, found.grant)
+    assert fetched.whole == {(Kind.STATE, 90)} and fetched.usable_tokens == 90
+    planes = [bytes(plane) for _, plane in sorted(fetched.objects[Kind.STATE, 90].items())]
+    assert planes == fill(layout, Kind.STATE, 90)
+    assert [len(plane) for plane in planes] == [plane.len_bytes for plane in layout.planes(Kind.STATE, 90)]
+    used = case.client.settle(f"l7 {layout.name}", grant=found.grant, used_tokens=90, computed_tokens=10)
+    assert used.cached_tokens == 90
+    # Other tokens, or none left to compute: nothing, and nothing is rounded.
+    assert case.points([*prompt(89), 49_999, *prompt(10)]) == []
+    assert case.points(prompt(90)) == []
 
 
 def test_l8_turn_end_off_the_block_boundary(node: Node) -> None:
     case = Case(node, WINDOWED)
     turn = prompt(1901)
-    case.put([*blocks(WINDOWED, 14), state(WINDOWED, 1792)], turn)
+    case.put([*blocks(WINDOWED, 14), state(WINDOWED, 1792), state(WINDOWED, 1900)], turn)
+    assert case.points(turn + prompt(200, salt=5)) == [1900, 1792]
     following = turn[:1899] + [49_999] + prompt(200, salt=5)
     assert case.points(following) == [1792]
+    # By hashes, with the tokens behind the last of them.
+    hashes = case.client.lookup(case.namespace, turn, grant=False, want_hashes=True).hashes
+    found = case.client.lookup(case.namespace, hashes=hashes, tail_tokens=turn[1792:], grant=False)
+    assert found.tokens == 1900
+    with pytest.raises(ValueError, match="at 1850 tokens"):
+        case.put([Object(1850, state(WINDOWED, 1900).planes, Kind.STATE)], turn)
 
 
 def test_l9_whole_prompt_stored(node: Node) -> None:
@@ -156,6 +175,17 @@ def test_l10_snapshots(node: Node) -> None:
 
 
 def test_l11_an_optional_group_never_gates(node: Node) -> None:
+    optional = dataclasses.replace(group("draft", "state", 4, order=9), optional=True)
+    layout = esker.Layout("drafted", 128, (group("latent", "history", 128), group("window", "state", 8), optional))
+    case = Case(node, layout)
+    window, draft = fill(layout, Kind.STATE, 256)
+    case.put([*blocks(layout, 2), Object(256, [window, b""], Kind.STATE)], prompt(300))
+    found = case.found(prompt(300), grant=True)
+    assert [(point.tokens, point.missing_optional) for point in found.resume_points] == [(256, ("draft",))]
+    fetched = case.client.fetch(case.namespace, found.grant)
+    assert (Kind.STATE, 256) in fetched.whole
+    assert [bytes(plane) for _, plane in sorted(fetched.objects[Kind.STATE, 256].items())] == [window, b""]
+
     draft = Presence(Need.WINDOW, 128, pages(1024), 128, required=False)
     groups = [Presence(Need.HISTORY, 128, pages(1536)), Presence(Need.WINDOW, 128, pages(1536), 128), draft]
     assert resume_points(groups, 128, 1536)[-1] == 1536

@@ -7,12 +7,28 @@ import random
 import numpy as np
 import pytest
 
-from esker import Kind, Layout
+from esker import Dtype, Field, Group, Kind, Layout
 from esker.buffers import Scatter, flat
 from esker.errors import ProtocolError
 from esker.resume import Need, Presence, common, resume_points
 from esker.wire import MAX_CHUNK_BYTES, PlaneChunk, message, message_class, put_chunks, read_fetch_reply
 from layouts import DSA, WINDOWED
+
+
+def test_a_layout_knows_what_varies() -> None:
+    runs = Group("pending", "state", (0,), 3, (Field("row", Dtype.U8, 2),), 5, 1, run_tokens=4)
+    coarse = Group("coarse", "history", (0,), 4, (Field("row", Dtype.U8, 2),), 5, 1, grain_blocks=2)
+    layout = Layout("varied", 128, (*WINDOWED.groups, runs, coarse))
+    assert Layout.from_json(layout.to_json()) == layout
+    assert "run_tokens" not in WINDOWED.to_json() and '"run_tokens":4' in layout.to_json()
+    assert [plane.len_bytes for plane in layout.planes(Kind.BLOCK, 128)][-1] == 0
+    assert [plane.len_bytes for plane in layout.planes(Kind.BLOCK, 256)][-1] == 4 * 2
+    # On the grid no run is open; behind it 3 of 4 tokens are, and the rows of 91 come along, rounded up.
+    assert [plane.len_bytes for plane in layout.planes(Kind.STATE, 256)][-1] == 0
+    tail = layout.planes(Kind.STATE, 256 + 91)
+    assert [plane.group for plane in tail] == ["window", "carry", "pending", "indexer", "csa", "coarse"]
+    assert [plane.len_bytes for plane in tail][2:] == [3 * 2, 23 * 64, 2 * 23 * 64, 2 * 2]
+    assert layout.object_bytes(Kind.STATE, 256 + 91) == sum(plane.len_bytes for plane in tail)
 
 
 def test_layouts_survive_json_and_cut_planes_in_restore_order() -> None:

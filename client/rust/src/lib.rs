@@ -8,6 +8,8 @@ mod cache;
 mod credentials;
 mod decode;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod local;
 mod usage;
 mod warmup;

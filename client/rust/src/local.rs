@@ -1,7 +1,7 @@
 //! The local fast path: fetches and puts through memory shared with a node on this host. The rules are in
 //! `proto/esker/v1/local.proto`.
 
-mod arena;
+pub(crate) mod arena;
 
 use std::collections::VecDeque;
 use std::path::Path;

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use esker_prefix::{BlockHash, ObjectKind};
 
-use crate::block::{check_plane, layer_bytes, layers_of};
+use crate::block::{GroupRows, check_block_plane, layer_bytes, layers_of};
 use crate::config::Family;
 use crate::kernel::pages;
 use crate::panels::KeyPanels;
@@ -102,7 +102,7 @@ impl Incoming {
         plane: usize,
         bytes: &[u8],
     ) -> Result<Vec<(usize, LayerRows)>> {
-        let spec = check_plane(model, ObjectKind::Block, plane, bytes)?;
+        let spec = check_block_plane(model, plane, bytes)?;
         let block_tokens = model.layout().block_tokens() as usize;
         if self.next[plane] != block || (block + 1) * block_tokens > self.tokens {
             let prefix = |block: usize| ((block + 1) * block_tokens) as u64;
@@ -202,7 +202,8 @@ impl Sequence {
                 }
             }
         }
-        self.supply = Supply { arriving: Some(Arriving { arrivals, tokens, awaited }), parked };
+        let arriving = Arriving { arrivals, tokens, awaited, following: Vec::new() };
+        self.supply = Supply { arriving: Some(arriving), parked };
         self.tokens = tokens;
         if let Cache::V4(cache) = &mut self.cache {
             cache.drop_state(tokens);
@@ -267,6 +268,8 @@ pub(crate) struct Arriving {
     tokens: usize,
     /// Whether a layer's rows have yet to come.
     awaited: Vec<bool>,
+    /// Rows of a layer that are here already and follow those that are to come; whether they are keys.
+    following: Vec<(usize, bool, Vec<f32>)>,
 }
 
 impl Arriving {
@@ -275,8 +278,22 @@ impl Arriving {
         if !std::mem::take(&mut self.awaited[layer]) {
             return Ok(None);
         }
-        let rows = (self.arrivals)(layer).ok_or(DecoderError::RowsMissing { layer, tokens: self.tokens })?;
-        Ok(Some(rows))
+        let missing = DecoderError::RowsMissing { layer, tokens: self.tokens };
+        let mut arrived = (self.arrivals)(layer).ok_or(missing)?;
+        for (_, are_keys, rows) in self.following.extract_if(.., |(of, ..)| *of == layer) {
+            if are_keys { arrived.keys.extend(&rows) } else { arrived.rows.extend(rows) }
+        }
+        Ok(Some(arrived))
+    }
+
+    /// Whether the rows of `layer` have yet to come.
+    pub(crate) fn awaits(&self, layer: usize) -> bool {
+        self.awaited[layer]
+    }
+
+    /// Keeps rows until those have come that they follow.
+    pub(crate) fn follow(&mut self, layer: usize, rows: GroupRows<'_>) {
+        self.following.push((layer, is_key(rows.group), rows.decoded()));
     }
 
     /// Whether nothing is waited for any more.

@@ -5,12 +5,15 @@
 //! little-endian (see `esker_prefix::KvLayout`). Which rows a group has is the cache's to say. Nothing is rounded
 //! here: a row was rounded to its stored format before it was first used.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use esker_prefix::{
-    BlockHash, BlockObject, NamespaceId, ObjectKind, PlaneSpec, PrefixError, ScopeTag, StateObject,
+    BlockHash, BlockObject, Family, NamespaceId, ObjectKind, PlaneSpec, PrefixError, ScopeTag, StateObject,
 };
 
 use crate::panels::KeyPanels;
+use crate::row_codec::RowCodec;
 use crate::sequence::Cache;
 use crate::{DecoderError, Model, Result, Sequence};
 
@@ -21,9 +24,9 @@ pub struct BlockIdentity {
     pub namespace: NamespaceId,
     /// Scope of the owner.
     pub scope: ScopeTag,
-    /// Hash of the prefix one block shorter.
+    /// Hash of the prefix up to the block boundary before it.
     pub parent: BlockHash,
-    /// Hash of the prefix that the block completes.
+    /// Hash of the prefix that it completes.
     pub hash: BlockHash,
 }
 
@@ -46,53 +49,70 @@ impl Sequence {
         if end > self.tokens {
             return Err(DecoderError::BlockIncomplete { block: index, end, tokens: self.tokens });
         }
-        let plane = |spec: &PlaneSpec| {
-            let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
-            let (group, layers) = layers_of(model, spec);
-            // Where blocks cut runs of tokens, one may complete a row less than another.
-            let (mut whole, layer_bytes) = (0, layer_bytes(spec));
-            for layer in layers {
-                let tokens = end - block_tokens..end;
-                let rows = match &self.cache {
-                    Cache::Mla(cache) => cache.rows(group, layer, tokens),
-                    Cache::V4(cache) => cache.rows(group, layer, tokens),
-                };
-                model.formats.codec(spec.group).encode(&rows, &mut bytes);
-                whole += layer_bytes;
-                bytes.resize(whole, 0);
-            }
-            Bytes::from(bytes)
-        };
+        let plane = |spec: &PlaneSpec| self.history_plane(model, spec, end - block_tokens..end);
         let planes = model.layout().planes(ObjectKind::Block).iter().map(plane).collect();
         let BlockIdentity { namespace, scope, parent, hash } = identity;
         Ok(BlockObject::new(model.layout(), namespace, scope, parent, hash, end as u64, planes)?)
     }
 
-    /// The state that continues the sequence after block `index`. It is held for the last block boundary that the
-    /// sequence has passed, and for the one it was restored at. A model without state groups gives an empty object.
+    /// The state that continues the sequence after block `index`: [`Sequence::state_at`] its end.
     pub fn state(&self, model: &Model, index: usize, identity: BlockIdentity) -> Result<StateObject> {
+        let block_tokens = model.layout().block_tokens() as usize;
+        self.state_at(model, index.saturating_add(1).saturating_mul(block_tokens), identity)
+    }
+
+    /// The state that continues the sequence after `tokens` tokens. It is held from the last block boundary on that the sequence
+    /// has passed, or the end that it was restored at. Off the block grid the rows of the tokens behind the last boundary come
+    /// with it, and `identity` has that boundary as its parent. On the grid, a model without state groups gives an empty object.
+    pub fn state_at(&self, model: &Model, tokens: usize, identity: BlockIdentity) -> Result<StateObject> {
         self.check_model(model)?;
-        let end = index.saturating_add(1).saturating_mul(model.layout().block_tokens() as usize);
-        let held = match &self.cache {
-            Cache::Mla(_) => true,
-            Cache::V4(cache) => cache.holds_state(end),
-        };
-        if end > self.tokens || !held {
-            return Err(DecoderError::StateNotHeld { end, tokens: self.tokens });
+        if !self.holds_state(tokens) {
+            return Err(DecoderError::StateNotHeld { end: tokens, tokens: self.tokens });
         }
-        let plane = |spec: &PlaneSpec| {
-            let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
-            let (group, layers) = layers_of(model, spec);
-            if let Cache::V4(cache) = &self.cache {
-                let codec = model.formats.codec(spec.group);
-                let rows = model.layout().groups()[usize::from(spec.group)].rows as usize;
-                layers.for_each(|layer| codec.encode(&cache.state(group, layer, end, rows), &mut bytes));
+        let layout = model.layout();
+        let boundary = tokens - tokens % layout.block_tokens() as usize;
+        if boundary < tokens {
+            self.check_arrived()?;
+            if let Some(parked) = self.supply.parked.as_ref().filter(|parked| boundary < parked.tokens()) {
+                return Err(DecoderError::RowsMissing { layer: 0, tokens: parked.tokens() });
             }
-            Bytes::from(bytes)
+        }
+        let plane = |spec: &PlaneSpec| match layout.groups()[usize::from(spec.group)].family {
+            Family::History => self.history_plane(model, spec, boundary..tokens),
+            Family::State => self.state_plane(model, spec, tokens),
         };
-        let planes = model.layout().planes(ObjectKind::State).iter().map(plane).collect();
+        let planes = layout.planes_at(ObjectKind::State, tokens as u64).iter().map(plane).collect();
         let BlockIdentity { namespace, scope, parent, hash } = identity;
-        Ok(StateObject::new(model.layout(), namespace, scope, parent, hash, end as u64, planes)?)
+        Ok(StateObject::new(layout, namespace, scope, parent, hash, tokens as u64, planes)?)
+    }
+
+    /// The rows that a run of tokens completes.
+    fn history_plane(&self, model: &Model, spec: &PlaneSpec, tokens: Range<usize>) -> Bytes {
+        let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
+        let (group, layers) = layers_of(model, spec);
+        // Where blocks cut runs of tokens, one may complete a row less than another.
+        let (mut whole, layer_bytes) = (0, layer_bytes(spec));
+        for layer in layers {
+            let rows = match &self.cache {
+                Cache::Mla(cache) => cache.rows(group, layer, tokens.clone()),
+                Cache::V4(cache) => cache.rows(group, layer, tokens.clone()),
+            };
+            model.formats.codec(spec.group).encode(&rows, &mut bytes);
+            whole += layer_bytes;
+            bytes.resize(whole, 0);
+        }
+        bytes.into()
+    }
+
+    fn state_plane(&self, model: &Model, spec: &PlaneSpec, tokens: usize) -> Bytes {
+        let mut bytes = Vec::with_capacity(usize::try_from(spec.len_bytes).unwrap_or(0));
+        let (group, layers) = layers_of(model, spec);
+        if let Cache::V4(cache) = &self.cache {
+            let codec = model.formats.codec(spec.group);
+            let rows = layer_bytes(spec) / row_bytes(model, spec);
+            layers.for_each(|layer| codec.encode(&cache.state(group, layer, tokens, rows), &mut bytes));
+        }
+        bytes.into()
     }
 
     /// Appends the rows of `block`, bit for bit. It must be the next block of this sequence, and the child of the
@@ -105,25 +125,9 @@ impl Sequence {
         let block_tokens = model.layout().block_tokens() as usize;
         self.reserve(model, block_tokens);
         for (spec, plane) in model.layout().planes(ObjectKind::Block).iter().zip(block.planes()) {
-            let (group, layers) = layers_of(model, spec);
             let tokens = self.tokens..self.tokens + block_tokens;
-            let row_bytes =
-                layer_bytes(spec) / model.layout().groups()[usize::from(spec.group)].rows as usize;
-            for (bytes, layer) in plane.chunks_exact(layer_bytes(spec)).zip(layers) {
-                let rows = model.rows_in(layer, tokens.clone()).len();
-                let bytes = &bytes[..rows * row_bytes];
-                let place = match &mut self.cache {
-                    Cache::Mla(cache) => cache.place(group, layer),
-                    Cache::V4(cache) => cache.place(group, layer),
-                };
-                match place {
-                    Place::Rows(rows) => model.formats.codec(spec.group).decode(bytes, rows),
-                    Place::Keys(keys) => {
-                        let mut rows = Vec::new();
-                        model.formats.codec(spec.group).decode(bytes, &mut rows);
-                        keys.extend(&rows);
-                    }
-                }
+            for (layer, rows) in history_rows(model, spec, tokens, plane) {
+                self.append(layer, rows);
             }
         }
         self.tokens += block_tokens;
@@ -135,31 +139,67 @@ impl Sequence {
         Ok(())
     }
 
-    /// Puts the state back that continues this sequence, bit for bit. It must be that of the sequence's last token,
-    /// and of the prefix of the block restored just before, if one was.
+    /// Puts the state back that continues this sequence, bit for bit. It must be that of the sequence's last token, and of the
+    /// prefix of the block restored just before, if one was. Off the block grid it is of some tokens behind that block, whose
+    /// rows it brings along.
     pub fn restore_state(&mut self, model: &Model, state: &StateObject) -> Result<()> {
         self.check_model(model)?;
+        let layout = model.layout();
+        let tail = state.tokens() % u64::from(layout.block_tokens());
         let (expected, got) = (self.tokens as u64, state.tokens());
-        if expected != got {
+        if expected != got - tail {
             return Err(DecoderError::StatePosition { expected, got });
         }
-        let got = state.id().hash;
+        let (tokens, limit) =
+            (usize::try_from(got).unwrap_or(usize::MAX), model.config.max_position_embeddings);
+        if tokens > limit {
+            return Err(DecoderError::TooLong { tokens, limit });
+        }
+        let got = if tail > 0 { state.parent() } else { state.id().hash };
         if let Some(expected) = self.restored.filter(|hash| *hash != got) {
             return Err(DecoderError::StatePrefix { expected, got });
         }
-        check_planes(model, ObjectKind::State, state.planes())?;
+        check_planes(model, ObjectKind::State, state.tokens(), state.planes())?;
+        let specs = layout.planes_at(ObjectKind::State, state.tokens());
+        let (states, rows) = specs.split_at(layout.planes(ObjectKind::State).len());
+        let (states_bytes, rows_bytes) = state.planes().split_at(states.len());
+        for (spec, plane) in rows.iter().zip(rows_bytes) {
+            for (layer, rows) in history_rows(model, spec, self.tokens..tokens, plane) {
+                match self.supply.arriving.as_mut().filter(|arriving| arriving.awaits(layer)) {
+                    // What comes first has still to come.
+                    Some(arriving) => arriving.follow(layer, rows),
+                    None => self.append(layer, rows),
+                }
+            }
+        }
+        if tail > 0 {
+            (self.tokens, self.restored) = (tokens, None);
+            self.keep_from_here();
+        }
         let Cache::V4(cache) = &mut self.cache else { return Ok(()) };
-        cache.drop_state(self.tokens);
-        for (spec, plane) in model.layout().planes(ObjectKind::State).iter().zip(state.planes()) {
+        cache.drop_state(tokens);
+        for (spec, plane) in states.iter().zip(states_bytes).filter(|(spec, _)| spec.len_bytes > 0) {
             let (group, layers) = layers_of(model, spec);
             for (bytes, layer) in plane.chunks_exact(layer_bytes(spec)).zip(layers) {
                 let mut rows = Vec::new();
                 model.formats.codec(spec.group).decode(bytes, &mut rows);
-                cache.restore_state(group, layer, self.tokens, &rows);
+                cache.restore_state(group, layer, tokens, &rows);
             }
         }
-        cache.resume(self.tokens);
+        cache.resume(tokens);
         Ok(())
+    }
+
+    /// Appends rows of one group to a layer's.
+    fn append(&mut self, layer: usize, rows: GroupRows<'_>) {
+        let place = match &mut self.cache {
+            Cache::Mla(cache) => cache.place(rows.group, layer),
+            Cache::V4(cache) => cache.place(rows.group, layer),
+        };
+        match place {
+            Place::Rows(held) => rows.codec.decode(rows.bytes, held),
+            Place::Keys(keys) => keys.extend(&rows.decoded()),
+        }
     }
 
     fn check_next(&self, model: &Model, block: &BlockObject) -> Result<()> {
@@ -179,30 +219,68 @@ impl Sequence {
         if let Some(expected) = self.restored.filter(|hash| *hash != block.parent()) {
             return Err(DecoderError::BlockParent { expected, got: block.parent() });
         }
-        check_planes(model, ObjectKind::Block, block.planes())
+        check_planes(model, ObjectKind::Block, block.tokens(), block.planes())
     }
 }
 
+/// Rows of one group and layer, as they lie in a plane.
+pub(crate) struct GroupRows<'a> {
+    pub(crate) group: &'a str,
+    codec: &'a RowCodec,
+    bytes: &'a [u8],
+}
+
+impl GroupRows<'_> {
+    pub(crate) fn decoded(&self) -> Vec<f32> {
+        let mut rows = Vec::new();
+        self.codec.decode(self.bytes, &mut rows);
+        rows
+    }
+}
+
+/// The rows that layers complete in a run of tokens, of a plane that is as long as the layout says.
+fn history_rows<'a>(
+    model: &'a Model,
+    spec: &PlaneSpec,
+    tokens: Range<usize>,
+    plane: &'a [u8],
+) -> impl Iterator<Item = (usize, GroupRows<'a>)> + use<'a> {
+    let (group, layers) = layers_of(model, spec);
+    let (codec, row_bytes) = (model.formats.codec(spec.group), row_bytes(model, spec));
+    // A plane without rows is none.
+    plane.chunks_exact(layer_bytes(spec).max(1)).zip(layers).map(move |(bytes, layer)| {
+        let rows = model.rows_in(layer, tokens.clone()).len();
+        (layer, GroupRows { group, codec, bytes: &bytes[..rows * row_bytes] })
+    })
+}
+
 /// Refuses an object of another layout: the planes it was checked against are not ours.
-fn check_planes(model: &Model, kind: ObjectKind, planes: &[Bytes]) -> Result<()> {
+fn check_planes(model: &Model, kind: ObjectKind, tokens: u64, planes: &[Bytes]) -> Result<()> {
     let layout = model.layout();
-    let specs = layout.planes(kind);
+    let specs = layout.planes_at(kind, tokens);
     let (expected, got) = (specs.len(), planes.len());
     if expected != got {
         return Err(PrefixError::PlaneCount { layout: layout.id(), expected, got }.into());
     }
-    planes.iter().enumerate().try_for_each(|(plane, bytes)| check_plane(model, kind, plane, bytes).map(drop))
+    let mut planes = specs.iter().zip(planes).enumerate();
+    planes.try_for_each(|(plane, (spec, bytes))| check_length(model, plane, spec, bytes))
 }
 
-/// Refuses a plane that the layout does not have, or not of this length.
-pub(crate) fn check_plane(model: &Model, kind: ObjectKind, plane: usize, bytes: &[u8]) -> Result<PlaneSpec> {
+/// Refuses a plane that blocks do not have, or not of this length.
+pub(crate) fn check_block_plane(model: &Model, plane: usize, bytes: &[u8]) -> Result<PlaneSpec> {
     let layout = model.layout();
-    let specs = layout.planes(kind);
+    let specs = layout.planes(ObjectKind::Block);
     let Some(spec) = specs.get(plane) else {
         return Err(
             PrefixError::PlaneCount { layout: layout.id(), expected: specs.len(), got: plane + 1 }.into()
         );
     };
+    check_length(model, plane, spec, bytes)?;
+    Ok(*spec)
+}
+
+fn check_length(model: &Model, plane: usize, spec: &PlaneSpec, bytes: &[u8]) -> Result<()> {
+    let layout = model.layout();
     if spec.len_bytes != bytes.len() as u64 {
         return Err(PrefixError::PlaneSize {
             layout: layout.id(),
@@ -215,7 +293,13 @@ pub(crate) fn check_plane(model: &Model, kind: ObjectKind, plane: usize, bytes: 
         }
         .into());
     }
-    Ok(*spec)
+    Ok(())
+}
+
+/// Bytes of one row of a plane.
+fn row_bytes(model: &Model, spec: &PlaneSpec) -> usize {
+    let bytes = model.layout().groups()[usize::from(spec.group)].row_bytes();
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Bytes of one layer in a plane.

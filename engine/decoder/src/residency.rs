@@ -15,7 +15,7 @@ use bytes::Bytes;
 use esker_prefix::{ObjectKind, PlaneSpec};
 
 use crate::arrival::is_key;
-use crate::block::{check_plane, layer_bytes, layers_of};
+use crate::block::{check_block_plane, layer_bytes, layers_of};
 use crate::config::Family;
 use crate::{DecoderError, Model, Result};
 
@@ -191,7 +191,7 @@ impl Parked {
                 let fetched = self.source.fetch(place.plane, &wanted).filter(|all| all.len() == wanted.len());
                 let Some(fetched) = fetched else { return Err(missing) };
                 for (&at, bytes) in absent.iter().zip(fetched) {
-                    check_plane(model, ObjectKind::Block, place.plane, &bytes)?;
+                    check_block_plane(model, place.plane, &bytes)?;
                     self.figures.planes_fetched += 1;
                     self.figures.bytes_fetched += bytes.len() as u64;
                     self.pool.put(blocks[at].0, place.plane, bytes.clone());

@@ -210,6 +210,15 @@ impl Sequence {
         }
     }
 
+    /// Whether the state after `tokens` tokens can be taken.
+    pub fn holds_state(&self, tokens: usize) -> bool {
+        tokens <= self.tokens
+            && match &self.cache {
+                Cache::Mla(_) => true,
+                Cache::V4(cache) => cache.holds_state(tokens),
+            }
+    }
+
     /// Tokens that [`Sequence::replay`] would compute now; 0 if the sequence does not [need a
     /// state](Sequence::needs_state).
     pub fn replay_tokens(&self, model: &Model) -> usize {

@@ -68,12 +68,14 @@ fn any_ratio_goes_with_any_block() {
 /// What belongs to an open run costs state only where blocks cut runs.
 #[test]
 fn whole_runs_need_no_place_in_the_state() {
+    // At the end of the first block.
     let of = |block: u32| {
         let model = Checkpoint::random(v4(), 1).load(KvFormat::F32, block);
-        model.layout().object_bytes(ObjectKind::State)
+        model.layout().object_bytes_at(ObjectKind::State, u64::from(block))
     };
-    // Two heavy layers of ratio 16 lack up to 15 tokens, of 24 values and gates; two sparse ones of ratio 4 up to 3.
-    assert_eq!(of(8) - of(16), 2 * 15 * 2 * 24 * 4);
-    assert_eq!(of(2) - of(8), 2 * 3 * 4 * (24 + 16) * 4);
+    // Of each open token two heavy layers of ratio 16 keep 24 values and gates, two sparse ones of ratio 4 twice 24 + 16.
+    let (heavy, sparse) = (2 * 2 * 24 * 4, 2 * 2 * 2 * (24 + 16) * 4);
+    assert_eq!(of(8) - of(16), 8 * heavy);
+    assert_eq!(of(2) - of(16), 2 * heavy + 2 * sparse);
     assert_eq!(of(64), of(16));
 }

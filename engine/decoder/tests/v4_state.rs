@@ -96,7 +96,7 @@ fn formats_cost_what_they_say() {
         let model = checkpoint.load(format, 16);
         // 128 e4m3, 8 bf16, 2 scales, one unused; two sparse layers with four rows a block, two heavy ones with one.
         let row = row(136, 128 + 16 + 2 + 1, format);
-        let bytes = |kind| usize::try_from(model.layout().object_bytes(kind)).unwrap();
+        let bytes = |kind| usize::try_from(model.layout().object_bytes_at(kind, 16)).unwrap();
         assert_eq!(bytes(ObjectKind::Block), 2 * 4 * (row + key) + 2 * row);
         assert_eq!(bytes(ObjectKind::State), 5 * 6 * row + 2 * 4 * 2 * (136 + 128) * 4);
         let apart = exact.iter().zip(logits(&model)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

@@ -55,7 +55,7 @@ macro_rules! digest_type {
 pub(crate) use digest_type;
 
 digest_type! {
-    /// Identity of a prefix that ends at a block boundary: one link of the chain.
+    /// Identity of a prefix: one link of the chain, at a block boundary, or behind one where a state lies.
     BlockHash
 }
 
@@ -88,7 +88,7 @@ impl Chain {
         self.tip
     }
 
-    /// Appends one block of tokens and returns its hash.
+    /// Appends one block of tokens, or the part of one that a prefix ends with, and returns its hash.
     pub fn push(&mut self, tokens: &[TokenId]) -> BlockHash {
         // One update call for a block: the hasher's per-call cost is larger than that of four bytes.
         let mut bytes = [0_u8; 4 * 1024];

@@ -52,7 +52,10 @@ pub enum PrefixError {
         got: u64,
     },
     /// A prefix length that no object of this kind can complete.
-    #[error("{kind} objects end at a positive multiple of {block_tokens} tokens, got {tokens}")]
+    #[error(
+        "no {kind} object ends at {tokens} tokens: blocks end at positive multiples of {block_tokens}, and states anywhere \
+         behind a block that ends every coarse group"
+    )]
     Boundary {
         /// `"block"` or `"state"`.
         kind: &'static str,

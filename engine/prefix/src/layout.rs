@@ -14,11 +14,14 @@ use crate::object::ObjectKind;
 use crate::{PrefixError, Result};
 pub use published::RowFormat;
 
+use std::borrow::Cow;
 use std::fmt;
 
 const LAYOUT_CONTEXT: &str = "esker 2026-11 kv layout v1";
 /// Of a table with an optional or a coarse group, whose groups are digested with these fields as well.
 const WIDE_LAYOUT_CONTEXT: &str = "esker 2026-11 kv layout v1 with optional and grain";
+/// Of a table with a group of open runs, whose groups are digested with that field too.
+const RUN_LAYOUT_CONTEXT: &str = "esker 2026-11 kv layout v1 with optional, grain and runs";
 
 /// A plane below this many bytes costs more to find than to read; layers are joined until it is reached.
 const PLANE_TARGET_BYTES: u64 = 64 * 1024;
@@ -111,6 +114,10 @@ pub struct Group {
     /// Blocks that share one set of rows, which lies in the last of them; a power of two, 1 for all but coarse history groups.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub grain_blocks: u32,
+    /// Tokens of a run, in a state group that has one row for each token since the last multiple of so many, and so at most
+    /// one less than that: what a run of tokens has before it is compressed. 0 for every other group.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub run_tokens: u32,
 }
 
 fn one() -> u32 {
@@ -120,6 +127,11 @@ fn one() -> u32 {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
 fn is_one(grain: &u32) -> bool {
     *grain == 1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+fn is_zero(run: &u32) -> bool {
+    *run == 0
 }
 
 impl Group {
@@ -133,8 +145,23 @@ impl Group {
         self.fields.iter().map(|field| u64::from(field.count) * field.dtype.bits() / 8).sum()
     }
 
+    /// Bytes of a layer of it, at most.
     fn layer_bytes(&self) -> u64 {
         u64::from(self.rows) * self.row_bytes()
+    }
+
+    /// Rows of a layer in the state after `tokens` tokens: of a history group those behind the last block boundary, of which
+    /// none is in a block yet.
+    fn state_rows(&self, tokens: u64, block_tokens: u32) -> u64 {
+        let (rows, block_tokens) = (u64::from(self.rows), u64::from(block_tokens));
+        match self.family {
+            Family::State if self.run_tokens > 0 => tokens % u64::from(self.run_tokens),
+            Family::State => rows,
+            Family::History => {
+                // Rounded up: where blocks cut runs, a few tokens may complete one more than their share.
+                (rows * (tokens % block_tokens)).div_ceil(block_tokens * u64::from(self.grain_blocks))
+            }
+        }
     }
 
     /// The smallest run of layers whose plane reaches the size at which reads stop being dominated by their count.
@@ -219,8 +246,63 @@ impl KvLayout {
         self.id
     }
 
-    /// Planes of an object of this kind, in restore order. Layout objects have one plane of any length, so none
-    /// is listed for them.
+    /// Whether something is needed at a boundary besides the rows before it.
+    pub fn has_states(&self) -> bool {
+        !self.state_planes.is_empty()
+    }
+
+    /// Whether states after so many tokens, at least one, can be stored: off the block grid only where every coarse group is
+    /// whole at the block boundary before.
+    pub fn has_boundary(&self, tokens: u64) -> bool {
+        let block_tokens = u64::from(self.block_tokens());
+        let blocks = tokens / block_tokens;
+        tokens > 0
+            && (tokens.is_multiple_of(block_tokens) || blocks.is_multiple_of(u64::from(self.grain_blocks())))
+    }
+
+    /// Planes of the object of this kind that completes a prefix of `tokens` tokens, in restore order, each as long as it is
+    /// there: empty for a coarse group between its boundaries. Off the block grid a state has planes for the rows of the
+    /// tokens behind its last block boundary too, behind its own, in the order of a block's.
+    pub fn planes_at(&self, kind: ObjectKind, tokens: u64) -> Cow<'_, [PlaneSpec]> {
+        let planes = self.planes(kind);
+        let groups = self.groups();
+        let resized = |spec: &PlaneSpec, rows: u64| {
+            let len_bytes = u64::from(spec.layers) * rows * groups[usize::from(spec.group)].row_bytes();
+            PlaneSpec { len_bytes, ..*spec }
+        };
+        let block_tokens = self.block_tokens();
+        match kind {
+            ObjectKind::Block if self.grain_blocks() > 1 => {
+                let blocks = tokens / u64::from(block_tokens);
+                let exact = |spec: &PlaneSpec| {
+                    let group = &groups[usize::from(spec.group)];
+                    resized(spec, if group.is_in(blocks) == Some(false) { 0 } else { u64::from(group.rows) })
+                };
+                planes.iter().map(exact).collect()
+            }
+            ObjectKind::State => {
+                let tail =
+                    if tokens.is_multiple_of(u64::from(block_tokens)) { &[] } else { &self.block_planes[..] };
+                if tail.is_empty() && groups.iter().all(|group| group.run_tokens == 0) {
+                    return planes.into();
+                }
+                let exact = |spec: &PlaneSpec| {
+                    resized(spec, groups[usize::from(spec.group)].state_rows(tokens, block_tokens))
+                };
+                planes.iter().chain(tail).map(exact).collect()
+            }
+            _ => planes.into(),
+        }
+    }
+
+    /// How many planes [`KvLayout::planes_at`] gives.
+    pub fn planes_count(&self, kind: ObjectKind, tokens: u64) -> usize {
+        let tail = kind == ObjectKind::State && !tokens.is_multiple_of(u64::from(self.block_tokens()));
+        self.planes(kind).len() + if tail { self.block_planes.len() } else { 0 }
+    }
+
+    /// Planes that an object of this kind may have, in restore order, each as long as it can be: those of every block, and of
+    /// every state on the block grid. Layout objects have one plane of any length, so none is listed for them.
     pub fn planes(&self, kind: ObjectKind) -> &[PlaneSpec] {
         match kind {
             ObjectKind::Block => &self.block_planes,
@@ -249,9 +331,32 @@ impl KvLayout {
         self.planes(kind).iter().map(rank).collect()
     }
 
-    /// Raw bytes of one object of this kind that has every plane.
+    /// Raw bytes of the planes of this kind, each as long as it can be.
     pub fn object_bytes(&self, kind: ObjectKind) -> u64 {
         self.planes(kind).iter().map(|plane| plane.len_bytes).sum()
+    }
+
+    /// Raw bytes of the object of this kind that completes a prefix of `tokens` tokens and lacks nothing.
+    pub fn object_bytes_at(&self, kind: ObjectKind, tokens: u64) -> u64 {
+        let block_tokens = self.block_tokens();
+        let blocks = tokens / u64::from(block_tokens);
+        let off_grid = !tokens.is_multiple_of(u64::from(block_tokens));
+        let rows = |group: &Group| match (kind, group.family) {
+            (ObjectKind::Block, Family::History) if group.is_in(blocks) == Some(true) => {
+                u64::from(group.rows)
+            }
+            (ObjectKind::State, Family::State) => group.state_rows(tokens, block_tokens),
+            (ObjectKind::State, Family::History) if off_grid => group.state_rows(tokens, block_tokens),
+            _ => 0,
+        };
+        let bytes = |group: &Group| rows(group) * group.row_bytes() * group.layers.len() as u64;
+        self.groups().iter().map(bytes).sum()
+    }
+
+    /// No object has more raw bytes.
+    pub fn max_object_bytes(&self) -> u64 {
+        // A state off the grid has less than a block's rows.
+        self.object_bytes(ObjectKind::Block) + self.object_bytes(ObjectKind::State)
     }
 
     /// Raw bytes of the growing part per token, `object_bytes(Block) / block_tokens`.
@@ -295,6 +400,14 @@ fn check(table: &Table) -> std::result::Result<(), String> {
             let grain = group.grain_blocks;
             return fail(format!("grain_blocks is a power of two, and 1 for a state group; got {grain}"));
         }
+        if group.run_tokens != 0
+            && (group.family != Family::State || group.optional || group.rows != group.run_tokens - 1)
+        {
+            let (rows, run) = (group.rows, group.run_tokens);
+            return fail(format!(
+                "run_tokens is for a state group that is needed, with one row less; got {run} with {rows} rows"
+            ));
+        }
         for field in &group.fields {
             if field.count == 0 || u64::from(field.count) * field.dtype.bits() % 8 != 0 {
                 return fail(format!("field {:?} must fill a positive whole number of bytes", field.name));
@@ -312,15 +425,18 @@ fn check(table: &Table) -> std::result::Result<(), String> {
             _ => return Err(format!("one {family:?} object would exceed {MAX_OBJECT_BYTES} bytes")),
         }
     }
-    let always =
-        |family| table.groups.iter().any(|g| g.family == family && !g.optional && g.grain_blocks == 1);
+    let always = |family| {
+        let mut groups = table.groups.iter().filter(|group| group.family == family && !group.optional);
+        groups.any(|group| group.grain_blocks == 1 && group.run_tokens == 0)
+    };
     // A model of windows alone has blocks of nothing, behind which its states stand.
-    let has_history = table.groups.iter().any(|group| group.family == Family::History);
+    let has = |family| table.groups.iter().any(|group| group.family == family);
+    let has_history = has(Family::History);
     if has_history && !always(Family::History) {
         return Err("has no history group with rows in every block, so some could hold nothing".into());
     }
-    if (!has_history || table.groups.iter().any(|group| group.optional)) && !always(Family::State) {
-        return Err("has no state group but an optional one, so a state could hold nothing".into());
+    if (!has_history || has(Family::State)) && !always(Family::State) {
+        return Err("has no state group with rows in every state, so one could hold nothing".into());
     }
     Ok(())
 }
@@ -355,13 +471,19 @@ fn narrow(value: usize) -> u16 {
 ///
 /// ```text
 /// name | block_tokens u32 | groups: name | family u8 | layers: u16.. | rows u32 | fields: name | dtype u8 | count u32
-///                                  | restore_order u16 | plane_layers u16 [| optional u8 | grain_blocks u32]
+///                                  | restore_order u16 | plane_layers u16 [| optional u8 | grain_blocks u32 [| run_tokens u32]]
 /// ```
 ///
-/// What stands in brackets is there, for every group, where some group is optional or coarse; the context says which.
+/// What stands in brackets is there, for every group, where some group is optional or coarse, or has runs; the context says which.
 fn id(table: &Table) -> LayoutId {
-    let wide = table.groups.iter().any(|group| group.optional || group.grain_blocks != 1);
-    let mut hasher = blake3::Hasher::new_derive_key(if wide { WIDE_LAYOUT_CONTEXT } else { LAYOUT_CONTEXT });
+    let runs = table.groups.iter().any(|group| group.run_tokens != 0);
+    let wide = runs || table.groups.iter().any(|group| group.optional || group.grain_blocks != 1);
+    let context = match (wide, runs) {
+        (_, true) => RUN_LAYOUT_CONTEXT,
+        (true, _) => WIDE_LAYOUT_CONTEXT,
+        _ => LAYOUT_CONTEXT,
+    };
+    let mut hasher = blake3::Hasher::new_derive_key(context);
     let text = |hasher: &mut blake3::Hasher, value: &str| {
         hasher.update(&len_u32(value.len())).update(value.as_bytes());
     };
@@ -381,6 +503,9 @@ fn id(table: &Table) -> LayoutId {
         hasher.update(&group.restore_order.to_le_bytes()).update(&group.plane_layers.to_le_bytes());
         if wide {
             hasher.update(&[u8::from(group.optional)]).update(&group.grain_blocks.to_le_bytes());
+        }
+        if runs {
+            hasher.update(&group.run_tokens.to_le_bytes());
         }
     }
     LayoutId(*hasher.finalize().as_bytes())

@@ -50,7 +50,8 @@ impl fmt::Debug for ObjectId {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockObject(Object);
 
-/// The rows of every state group for one boundary.
+/// The rows of every state group for one boundary; off the block grid also those of every history group for the tokens behind
+/// the last block boundary, which no block holds yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateObject(Object);
 
@@ -66,10 +67,10 @@ struct Object {
 }
 
 macro_rules! object {
-    ($name:ident, $kind:expr, $kind_name:literal) => {
+    ($name:ident, $kind:expr, $kind_name:literal, $has_boundary:expr) => {
         impl $name {
-            /// Checks `planes` against the layout: one per plane of [`KvLayout::planes`], each of its exact length, or empty
-            /// where the object has no rows of its group ([`Group::is_in`](crate::Group::is_in)). `tokens` is the length of the prefix that ends with this object.
+            /// Checks `planes` against the layout: one per plane of [`KvLayout::planes_at`], each of its exact length, or empty
+            /// where its group is optional. `tokens` is the length of the prefix that ends with this object.
             pub fn new(
                 layout: &KvLayout,
                 namespace: NamespaceId,
@@ -79,11 +80,11 @@ macro_rules! object {
                 tokens: u64,
                 planes: Vec<Bytes>,
             ) -> Result<Self> {
-                if tokens == 0 || tokens % u64::from(layout.block_tokens()) != 0 {
+                if !$has_boundary(layout, tokens) {
                     let block_tokens = layout.block_tokens();
                     return Err(PrefixError::Boundary { kind: $kind_name, block_tokens, tokens });
                 }
-                check_planes(layout, layout.planes($kind), &planes, tokens)?;
+                check_planes(layout, &layout.planes_at($kind, tokens), &planes)?;
                 Ok(Self(Object { namespace, scope, hash, parent, tokens, planes }))
             }
 
@@ -102,7 +103,7 @@ macro_rules! object {
                 self.0.scope
             }
 
-            /// Hash of the prefix one block shorter; the genesis hash for the first block.
+            /// Hash of the prefix of one whole block less, or of a part of one; the genesis hash where that is empty.
             pub fn parent(&self) -> BlockHash {
                 self.0.parent
             }
@@ -129,10 +130,12 @@ macro_rules! object {
         }
     };
 }
-object!(BlockObject, ObjectKind::Block, "block");
-object!(StateObject, ObjectKind::State, "state");
+object!(BlockObject, ObjectKind::Block, "block", |layout: &KvLayout, tokens: u64| {
+    tokens > 0 && tokens.is_multiple_of(u64::from(layout.block_tokens()))
+});
+object!(StateObject, ObjectKind::State, "state", KvLayout::has_boundary);
 
-fn check_planes(layout: &KvLayout, specs: &[PlaneSpec], planes: &[Bytes], tokens: u64) -> Result<()> {
+fn check_planes(layout: &KvLayout, specs: &[PlaneSpec], planes: &[Bytes]) -> Result<()> {
     if specs.len() != planes.len() {
         return Err(PrefixError::PlaneCount {
             layout: layout.id(),
@@ -143,10 +146,9 @@ fn check_planes(layout: &KvLayout, specs: &[PlaneSpec], planes: &[Bytes], tokens
     let mut lacks_optional = None;
     for (index, (spec, bytes)) in specs.iter().zip(planes).enumerate() {
         let group = &layout.groups()[usize::from(spec.group)];
-        let is_in = group.is_in(tokens / u64::from(layout.block_tokens()));
         // A group that may be left out is left out as a whole.
-        let is_in = is_in.unwrap_or_else(|| !*lacks_optional.get_or_insert(bytes.is_empty()));
-        let expected = if is_in { spec.len_bytes } else { 0 };
+        let is_out = group.optional && *lacks_optional.get_or_insert(bytes.is_empty());
+        let expected = if is_out { 0 } else { spec.len_bytes };
         if expected != bytes.len() as u64 {
             return Err(PrefixError::PlaneSize {
                 layout: layout.id(),

@@ -11,8 +11,11 @@ use std::collections::HashMap;
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 
 use crate::index::Entry;
-use crate::{PutObject, TtlClass};
+use crate::{PutObject, Result, StoreError, TtlClass};
 pub(crate) use lapse::Lapses;
+
+/// The scope of what the store writes about itself.
+const NO_SCOPE: ScopeTag = ScopeTag([0; 16]);
 
 /// What is to be erased.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,10 +31,19 @@ pub enum Erase {
 }
 
 impl Erase {
+    /// Refuses what stands for "none" in a record: written down, it would be the erasure of something else.
+    pub(crate) fn check(self) -> Result<()> {
+        match self {
+            Self::Writer(WriterId::UNNAMED) => Err(StoreError::EraseNobody { what: "writer" }),
+            Self::Scope(scope) if scope == NO_SCOPE => Err(StoreError::EraseNobody { what: "scope" }),
+            _ => Ok(()),
+        }
+    }
+
     /// The object that makes it durable.
     pub(crate) fn object(self) -> PutObject {
         let (mut parent, mut writer) = (None, WriterId::UNNAMED);
-        let (mut scope, mut namespace) = (ScopeTag([0; 16]), NamespaceId([0; 32]));
+        let (mut scope, mut namespace) = (NO_SCOPE, NamespaceId([0; 32]));
         match self {
             Self::Object(id) => parent = Some(id),
             Self::Scope(erased) => scope = erased,
@@ -63,7 +75,7 @@ impl Erase {
         (entry.id.kind == ObjectKind::Erasure).then_some(match entry.parent {
             Some(id) => Self::Object(id),
             None if entry.writer != WriterId::UNNAMED => Self::Writer(entry.writer),
-            None if entry.scope.0 != [0; 16] => Self::Scope(entry.scope),
+            None if entry.scope != NO_SCOPE => Self::Scope(entry.scope),
             None => Self::Namespace(entry.namespace),
         })
     }

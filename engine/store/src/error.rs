@@ -136,6 +136,14 @@ pub enum StoreError {
         /// Ends of a lease.
         limit: usize,
     },
+    /// An erasure of everything that has no writer, or no scope: these are no one's, and cannot be erased as one.
+    #[error(
+        "an erasure must name a {what}, this one names none: erase the objects, or their scope, writer or namespace"
+    )]
+    EraseNobody {
+        /// `writer` or `scope`.
+        what: &'static str,
+    },
     /// An object cannot be encrypted, and is to be stored in no other way.
     #[error("{id:?} cannot be encrypted: {error}")]
     Sealing {
@@ -173,6 +181,7 @@ impl StoreError {
             | Self::PlaneLength { .. }
             | Self::TooLarge { .. }
             | Self::NotStored { .. }
+            | Self::EraseNobody { .. }
             | Self::LeaseEnds { .. } => ErrorKind::Invalid,
             Self::MissingParent { .. } => ErrorKind::MissingParent,
             Self::ContentMismatch { .. } => ErrorKind::ContentMismatch,

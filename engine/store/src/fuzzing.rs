@@ -6,12 +6,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::erasure::Erase;
 use crate::fields::narrow;
+use crate::hits::Hits;
 use crate::index::{Entry, SegmentState};
 use crate::io::{BufferPool, PAGE};
 use crate::record::{self, CHECKSUM_AT, FIXED_BYTES, PlacedHeader};
 use crate::segment::{self, CHECKED_BYTES, PageKind, SegmentId, SegmentPage, Spot};
-use crate::{codec, verify};
+use crate::{LeaseId, codec, lease, verify};
 
 /// More than this is not decompressed: a fuzzer is to find errors, not memory.
 const MAX_RAW_BYTES: u32 = 1 << 20;
@@ -111,11 +113,37 @@ pub fn index_entry(bytes: &[u8]) -> bool {
         assert_eq!(Entry::decode(spot, &entry.encode()), Some(entry));
         assert!(entry.end() > spot.offset || entry.record_pages == 0);
     }
+    if let Some(erase) = entry.as_ref().and_then(Erase::of)
+        && erase.check().is_ok()
+    {
+        let object = erase.object();
+        let again =
+            Entry { id: object.id, parent: object.parent, writer: object.writer, ..entry.expect("of it") };
+        let again = Entry { scope: object.scope, namespace: object.namespace, ..again };
+        assert_eq!(Erase::of(&again), Some(erase), "an erasure that does not come back");
+    }
+    if let Some(hits) = Hits::decode(bytes) {
+        assert_eq!(Hits::decode(&hits.encode()), Some(hits));
+        let mut twice = hits;
+        twice.add(hits);
+    }
     let state = SegmentState::decode(bytes);
     if let Some(state) = state {
         assert_eq!(SegmentState::decode(&state.encode()), Some(state));
     }
     entry.is_some() || state.is_some()
+}
+
+/// The payload of a lease.
+pub fn lease(bytes: &[u8]) -> bool {
+    let Some((ends, deadline_s)) = lease::parse(bytes) else { return false };
+    let written = lease::object(LeaseId([7; 32]), &ends, deadline_s);
+    assert_eq!(
+        lease::parse(&written.planes[0].bytes),
+        Some((ends, deadline_s)),
+        "a lease that does not come back"
+    );
+    true
 }
 
 /// An encoded plane behind two bytes of the length that it is said to have.

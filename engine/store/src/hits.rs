@@ -41,8 +41,9 @@ impl Hits {
     const BYTES: usize = 16;
 
     pub(crate) fn add(&mut self, other: Self) {
-        self.count += other.count;
-        self.tokens += other.tokens;
+        // What an index says is not known to be small.
+        self.count = self.count.saturating_add(other.count);
+        self.tokens = self.tokens.saturating_add(other.tokens);
     }
 
     pub(crate) fn encode(self) -> [u8; Self::BYTES] {

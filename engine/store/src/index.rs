@@ -87,7 +87,14 @@ impl Index {
         if marked {
             set_aside(&path)?;
         }
+        let before = Files::of(&path);
         let (db, options) = match open_db(&path) {
+            Ok((db, _)) if before.has_lost_table(&db)? => {
+                tracing::error!("the index has lost a part of its manifest and is built anew");
+                drop(db);
+                set_aside(&path)?;
+                open_db(&path)?
+            }
             Ok(opened) => opened,
             Err(error) if error.kind() == rocksdb::ErrorKind::IOError && existing => {
                 if free_bytes(dir).is_ok_and(|free| free < OPEN_BYTES) {
@@ -100,6 +107,7 @@ impl Index {
             Err(error) => open_anew(&path, &error)?,
         };
         let mut index = Self { db, options, dir: dir.to_owned(), change_bytes: Counter::default() };
+        index.db.set_options(&[("disable_auto_compactions", "false")])?;
         let format = index.db.get(FORMAT_KEY);
         let mut rebuild = marked || !existing;
         let outdated = !matches!(&format, Ok(Some(found)) if found[..] == FORMAT.to_le_bytes());
@@ -113,6 +121,7 @@ impl Index {
                 drop(index.db);
                 set_aside(&path)?;
                 (index.db, index.options) = open_db(&path)?;
+                index.db.set_options(&[("disable_auto_compactions", "false")])?;
             }
             index.db.put(FORMAT_KEY, FORMAT.to_le_bytes())?;
             rebuild = true;
@@ -358,7 +367,42 @@ fn open_db(path: &Path) -> std::result::Result<(DB, Options), rocksdb::Error> {
     if let Some(opened) = memory::open(&mut options, path) {
         return Ok((opened?, options));
     }
+    // Until it was looked at: a compaction would take away what tells of a loss.
+    options.set_disable_auto_compactions(true);
     Ok((DB::open(&options, path)?, options))
+}
+
+/// Numbers of RocksDB's tables and logs as they lie in its folder before it is opened, which removes what it does not know.
+struct Files {
+    tables: Vec<u64>,
+    logs: Vec<u64>,
+}
+
+impl Files {
+    fn of(path: &Path) -> Self {
+        let mut files = Self { tables: Vec::new(), logs: Vec::new() };
+        for name in fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+            let name = name.to_string_lossy();
+            match name.split_once('.').map(|(number, kind)| (number.parse(), kind)) {
+                Some((Ok(number), "sst")) => files.tables.push(number),
+                Some((Ok(number), "log")) => files.logs.push(number),
+                _ => {}
+            }
+        }
+        files
+    }
+
+    /// Whether RocksDB has forgotten a table. A damaged entry of its manifest may look like the end of it, behind which nothing
+    /// was written; it then opens what the index was before, and whole tables of entries are missing though nothing cannot be
+    /// read. Such a table is newer than all that it knows, as one is whose writing was cut short; but that one's log is still
+    /// there, which is older than the table.
+    fn has_lost_table(&self, db: &DB) -> Result<bool> {
+        let number = |name: &str| name.trim_start_matches('/').split('.').next()?.parse::<u64>().ok();
+        let live: Vec<u64> = db.live_files()?.iter().filter_map(|file| number(&file.name)).collect();
+        let known = self.tables.iter().filter(|table| live.contains(table)).max().copied().unwrap_or(0);
+        let oldest_log = self.logs.iter().min().copied().unwrap_or(u64::MAX);
+        Ok(self.tables.iter().any(|&table| table > known && table < oldest_log && !live.contains(&table)))
+    }
 }
 
 fn options() -> Options {

@@ -45,6 +45,7 @@ mod stat;
 mod stats;
 mod store;
 mod table;
+mod tails;
 mod verify;
 mod wear;
 

@@ -83,21 +83,27 @@ impl PutObject {
             writer: WriterId::UNNAMED,
             class: TtlClass::default(),
             tokens: object.tokens(),
-            planes: pair(layout, ObjectKind::Block, object.into_planes()),
+            planes: pair(layout, ObjectKind::Block, object.tokens(), object.into_planes()),
         }
     }
 
-    /// A state. Its parent is the block that ends at the same boundary, without which nobody could resume there.
+    /// A state. Its parent is the block that ends at the same boundary, without which nobody could resume there; off the block
+    /// grid the last block before it, if there is one.
     pub fn state(layout: &KvLayout, object: StateObject) -> Self {
+        let block_tokens = u64::from(layout.block_tokens());
+        let parent = match object.tokens() {
+            tokens if tokens.is_multiple_of(block_tokens) => Some(object.id().hash),
+            tokens => Some(object.parent()).filter(|_| tokens > block_tokens),
+        };
         Self {
             id: object.id(),
-            parent: Some(ObjectId { kind: ObjectKind::Block, hash: object.id().hash }),
+            parent: parent.map(|hash| ObjectId { kind: ObjectKind::Block, hash }),
             namespace: object.namespace(),
             scope: object.scope(),
             writer: WriterId::UNNAMED,
             class: TtlClass::default(),
             tokens: object.tokens(),
-            planes: pair(layout, ObjectKind::State, object.into_planes()),
+            planes: pair(layout, ObjectKind::State, object.tokens(), object.into_planes()),
         }
     }
 
@@ -133,7 +139,7 @@ impl PutObject {
     }
 }
 
-fn pair(layout: &KvLayout, kind: ObjectKind, planes: Vec<Bytes>) -> Vec<PutPlane> {
+fn pair(layout: &KvLayout, kind: ObjectKind, tokens: u64, planes: Vec<Bytes>) -> Vec<PutPlane> {
     let with_shape = |(&spec, bytes): (&PlaneSpec, Bytes)| {
         let group = &layout.groups()[usize::from(spec.group)];
         let shape = PlaneShape::of(group, &spec);
@@ -141,5 +147,5 @@ fn pair(layout: &KvLayout, kind: ObjectKind, planes: Vec<Bytes>) -> Vec<PutPlane
         let spec = PlaneSpec { len_bytes: bytes.len() as u64, ..spec };
         PutPlane { spec, shape: (!bytes.is_empty()).then_some(shape), bytes }
     };
-    layout.planes(kind).iter().zip(planes).map(with_shape).collect()
+    layout.planes_at(kind, tokens).iter().zip(planes).map(with_shape).collect()
 }

@@ -294,6 +294,20 @@ impl Store {
         ids.iter().zip(all).map(|(&id, located)| Some(Found::new(id, located?))).collect()
     }
 
+    /// States that may lie off the block grid behind `from` and more of `blocks`, which continue each other from the root of a
+    /// namespace and scope on: behind how many blocks, and how many tokens the prefix has that the state completes. The longest
+    /// first, at most `most`, of less than `below` tokens. Which of them are of some prompt is told by their names.
+    pub fn tails(
+        &self,
+        root: (NamespaceId, ScopeTag),
+        from: usize,
+        blocks: &[BlockHash],
+        below: u64,
+        most: usize,
+    ) -> Vec<(usize, u64)> {
+        self.shared.table.tails(root, from, blocks, below, most)
+    }
+
     /// Fetches planes. Nothing is read before the first call of `next`. The prefix that ends in the last object counts as
     /// used.
     pub fn fetch(&self, request: FetchRequest) -> Fetch {
@@ -411,8 +425,9 @@ impl Store {
 
     /// Erases for good: when this returns, nothing of it is found, none of it can come back after any crash, and its
     /// space is given back. Leases do not protect from it. Returns how many objects went. After an error of the drive they are gone
-    /// as well, but may come back with a crash: erase again.
+    /// as well, but may come back with a crash: erase again. A writer or scope that stands for none is refused.
     pub fn erase(&self, what: Erase) -> Result<u64> {
+        what.check()?;
         if self.shared.settings.skips_tombstone() {
             return self.shared.erase(what, u64::MAX);
         }

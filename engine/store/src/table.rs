@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use esker_prefix::{NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 use hashbrown::HashTable;
 
 use crate::TtlClass;
@@ -24,6 +24,7 @@ use crate::record::header_bytes;
 use crate::retention::{Candidate, Context, Retention, RetentionSettings};
 use crate::segment::{SegmentId, Spot};
 use crate::shared::is_own;
+use crate::tails::{Behind, Tails};
 
 /// Slots are allocated this many at a time.
 const CHUNK_SLOTS: usize = 4096;
@@ -62,6 +63,7 @@ struct Inner {
     realms: Realms,
     retention: Retention,
     erasures: u64,
+    tails: Tails,
 }
 
 /// A record that is not needed any more.
@@ -116,6 +118,7 @@ impl Table {
             realms: Realms::default(),
             retention: Retention::new(RetentionSettings::new(ORDINARY_BYTES_PER_TOKEN)),
             erasures: 0,
+            tails: Tails::default(),
         }))
     }
 
@@ -148,6 +151,30 @@ impl Table {
     pub(crate) fn get(&self, id: ObjectId) -> Option<Located> {
         let inner = self.read();
         inner.find(id).map(|slot| inner.located(slot))
+    }
+
+    /// Where behind `from` and more blocks of a prefix, off the block grid, states may lie: behind how many of `blocks`, and how long
+    /// the prefix is that the state completes. The longest first, at most `most`, of prefixes shorter than `below`.
+    pub(crate) fn tails(
+        &self,
+        root: (NamespaceId, ScopeTag),
+        from: usize,
+        blocks: &[BlockHash],
+        below: u64,
+        most: usize,
+    ) -> Vec<(usize, u64)> {
+        let inner = self.read();
+        if inner.tails.is_empty() {
+            return Vec::new();
+        }
+        let behind = |count: usize| match count.checked_sub(1) {
+            Some(last) => Behind::block(&blocks[last]),
+            None => Behind::nothing(root.0, root.1),
+        };
+        let lengths = (from..=blocks.len())
+            .rev()
+            .flat_map(|count| inner.tails.behind(behind(count)).map(move |tokens| (count, tokens)));
+        lengths.filter(|&(_, tokens)| tokens < below).take(most).collect()
     }
 
     /// Whether an object is at `spot`.
@@ -183,6 +210,7 @@ impl Table {
             let before = *inner.slot(known);
             *inner.slot_mut(known) = slot;
             inner.realms.add(&slot);
+            inner.tails.add(slot.hash, entry);
             if before.kind & HOLE == 0 {
                 inner.realms.subtract(&before);
             }
@@ -191,6 +219,7 @@ impl Table {
         let at = inner.allocate(slot);
         inner.realms.add(&slot);
         inner.erasures += u64::from(entry.id.kind == ObjectKind::Erasure);
+        inner.tails.add(slot.hash, entry);
         let Inner { by_hash, chunks, .. } = &mut *inner;
         by_hash.insert_unique(slot.bucket(), at, |&other| chunk_slot(chunks, other).bucket());
         inner.retain(at, entry, candidate);
@@ -213,8 +242,8 @@ impl Table {
             // What is about to hang on it should not go before.
             inner.retention.renew(parent, now_s);
         }
-        let (bytes, tokens) =
-            (clamp(record_bytes), block_tokens(header.tokens, parent.map(|at| inner.slot(at).tokens)));
+        let tokens = added_tokens(header.id.kind, header.tokens, parent.map(|at| inner.slot(at).tokens));
+        let bytes = clamp(record_bytes);
         let candidate = inner.retention.missed(key_of(header.id), context, bytes, tokens, now_s);
         let admits = inner.retention.admits(&candidate, now_s);
         (candidate, context, admits)
@@ -352,7 +381,7 @@ impl Table {
             inner.release(at);
         } else {
             let slot = *inner.slot(at);
-            inner.realms.subtract(&slot);
+            inner.forget(&slot);
             inner.slot_mut(at).kind |= HOLE;
         }
         true
@@ -401,7 +430,8 @@ impl Table {
         let bytes = slots
             + inner.by_hash.allocation_size()
             + inner.free.capacity() * size_of::<u32>()
-            + inner.retention.memory_bytes();
+            + inner.retention.memory_bytes()
+            + inner.tails.memory_bytes();
         (inner.by_hash.len() as u64, bytes as u64)
     }
 
@@ -449,7 +479,7 @@ impl Inner {
         let candidate = candidate.unwrap_or_else(|| {
             let context = self.retention.context(parent);
             let bytes = clamp(u64::from(entry.record_pages) * PAGE as u64);
-            let tokens = block_tokens(entry.tokens, parent.map(|at| self.slot(at).tokens));
+            let tokens = added_tokens(entry.id.kind, entry.tokens, parent.map(|at| self.slot(at).tokens));
             self.retention.recovered(key_of(entry.id), context, bytes, tokens)
         });
         if let Some(parent) = parent {
@@ -487,7 +517,7 @@ impl Inner {
     fn release(&mut self, at: u32) {
         let slot = *self.slot(at);
         if slot.kind & HOLE == 0 {
-            self.realms.subtract(&slot);
+            self.forget(&slot);
         }
         self.erasures -= u64::from(slot.kind & !HOLE == ObjectKind::Erasure as u8);
         let bucket = slot.bucket();
@@ -497,6 +527,14 @@ impl Inner {
         self.retention.remove(at);
         self.slot_mut(at).kind = 0;
         self.free.push(at);
+    }
+
+    /// Takes what an object adds to the whole back.
+    fn forget(&mut self, slot: &Slot) {
+        self.realms.subtract(slot);
+        if slot.kind == ObjectKind::State as u8 {
+            self.tails.remove(&slot.hash);
+        }
     }
 
     /// As `find`, looking at the slot `next` first.
@@ -654,9 +692,10 @@ fn key_of(id: ObjectId) -> u64 {
     bucket(id.kind as u8, &short(id))
 }
 
-/// Tokens that an object adds to its prefix; a state adds as many as a block, for which it stands.
-fn block_tokens(tokens: u64, parent: Option<u64>) -> u32 {
+/// Tokens that an object adds to its prefix; a state adds as many as a block, for which it stands, wherever it lies.
+fn added_tokens(kind: ObjectKind, tokens: u64, parent: Option<u64>) -> u32 {
     const ORDINARY_BLOCK_TOKENS: u64 = 128;
+    let parent = if kind == ObjectKind::State { Some(tokens) } else { parent };
     match parent.map_or(tokens, |parent| tokens.saturating_sub(parent)) {
         0 => u32::try_from(tokens.min(ORDINARY_BLOCK_TOKENS)).unwrap_or(1).max(1),
         added => u32::try_from(added).unwrap_or(u32::MAX),

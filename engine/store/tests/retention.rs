@@ -414,6 +414,23 @@ fn a_writers_word_can_be_taken_back_and_others_can_vouch_for_it() {
 }
 
 #[test]
+fn an_erasure_of_no_one_is_refused_and_erases_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), small()).unwrap();
+    let nobody = PutObject { scope: ScopeTag([0; 16]), ..chain(0, 1, &LENS).remove(0) };
+    assert!(store.put(vec![nobody.clone()])[0].is_ok());
+    for (none, what) in
+        [(Erase::Writer(WriterId::UNNAMED), "writer"), (Erase::Scope(ScopeTag([0; 16])), "scope")]
+    {
+        let error = store.erase(none).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.to_string().contains(what), "{error}");
+        assert!(store.get(&[nobody.id])[0].is_some(), "{what}");
+    }
+    assert_eq!(store.erase(Erase::Object(nobody.id)).unwrap(), 1);
+}
+
+#[test]
 fn a_full_store_declines_what_is_not_worth_its_place() {
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::new();

@@ -170,6 +170,7 @@ fn layouts_are_stored_beside_the_blocks() {
         plane_layers: 1,
         optional: false,
         grain_blocks: 1,
+        run_tokens: 0,
     };
     let layout = KvLayout::new("test", 4, vec![group]).unwrap();
     let dir = tempfile::tempdir().unwrap();

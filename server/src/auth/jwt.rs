@@ -87,7 +87,11 @@ impl Tokens {
 fn read_keys(path: &Path) -> anyhow::Result<Vec<Key>> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read the keys {}", path.display()))?;
-    let set: JwkSet = serde_json::from_str(&text)
+    parse_keys(&text, path)
+}
+
+fn parse_keys(text: &str, path: &Path) -> anyhow::Result<Vec<Key>> {
+    let set: JwkSet = serde_json::from_str(text)
         .with_context(|| format!("{} is not a JSON Web Key Set", path.display()))?;
     set.keys
         .iter()
@@ -104,4 +108,13 @@ fn usable(jwk: &Jwk) -> anyhow::Result<Key> {
     };
     let key = DecodingKey::from_jwk(jwk).with_context(|| format!("key {id:?} is malformed"))?;
     Ok(Key { id, algorithm, key })
+}
+
+/// For fuzzing: a file of keys. Whether all of it can be used.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let keys = std::str::from_utf8(bytes).ok().and_then(|text| parse_keys(text, Path::new("jwks.json")).ok());
+    let keys = keys.unwrap_or_default();
+    assert!(keys.iter().all(|key| matches!(key.algorithm, Algorithm::EdDSA | Algorithm::ES256)));
+    !keys.is_empty()
 }

@@ -38,3 +38,21 @@ pub(super) fn principal(certificate: &CertificateDer<'_>, policy: &Policy) -> Re
     let roles = roles.ok_or_else(|| refused(format!("{id} is not in this node's policy")))?;
     Ok(Principal { tenant, name: account.to_owned(), roles: roles.iter().copied().collect() })
 }
+
+/// For fuzzing: a certificate, behind the TLS layer. Whether it speaks for somebody.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use crate::policy::TenantPolicy;
+    let accounts = [("engine".to_owned(), vec![crate::principal::Role::Reader])].into();
+    let acme = TenantPolicy { service_accounts: accounts, ..TenantPolicy::default() };
+    let policy = Policy {
+        trust_domain: Some("fleet.example".into()),
+        tenants: [(TenantId("acme".into()), acme)].into(),
+        ..Policy::default()
+    };
+    let principal = principal(&CertificateDer::from(bytes), &policy);
+    principal.is_ok_and(|principal| {
+        assert_eq!((principal.tenant.0.as_str(), principal.name.as_str()), ("acme", "engine"));
+        true
+    })
+}

@@ -38,6 +38,22 @@ pub(crate) fn spell(call: &Function) -> String {
     )
 }
 
+/// For fuzzing: what a model wrote. Whether it calls a tool.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(text: &str) -> bool {
+    let (before, calls) = split(text);
+    assert!(text.starts_with(before) && (calls.is_empty() == (before.len() == text.len())));
+    // What stands for the end of a call within one ends it.
+    for call in
+        calls.iter().filter(|call| !call.name.contains(CLOSE) && !call.arguments.to_string().contains(CLOSE))
+    {
+        let spelled = spell(call);
+        let (before, again) = split(&spelled);
+        assert!(before.is_empty() && again.len() == 1 && again[0].name == call.name, "{spelled}");
+    }
+    !calls.is_empty()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

@@ -389,6 +389,19 @@ fn prompt(line: &str) -> anyhow::Result<(v1::WarmupPrompt, usize)> {
     Ok((v1::WarmupPrompt { prompt: Some(prompt) }, bytes + 16))
 }
 
+/// For fuzzing: a file of prompts. Whether a line of it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use prost::Message;
+    let Ok(text) = std::str::from_utf8(bytes) else { return false };
+    let prompts = text.lines().filter_map(|line| prompt(line).ok());
+    prompts.fold(false, |_, (prompt, most)| {
+        let request = v1::SubmitWarmupRequest { prompts: vec![prompt], ..Default::default() };
+        assert!(request.encoded_len() <= most, "{} bytes, and {most} at most", request.encoded_len());
+        true
+    })
+}
+
 /// The same for the same file and options, so that the same command means the same job.
 fn name(args: &Args, file: &Path, text: &str) -> String {
     let mut hasher = blake3::Hasher::new();

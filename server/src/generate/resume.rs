@@ -1,8 +1,8 @@
 //! Resuming: the stored prefix from which least is left to compute is put back.
 //!
 //! A model without state groups resumes after any block. One with them needs the state at the boundary too; where it is
-//! missing, it is rebuilt by an exact replay of the last tokens over the rows that are stored. Whichever leaves less to
-//! compute is taken.
+//! missing, it is rebuilt by an exact replay of the last tokens over the rows that are stored. Between two block boundaries a
+//! state brings the rows of the tokens behind the last block along. Whichever leaves least to compute is taken.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -33,8 +33,16 @@ pub(super) const ORDERED_FROM_BYTES: u64 = 1 << 20;
 /// What is put back.
 struct Plan {
     blocks: Vec<Found>,
-    /// At the end of the last block.
+    /// At the end of the last block, or of some tokens behind it.
     state: Option<Found>,
+}
+
+impl Plan {
+    /// Tokens of it.
+    fn tokens(&self, block_tokens: usize) -> usize {
+        let state = self.state.as_ref().map(|state| usize::try_from(state.tokens).unwrap_or(usize::MAX));
+        state.unwrap_or(self.blocks.len() * block_tokens)
+    }
 }
 
 /// What was found of a prompt and is in the sequence, or on its way there.
@@ -100,10 +108,10 @@ impl<'a> Resumption<'a> {
         if mode == RestoreMode::Nothing {
             return Ok(Resumed::default());
         }
-        let plan = plan(node, model, trail, prompt.len());
-        let total = plan.blocks.len() * trail.block_tokens();
+        let plan = plan(node, model, trail, prompt);
+        let total = plan.tokens(trail.block_tokens());
         self.offer.found(total);
-        if plan.blocks.is_empty() {
+        if total == 0 {
             return Ok(Resumed::default());
         }
         listen(emit(Event::Restoring { done: 0, total }))?;
@@ -134,11 +142,12 @@ impl<'a> Resumption<'a> {
     ) -> Result<Resumed<'scope>, GenerateError> {
         let Self { node, engine, prompt, offer, .. } = self;
         let model = &engine.loaded.model;
-        let (blocks, total) = (plan.blocks.len(), plan.blocks.len() * trail.block_tokens());
+        let (blocks, total) = (plan.blocks.len(), plan.tokens(trail.block_tokens()));
         sequence.reserve(model, prompt.len());
+        let is_off_grid = total > blocks * trail.block_tokens();
         let objects: Vec<Found> = plan.blocks.into_iter().chain(plan.state).collect();
-        let size = |found: &Found| (found.stored_bytes, found.raw_bytes);
-        let sizes: Vec<(u64, u64)> = objects.iter().map(size).collect();
+        let size = |found: &Found| (found.stored_bytes, found.raw_bytes, found.tokens);
+        let sizes: Vec<(u64, u64, u64)> = objects.iter().map(size).collect();
         let mut fetch = node.store.fetch(FetchRequest {
             objects,
             planes: PlaneSelection::All,
@@ -156,7 +165,9 @@ impl<'a> Resumption<'a> {
             };
             planes.push(bytes);
             let is_block = object < blocks;
-            if planes.len() < trail.planes(if is_block { ObjectKind::Block } else { ObjectKind::State }) {
+            let (stored_bytes, raw_bytes, tokens) = sizes[object];
+            let kind = if is_block { ObjectKind::Block } else { ObjectKind::State };
+            if planes.len() < trail.planes(kind, tokens) {
                 continue;
             }
             let whole = std::mem::take(&mut planes);
@@ -166,7 +177,7 @@ impl<'a> Resumption<'a> {
                     .map_err(DecoderError::from)
                     .and_then(|block| sequence.restore(model, &block)),
                 false => trail
-                    .state(blocks - 1, whole)
+                    .state(tokens, whole)
                     .map_err(DecoderError::from)
                     .and_then(|state| sequence.restore_state(model, &state)),
             };
@@ -176,9 +187,24 @@ impl<'a> Resumption<'a> {
                 tracing::warn!(%error, "what is stored does not fit the model");
                 break;
             }
-            resumed.bytes_read += sizes[object].0;
-            resumed.raw_bytes += sizes[object].1;
+            resumed.bytes_read += stored_bytes;
+            resumed.raw_bytes += raw_bytes;
             listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
+        }
+        if sequence.needs_state() && is_off_grid {
+            // What the last block ends with does as well, and spares a replay.
+            let hash = trail.hashes_within(sequence.tokens()).last().copied();
+            let id = hash.map(|hash| ObjectId { kind: ObjectKind::State, hash });
+            let found = trail.find(&node.store, id.as_slice()).into_iter().flatten().next();
+            if let Some(found) = found {
+                let (tokens, bytes) = (found.tokens, (found.stored_bytes, found.raw_bytes));
+                let planes = whole_object(node, found, trail.planes(ObjectKind::State, tokens), offer);
+                let state = planes.and_then(|planes| trail.state(tokens, planes).ok());
+                if state.is_some_and(|state| sequence.restore_state(model, &state).is_ok()) {
+                    resumed.bytes_read += bytes.0;
+                    resumed.raw_bytes += bytes.1;
+                }
+            }
         }
         Ok(resumed)
     }
@@ -272,8 +298,9 @@ impl<'a> Resumption<'a> {
             }
         }
         if let Some(state) = plan.state {
-            let planes = whole_object(node, state, trail.planes(ObjectKind::State), offer);
-            let state = planes.and_then(|planes| trail.state(count - 1, planes).ok());
+            let end = state.tokens;
+            let planes = whole_object(node, state, trail.planes(ObjectKind::State, end), offer);
+            let state = planes.and_then(|planes| trail.state(end, planes).ok());
             let restored = state.map(|state| sequence.restore_state(model, &state));
             if !matches!(restored, Some(Ok(()))) {
                 // Another state, or a replay, is chosen anew.
@@ -304,24 +331,32 @@ fn whole_object(node: &Node, object: Found, planes: usize, offer: &Offer) -> Opt
 }
 
 /// Chooses what to put back: everything up to the newest state, or all blocks and a replay.
-fn plan(node: &Node, model: &Model, trail: &Trail<'_>, prompt_tokens: usize) -> Plan {
-    let hashes = trail.hashes_within(prompt_tokens - 1);
+fn plan(node: &Node, model: &Model, trail: &Trail<'_>, prompt: &[TokenId]) -> Plan {
+    let hashes = trail.hashes_within(prompt.len() - 1);
     let ids = |kind| hashes.iter().map(|&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
     let mut blocks = trail.blocks(&node.store, &ids(ObjectKind::Block));
-    if !trail.has_states() {
-        return Plan { blocks, state: None };
-    }
-    let states = trail.find(&node.store, &ids(ObjectKind::State)[..blocks.len()]);
-    let newest = states.iter().rposition(Option::is_some);
-    let left = |blocks: usize| prompt_tokens - blocks * trail.block_tokens();
-    // A replay goes through fewer layers with every window; it costs about half of a prefill of its length.
-    let replay = model.replay_tokens(blocks.len() * trail.block_tokens()) / 2;
-    match newest {
-        Some(newest) if left(newest + 1) <= replay + left(blocks.len()) => {
-            blocks.truncate(newest + 1);
-            Plan { blocks, state: states.into_iter().nth(newest).flatten() }
+    let on_grid = match trail.has_states() {
+        true => {
+            trail.find(&node.store, &ids(ObjectKind::State)[..blocks.len()]).into_iter().flatten().next_back()
         }
-        _ => Plan { blocks, state: None },
+        false => None,
+    };
+    let tail = trail.tail(&node.store, prompt, blocks.len());
+    let state = on_grid.into_iter().chain(tail).max_by_key(|state| state.tokens);
+    let all = blocks.len() * trail.block_tokens();
+    // A replay goes through fewer layers with every window; it costs about half of a prefill of its length.
+    let replay = if trail.has_states() { model.replay_tokens(all) / 2 } else { 0 };
+    let left = |tokens: usize| prompt.len() - tokens;
+    match state {
+        Some(state) => {
+            let tokens = usize::try_from(state.tokens).unwrap_or(usize::MAX).min(prompt.len());
+            if left(tokens) > replay + left(all) {
+                return Plan { blocks, state: None };
+            }
+            blocks.truncate(trail.hashes_to(tokens));
+            Plan { blocks, state: Some(state) }
+        }
+        None => Plan { blocks, state: None },
     }
 }
 

@@ -1,6 +1,6 @@
 //! The trail of a sequence: its chain of hashes, and what of it is stored, on its way, or to be offered.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, StateObj
 use esker_store::{Found, PutObject, Store, TtlClass};
 
 use super::GenerateError;
+use crate::lookup::Tails;
 use crate::node::Engine;
 use crate::write_behind::Receipt;
 use crate::writers::Place;
@@ -32,12 +33,15 @@ pub(super) struct Trail<'a> {
     hashes: Vec<BlockHash>,
     /// Blocks that are stored or were offered.
     pub(super) stored: usize,
-    /// States to be offered behind their blocks: index of the block, and the state.
+    /// States to be offered behind their blocks: how many those are, and the state.
     states: VecDeque<(usize, StateObject)>,
+    /// Lengths at which states were taken.
+    kept: BTreeSet<usize>,
     /// Whole blocks of the prompt.
     prompt_blocks: usize,
-    /// Those of them that a lookup offered. One that is stored again was lost, and is nothing that its caller is charged for.
-    pub(super) offered: usize,
+    /// Tokens of it that a lookup offered. What of them is stored again was lost, or is in a block that they end in, and is
+    /// nothing that its caller is charged for.
+    pub(super) offered_tokens: usize,
     /// Counts the others that are newly stored.
     receipt: Arc<Receipt>,
 }
@@ -57,8 +61,9 @@ impl<'a> Trail<'a> {
             hashes: Vec::new(),
             stored: 0,
             states: VecDeque::new(),
+            kept: BTreeSet::new(),
             prompt_blocks: 0,
-            offered: 0,
+            offered_tokens: 0,
             receipt: Arc::default(),
         }
     }
@@ -97,14 +102,14 @@ impl<'a> Trail<'a> {
         &self.hashes[..self.hashes_to(tokens)]
     }
 
-    /// Planes of an object of this kind.
-    pub(super) fn planes(&self, kind: ObjectKind) -> usize {
-        self.engine.loaded.model.layout().planes(kind).len()
+    /// Planes of the object of this kind at so many tokens.
+    pub(super) fn planes(&self, kind: ObjectKind, tokens: u64) -> usize {
+        self.engine.loaded.model.layout().planes_count(kind, tokens)
     }
 
-    /// Whether the model has states to keep.
+    /// Whether nothing can be resumed without a state.
     pub(super) fn has_states(&self) -> bool {
-        self.planes(ObjectKind::State) > 0
+        self.engine.loaded.model.layout().has_states()
     }
 
     /// The block at `index` of these planes.
@@ -114,24 +119,52 @@ impl<'a> Trail<'a> {
         BlockObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
     }
 
-    /// The state behind the block at `index` of these planes.
-    pub(super) fn state(&self, index: usize, planes: Vec<Bytes>) -> esker_prefix::Result<StateObject> {
-        let BlockIdentity { namespace, scope, parent, hash } = self.identity(index);
-        let tokens = ((index + 1) * self.block_tokens) as u64;
+    /// The state after `tokens` tokens of these planes.
+    pub(super) fn state(&self, tokens: u64, planes: Vec<Bytes>) -> esker_prefix::Result<StateObject> {
+        let identity = self.identity_at(usize::try_from(tokens).unwrap_or(usize::MAX));
+        let BlockIdentity { namespace, scope, parent, hash } = identity;
         StateObject::new(self.engine.loaded.model.layout(), namespace, scope, parent, hash, tokens, planes)
     }
 
-    /// Takes the state at the last block boundary that the sequence has passed, if the model has states and that block
-    /// is not stored with one.
+    /// The longest state of this prompt off the block grid, behind some of its blocks that are stored.
+    pub(super) fn tail(&self, store: &Store, prompt: &[TokenId], blocks: usize) -> Option<Found> {
+        let tails = Tails {
+            namespace: self.engine.namespace,
+            scope: &self.place.key,
+            block_tokens: self.engine.loaded.model.layout().block_tokens(),
+            first_block: 0,
+            from_block: if self.has_states() { 0 } else { blocks },
+            tokens: prompt,
+            below: prompt.len() as u64,
+        };
+        tails.find(store, &self.hashes[..blocks], 1, |found| self.place.sight.sees(found)).pop()
+    }
+
+    /// Takes the state at the last block boundary that the sequence has passed, if the model has states; not where it was put
+    /// back behind that boundary.
     pub(super) fn keep_state(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
-        let blocks = self.hashes_to(sequence.tokens());
-        let known = self.states.back().is_some_and(|(index, _)| index + 1 == blocks);
-        if !self.has_states() || blocks == 0 || known {
+        let boundary = self.hashes_to(sequence.tokens()) * self.block_tokens;
+        if !self.has_states() || boundary == 0 {
             return Ok(());
         }
-        let index = blocks - 1;
-        self.states
-            .push_back((index, sequence.state(&self.engine.loaded.model, index, self.identity(index))?));
+        self.keep(sequence, boundary)
+    }
+
+    /// Takes the state at the very end too, where who goes on from there resumes; the other is for who has other last tokens.
+    pub(super) fn keep_end(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
+        self.keep_state(sequence)?;
+        if sequence.tokens().is_multiple_of(self.block_tokens) {
+            return Ok(());
+        }
+        self.keep(sequence, sequence.tokens())
+    }
+
+    fn keep(&mut self, sequence: &Sequence, tokens: usize) -> Result<(), GenerateError> {
+        if self.stored == usize::MAX || !sequence.holds_state(tokens) || !self.kept.insert(tokens) {
+            return Ok(());
+        }
+        let state = sequence.state_at(&self.engine.loaded.model, tokens, self.identity_at(tokens))?;
+        self.states.push_back((self.hashes_to(tokens), state));
         Ok(())
     }
 
@@ -140,8 +173,10 @@ impl<'a> Trail<'a> {
         let blocks = self.stored;
         let Some(object) = self.next_object(sequence)? else { return Ok(false) };
         // A block of the prompt, not a state: what its caller is charged for once it is stored.
-        let counts = self.stored > blocks && (self.offered..self.prompt_blocks).contains(&blocks);
-        let receipt = counts.then(|| (Arc::clone(&self.receipt), self.block_tokens as u64));
+        let end = (blocks + 1) * self.block_tokens;
+        let counts = self.stored > blocks && blocks < self.prompt_blocks && end > self.offered_tokens;
+        let new_tokens = self.block_tokens.min(end.saturating_sub(self.offered_tokens)) as u64;
+        let receipt = counts.then(|| (Arc::clone(&self.receipt), new_tokens));
         self.offer(object, receipt);
         Ok(self.stored != usize::MAX)
     }
@@ -149,7 +184,7 @@ impl<'a> Trail<'a> {
     /// The next whole block or state that is not stored yet.
     pub(super) fn next_object(&mut self, sequence: &Sequence) -> Result<Option<PutObject>, GenerateError> {
         let model = &self.engine.loaded.model;
-        if let Some((_, state)) = self.states.pop_front_if(|(index, _)| *index < self.stored) {
+        if let Some((_, state)) = self.states.pop_front_if(|(blocks, _)| *blocks <= self.stored) {
             return Ok(Some(self.own(PutObject::state(model.layout(), state))));
         }
         if self.stored >= self.hashes_to(sequence.tokens()) {
@@ -191,12 +226,17 @@ impl<'a> Trail<'a> {
     }
 
     fn identity(&self, index: usize) -> BlockIdentity {
-        let parent = if index == 0 { self.genesis } else { self.hashes[index - 1] };
-        BlockIdentity {
-            namespace: self.engine.namespace,
-            scope: self.place.key.tag(),
-            parent,
-            hash: self.hashes[index],
-        }
+        self.identity_at((index + 1) * self.block_tokens)
+    }
+
+    /// Of what completes a prefix of `tokens` tokens.
+    fn identity_at(&self, tokens: usize) -> BlockIdentity {
+        let at = |blocks: usize| blocks.checked_sub(1).map_or(self.genesis, |last| self.hashes[last]);
+        let blocks = self.hashes_to(tokens);
+        let (parent, hash) = match &self.tokens[blocks * self.block_tokens..tokens] {
+            [] => (at(blocks.saturating_sub(1)), at(blocks)),
+            tail => (at(blocks), Chain::resume(&self.place.key, at(blocks)).push(tail)),
+        };
+        BlockIdentity { namespace: self.engine.namespace, scope: self.place.key.tag(), parent, hash }
     }
 }

@@ -65,7 +65,7 @@ pub(crate) fn warm(
     if is_stored(node, &trail, whole) {
         return listen(observe(Step::Found { tokens: whole }));
     }
-    let object_bytes = |kind| layout.object_bytes(kind);
+    let object_bytes = |kind| layout.object_bytes_at(kind, u64::from(layout.block_tokens()));
     let (block_bytes, state_bytes) = (object_bytes(ObjectKind::Block), object_bytes(ObjectKind::State));
     listen(observe(Step::Next { tokens: 0, bytes: 0 }))?;
     let mut sequence = Sequence::new(model);

@@ -212,6 +212,15 @@ impl Said {
     }
 }
 
+/// For fuzzing: everything that is checked of a request before the model is asked.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn hear(body: &[u8]) -> Result<Conversation, Failure> {
+    let mut asked: Asked = body::parse(body)?;
+    asked.check()?;
+    asked.ttl()?;
+    asked.conversation()
+}
+
 /// The handler of `/v1/messages`.
 pub(super) async fn messages(
     State(site): State<Site>,

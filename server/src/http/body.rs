@@ -24,7 +24,12 @@ pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<T, Fai
     let body = tokio::time::timeout(TIMEOUT, request.extract::<Bytes, _>()).await;
     let body = body.map_err(|_| Failure::late("the body did not arrive in time"))?;
     let body = body.map_err(|refused| Failure::unread(refused.status(), refused.body_text()))?;
-    let mut deserializer = serde_json::Deserializer::from_slice(&body);
+    parse(&body)
+}
+
+/// Understands a body.
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
         let message = format!("the body is not usable: {}", error.inner());

@@ -64,9 +64,20 @@ pub(super) struct Ended {
     pub(super) text: String,
 }
 
+impl Ask {
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        let long = self.stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES);
+        if long || self.stops.len() > MAX_STOPS {
+            let rule = format!("at most {MAX_STOPS} stop sequences of 1 to {MAX_STOP_BYTES} bytes");
+            return Err(Failure::invalid(rule).about("stop"));
+        }
+        Ok(())
+    }
+}
+
 impl Completion {
     pub(super) async fn start(site: &Site, principal: Principal, ask: Ask) -> Result<Self, Failure> {
-        check_stops(&ask.stops)?;
+        ask.check()?;
         // The wire has 0 for "not set", here it means what it says.
         let max_new_tokens = ask.max_tokens.unwrap_or(DEFAULT_NEW_TOKENS);
         if max_new_tokens == 0 {
@@ -161,13 +172,4 @@ pub(super) fn sub_scope(key: Option<String>) -> String {
 /// A number that nobody can foresee, for seeds and names.
 pub(super) fn random() -> u64 {
     RandomState::new().hash_one(std::time::Instant::now())
-}
-
-fn check_stops(stops: &[String]) -> Result<(), Failure> {
-    let long = stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES);
-    if long || stops.len() > MAX_STOPS {
-        let rule = format!("at most {MAX_STOPS} stop sequences of 1 to {MAX_STOP_BYTES} bytes");
-        return Err(Failure::invalid(rule).about("stop"));
-    }
-    Ok(())
 }

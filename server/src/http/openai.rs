@@ -20,7 +20,11 @@ use super::Site;
 use super::completion::{Ask, random, sub_scope};
 use super::failure::Failure;
 pub(super) use chat::chat;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) use chat::hear as hear_chat;
 pub(super) use text::completions;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) use text::hear as hear_text;
 
 /// `GET /v1/models`. Anthropic's library asks here as well: each finds its fields.
 pub(super) async fn models(State(site): State<Site>) -> Json<Value> {

@@ -85,10 +85,7 @@ impl Index {
     /// The record of a request, if it has one.
     pub(crate) fn find(&self, tenant: &str, request_id: &str) -> Result<Option<Known>, rocksdb::Error> {
         let value = self.db.get_pinned(name_key(tenant, request_id))?;
-        Ok(value.and_then(|value| {
-            let u64_at = |at: usize| Some(u64::from_le_bytes(*value.get(at..)?.first_chunk()?));
-            Some(Known { content: *value.first_chunk()?, segment: u64_at(16)?, offset: u64_at(24)? })
-        }))
+        Ok(value.and_then(|value| known(&value)))
     }
 
     /// Counts records that are durable, and notes how far that is.
@@ -230,7 +227,7 @@ fn name_key(tenant: &str, request_id: &str) -> Vec<u8> {
     [b"r", tenant.as_bytes(), &[0], request_id.as_bytes()].concat()
 }
 
-fn name_value(record: &v1::UsageRecord, place: Place) -> [u8; NAME_VALUE_BYTES] {
+pub(crate) fn name_value(record: &v1::UsageRecord, place: Place) -> [u8; NAME_VALUE_BYTES] {
     let mut value = [0; NAME_VALUE_BYTES];
     let content = record.content.get(..16).unwrap_or(&[0; 16]);
     value[..16].copy_from_slice(content);
@@ -240,8 +237,13 @@ fn name_value(record: &v1::UsageRecord, place: Place) -> [u8; NAME_VALUE_BYTES] 
     value
 }
 
+fn known(value: &[u8]) -> Option<Known> {
+    let u64_at = |at: usize| Some(u64::from_le_bytes(*value.get(at..)?.first_chunk()?));
+    Some(Known { content: *value.first_chunk()?, segment: u64_at(16)?, offset: u64_at(24)? })
+}
+
 /// Neither tenants nor scopes have a zero byte in their names.
-fn account_key(kind: u8, account: &Account) -> Vec<u8> {
+pub(crate) fn account_key(kind: u8, account: &Account) -> Vec<u8> {
     let Account { hour_unix_s, tenant, namespace, scope } = account;
     [&[kind][..], &hour_unix_s.to_be_bytes(), tenant.as_bytes(), &[0], scope.as_bytes(), &[0], namespace]
         .concat()
@@ -259,6 +261,26 @@ fn account_of(key: &[u8]) -> Option<Account> {
 fn byte_seconds(value: &[u8]) -> ByteSeconds {
     let u64_at = |at: usize| value.get(at..).and_then(|rest| Some(u64::from_le_bytes(*rest.first_chunk()?)));
     ByteSeconds { stored: u64_at(0).unwrap_or(0), pinned: u64_at(8).unwrap_or(0) }
+}
+
+/// For fuzzing: each kind of key and value. Whether the bytes are one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let position = std::str::from_utf8(bytes).ok().and_then(Position::from_cursor);
+    if let Some(position) = &position {
+        assert_eq!(Position::from_cursor(&position.to_cursor()).as_ref(), Some(position));
+    }
+    let account = account_of(bytes);
+    if let Some(account) = &account {
+        assert_eq!(account_key(bytes[0], account), bytes);
+    }
+    let sums = v1::UsageSums::decode(bytes);
+    if let Ok(sums) = &sums {
+        let mut twice = *sums;
+        sums::add(&mut twice, sums);
+    }
+    let _ = byte_seconds(bytes);
+    position.is_some() || account.is_some() || sums.is_ok() || known(bytes).is_some()
 }
 
 #[cfg(test)]

@@ -68,22 +68,33 @@ impl Model {
         history.map(|group| self.closed(prompt, group.grain_blocks as usize)).min().unwrap_or(0)
     }
 
-    /// Every prefix length that can be resumed, and whether the optional group is missing there.
-    fn resumable(&self, layout: &KvLayout, prompt: &[u32]) -> BTreeMap<usize, bool> {
+    /// Every prefix length that can be resumed, and whether the optional group is missing there. Where the tokens behind `known`
+    /// are all that is known of a prompt but hashes, nothing off the block grid is found before them.
+    fn resumable(&self, layout: &KvLayout, prompt: &[u32], known: usize) -> BTreeMap<usize, bool> {
         let history = self.history(layout, prompt);
         let has_states = layout.groups().iter().any(|group| group.family == Family::State);
         let grain = layout.groups().iter().map(|group| group.grain_blocks as usize).max().unwrap_or(1);
         let mut points = BTreeMap::new();
         for n in 1..prompt.len() {
             // Fetched alone, a prefix has the rows of the coarsest group only where that group ends.
-            if n > history || n % (grain * BLOCK_TOKENS) != 0 {
+            let (floor, on_grid) = (n - n % BLOCK_TOKENS, n % BLOCK_TOKENS == 0);
+            if floor > history || floor % (grain * BLOCK_TOKENS) != 0 {
+                continue;
+            }
+            // What needs no state at the end of its last whole block is not resumed inside an earlier one.
+            if !on_grid && (floor < known || !has_states && floor < history) {
                 continue;
             }
             match self.states.get(&prompt[..n]) {
                 Some(&optional) => points.insert(n, has_states && !optional),
-                None if !has_states => points.insert(n, false),
+                None if !has_states && on_grid => points.insert(n, false),
                 None => None,
             };
+        }
+        // The longest are enough.
+        let off_grid = points.keys().rev().filter(|&n| !n.is_multiple_of(BLOCK_TOKENS));
+        for beyond in off_grid.skip(MAX_RESUME_POINTS).copied().collect::<Vec<_>>() {
+            points.remove(&beyond);
         }
         points
     }
@@ -100,6 +111,7 @@ fn random_layout(random: &mut Random) -> Arc<KvLayout> {
         plane_layers: 1,
         optional: false,
         grain_blocks: 1,
+        run_tokens: 0,
     };
     let mut groups: Vec<Group> =
         (0..1 + random.below(3)).map(|at| group(format!("history {at}"), Family::History)).collect();
@@ -166,9 +178,21 @@ impl Round {
             let end = &tokens[..(at + 1) * BLOCK_TOKENS];
             if states > 0 && random.chance(25) && !self.model.states.contains_key(end) {
                 let optional = random.chance(50);
-                let state = self.state(parent, hashes[at], at + 1, optional);
+                let state = self.state(parent, hashes[at], end.len(), optional);
                 objects.push(PutObject::state(&self.layout, state));
                 self.model.states.insert(end.to_vec(), optional);
+            }
+        }
+        for _ in 0..random.below(4) {
+            // Inside the block behind some that are stored.
+            let blocks = random.below(stored + 1);
+            let end = blocks * BLOCK_TOKENS + 1 + random.below(BLOCK_TOKENS - 1);
+            let aligned = blocks.is_multiple_of(self.layout.grain_blocks() as usize);
+            if end < tokens.len() && aligned && !self.model.states.contains_key(&tokens[..end]) {
+                let optional = random.chance(50);
+                let (parent, hash) = self.tail_name(&tokens[..end]);
+                objects.push(PutObject::state(&self.layout, self.state(parent, hash, end, optional)));
+                self.model.states.insert(tokens[..end].to_vec(), optional);
             }
         }
         for result in self.store.put(objects) {
@@ -180,43 +204,61 @@ impl Round {
         }
     }
 
+    /// Hashes of the whole blocks of a prefix that ends off the grid, and its own.
+    fn tail_name(&self, tokens: &[u32]) -> (BlockHash, BlockHash) {
+        let ids: Vec<TokenId> = tokens.iter().copied().map(TokenId).collect();
+        let block_tokens = u32::try_from(BLOCK_TOKENS).unwrap();
+        let (genesis, hashes) = Chain::hashes(&self.key, self.namespace, block_tokens, &ids);
+        let parent = hashes.last().copied().unwrap_or(genesis);
+        let tail = &ids[hashes.len() * BLOCK_TOKENS..];
+        (parent, Chain::resume(&self.key, parent).push(tail))
+    }
+
     /// Takes out a state, or the last block of a chain if nothing continues it.
     fn erase(&mut self, random: &mut Random, stored: usize, hashes: &[BlockHash]) {
         let tokens = self.chains.last().unwrap();
         let at = random.below(stored);
+        let off_grid =
+            |prefix: &&Vec<u32>| !prefix.len().is_multiple_of(BLOCK_TOKENS) && tokens.starts_with(prefix);
+        let tail = self.model.states.keys().filter(off_grid).nth(random.below(3)).cloned();
+        if let Some(tail) = tail {
+            let (_, hash) = self.tail_name(&tail);
+            self.store.erase(Erase::Object(ObjectId { kind: ObjectKind::State, hash })).unwrap();
+            self.model.states.remove(&tail);
+            return;
+        }
         let end = tokens[..(at + 1) * BLOCK_TOKENS].to_vec();
         if self.model.states.remove(&end).is_some() {
             self.store.erase(Erase::Object(ObjectId { kind: ObjectKind::State, hash: hashes[at] })).unwrap();
             return;
         }
         let continued = |prefix: &&Vec<u32>| prefix.len() > end.len() && prefix.starts_with(&end);
-        if self.model.blocks.iter().find(continued).is_none() {
+        if self.model.blocks.iter().chain(self.model.states.keys()).find(continued).is_none() {
             self.store.erase(Erase::Object(ObjectId { kind: ObjectKind::Block, hash: hashes[at] })).unwrap();
             self.model.blocks.remove(&end);
         }
     }
 
-    fn planes(&self, kind: ObjectKind, blocks: usize, optional: bool) -> Vec<Bytes> {
-        let planes = self.layout.planes(kind).iter();
-        planes
-            .map(|spec| {
-                let group = &self.layout.groups()[usize::from(spec.group)];
-                let is_in = group.is_in(blocks as u64).unwrap_or(optional);
-                Bytes::from(vec![1; if is_in { usize::try_from(spec.len_bytes).unwrap() } else { 0 }])
-            })
-            .collect()
+    fn planes(&self, kind: ObjectKind, tokens: usize, optional: bool) -> Vec<Bytes> {
+        let planes = self.layout.planes_at(kind, tokens as u64);
+        let planes = planes.iter().map(|spec| {
+            let lacks = self.layout.groups()[usize::from(spec.group)].optional && !optional;
+            Bytes::from(vec![1; if lacks { 0 } else { usize::try_from(spec.len_bytes).unwrap() }])
+        });
+        planes.collect()
     }
 
     fn block(&self, parent: BlockHash, hash: BlockHash, blocks: usize) -> BlockObject {
-        let planes = self.planes(ObjectKind::Block, blocks, false);
-        let tokens = (blocks * BLOCK_TOKENS) as u64;
-        BlockObject::new(&self.layout, self.namespace, self.key.tag(), parent, hash, tokens, planes).unwrap()
+        let tokens = blocks * BLOCK_TOKENS;
+        let planes = self.planes(ObjectKind::Block, tokens, false);
+        let (tag, tokens) = (self.key.tag(), tokens as u64);
+        BlockObject::new(&self.layout, self.namespace, tag, parent, hash, tokens, planes).unwrap()
     }
 
-    fn state(&self, parent: BlockHash, hash: BlockHash, blocks: usize, optional: bool) -> StateObject {
-        let planes = self.planes(ObjectKind::State, blocks, optional);
-        let tokens = (blocks * BLOCK_TOKENS) as u64;
-        StateObject::new(&self.layout, self.namespace, self.key.tag(), parent, hash, tokens, planes).unwrap()
+    fn state(&self, parent: BlockHash, hash: BlockHash, tokens: usize, optional: bool) -> StateObject {
+        let planes = self.planes(ObjectKind::State, tokens, optional);
+        let (tag, tokens) = (self.key.tag(), tokens as u64);
+        StateObject::new(&self.layout, self.namespace, tag, parent, hash, tokens, planes).unwrap()
     }
 
     /// A prompt that has something to do with what is stored.
@@ -238,8 +280,12 @@ impl Round {
         let names = match by_hashes {
             true => {
                 let block_tokens = u32::try_from(BLOCK_TOKENS).unwrap();
-                let whole = &tokens[..tokens.len() / BLOCK_TOKENS * BLOCK_TOKENS];
-                PrefixNames::Hashes(Chain::hashes(&self.key, self.namespace, block_tokens, whole).1)
+                let (whole, tail) = tokens.split_at(tokens.len() / BLOCK_TOKENS * BLOCK_TOKENS);
+                let hashes = Chain::hashes(&self.key, self.namespace, block_tokens, whole).1;
+                if hashes.is_empty() {
+                    return;
+                }
+                PrefixNames::Hashes(hashes, tail.to_vec())
             }
             false => PrefixNames::Tokens(tokens),
         };
@@ -250,7 +296,8 @@ impl Round {
         let (answer, _pins) = question.answer(&self.store, true);
         let reply = answer.reply(&Staging::default(), false);
 
-        let points = self.model.resumable(&self.layout, prompt);
+        let known = if by_hashes { prompt.len() / BLOCK_TOKENS * BLOCK_TOKENS } else { 0 };
+        let points = self.model.resumable(&self.layout, prompt, known);
         let has_states = !self.layout.planes(ObjectKind::State).is_empty();
         assert_eq!(
             reply.history_tokens,
@@ -259,16 +306,20 @@ impl Round {
         );
         let best = points.keys().last().copied().unwrap_or(0);
         let told = reply.best.unwrap();
-        assert_eq!((told.tokens, told.replay_tokens), (best as u64, reply.history_tokens - best as u64));
+        let replay = reply.history_tokens.saturating_sub(best as u64);
+        assert_eq!((told.tokens, told.replay_tokens), (best as u64, replay));
         let listed: Vec<(u64, bool)> = reply
             .resume_points
             .iter()
             .map(|point| (point.tokens, !point.missing_optional.is_empty()))
             .collect();
         let drafts = self.layout.optional_group().is_some();
-        let expected = points.iter().rev().map(|(&n, &missing)| (n as u64, missing && drafts));
-        let most = if has_states { MAX_RESUME_POINTS } else { 1 };
-        assert_eq!(listed, expected.take(most).collect::<Vec<_>>(), "points of {prompt:?}");
+        let on_grid = |n: usize| n.is_multiple_of(BLOCK_TOKENS);
+        // Of the points that need no state only the greatest is listed.
+        let greatest = points.keys().copied().filter(|&n| on_grid(n)).max();
+        let said = points.iter().filter(|&(&n, _)| has_states || !on_grid(n) || Some(n) == greatest);
+        let expected = said.rev().map(|(&n, &missing)| (n as u64, missing && drafts));
+        assert_eq!(listed, expected.take(MAX_RESUME_POINTS).collect::<Vec<_>>(), "points of {prompt:?}");
         let bits = reply.resumable.iter().enumerate();
         let bitmap: BTreeSet<usize> = bits
             .flat_map(|(at, byte)| {
@@ -276,7 +327,8 @@ impl Round {
             })
             .map(|blocks| blocks * BLOCK_TOKENS)
             .collect();
-        assert_eq!(bitmap, points.keys().copied().collect(), "bitmap of {prompt:?}");
+        let resumable = points.keys().copied().filter(|&n| on_grid(n)).collect();
+        assert_eq!(bitmap, resumable, "bitmap of {prompt:?}");
         for n in 0..=prompt.len() as u64 + 8 {
             let is_point = usize::try_from(n).is_ok_and(|n| points.contains_key(&n));
             assert_eq!(answer.is_resumable(n), is_point, "{n} of {prompt:?}");
@@ -296,16 +348,19 @@ fn every_answer_is_the_models() {
     });
     println!("ESKER_SEED={seed}");
     let mut random = Random(seed);
-    let (mut asked, mut found) = (0, 0);
+    let (mut asked, mut found, mut off_grid) = (0, 0, 0);
     while asked < QUESTIONS {
         let round = Round::new(&mut random);
         for _ in 0..QUESTIONS_A_ROUND {
             let prompt = round.prompt(&mut random);
             round.check(&prompt, random.chance(50));
-            found += usize::from(!round.model.resumable(&round.layout, &prompt).is_empty());
+            let points = round.model.resumable(&round.layout, &prompt, 0);
+            found += usize::from(!points.is_empty());
+            off_grid += usize::from(points.keys().any(|n| n % BLOCK_TOKENS != 0));
             asked += 1;
         }
     }
-    println!("{asked} questions, {found} with a resume point");
+    println!("{asked} questions, {found} with a resume point, {off_grid} with one off the block grid");
     assert!(found * 10 > asked, "too few questions find anything");
+    assert!(off_grid * 20 > asked, "too few questions find a state off the grid");
 }

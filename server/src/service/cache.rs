@@ -45,8 +45,9 @@ impl CacheService {
 
     fn question(&self, principal: &Principal, request: v1::LookupRequest) -> Result<Asked, Status> {
         let namespace = check_namespace_id(&request.namespace).map_err(from_wire)?;
-        let names = check_prefix(request.tokens, &request.hashes, request.engine_hashes, request.unchained)
-            .map_err(from_wire)?;
+        let v1::LookupRequest { tokens, hashes, tail_tokens, engine_hashes, unchained, .. } = request;
+        let names =
+            check_prefix(tokens, &hashes, tail_tokens, engine_hashes, unchained).map_err(from_wire)?;
         let scopes = self.node.tenants.readable(principal, &request.user)?;
         let layout = layout(&self.node, namespace)?;
         let (prompt_tokens, sight) = (request.prompt_tokens, self.node.tenants.sight(&principal.tenant));

@@ -30,7 +30,7 @@ const IDLE_PROGRESS: Duration = Duration::from_secs(30);
 pub(crate) struct Fetching {
     pub(crate) granted: Arc<Granted>,
     pub(crate) request: FetchRequest,
-    /// Of each object of the request: kind, tokens as the caller counts them, position among the grant's blocks.
+    /// Of each object of the request: kind, tokens as the caller counts them, position among the grant's blocks and states.
     pub(crate) labels: Vec<Label>,
 }
 
@@ -39,7 +39,7 @@ pub(crate) struct Fetching {
 pub(crate) struct Label {
     pub(crate) kind: ObjectKind,
     pub(crate) tokens: u64,
-    position: Option<usize>,
+    position: usize,
 }
 
 impl Fetching {
@@ -73,15 +73,16 @@ impl Fetching {
         let mut objects: Vec<Found> = Vec::new();
         let mut labels = Vec::new();
         if request.blocks.is_empty() {
-            for state in answer.states.iter().filter(|state| state.tokens == tokens) {
-                labels.push(Label { kind: ObjectKind::State, tokens, position: None });
+            let states = (answer.blocks.len()..).zip(&answer.states);
+            for (position, state) in states.filter(|(_, state)| state.tokens == tokens) {
+                labels.push(Label { kind: ObjectKind::State, tokens, position });
                 objects.push(state.clone());
             }
         }
         for (index, (position, block)) in answer.blocks.iter().enumerate().filter(|(_, (at, _))| wanted(*at))
         {
             let tokens = (*position as u64 + 1) * block_tokens;
-            labels.push(Label { kind: ObjectKind::Block, tokens, position: Some(index) });
+            labels.push(Label { kind: ObjectKind::Block, tokens, position: index });
             objects.push(block.clone());
         }
         let planes = plane_selection(&answer.layout, request)?;
@@ -103,6 +104,7 @@ impl Fetching {
     pub(crate) fn run(self, node: &Node, delivery: &mut impl Delivery) {
         let Self { granted, request, labels } = self;
         let block_tokens = u64::from(granted.answer.layout.block_tokens());
+        let needs_state = granted.answer.layout.has_states();
         let mut usable_tokens = labels.iter().map(|label| label.tokens).max().unwrap_or(0);
         let mut done = v1::FetchDone::default();
         let mut ticks = granted.ticks();
@@ -115,14 +117,18 @@ impl Fetching {
                     if taken {
                         done.planes += 1;
                         done.bytes += len;
-                        position.into_iter().for_each(|position| ticks.tick(position, plane));
+                        ticks.tick(position, plane);
                     }
                     taken
                 }
                 FetchEvent::Miss { object, kind: reason } => {
                     granted.miss(reason);
                     let Label { kind, tokens, .. } = labels[object];
-                    let ends = if kind == ObjectKind::State { 0 } else { tokens - block_tokens };
+                    let ends = match kind {
+                        ObjectKind::State if needs_state => 0,
+                        ObjectKind::State => tokens - tokens % block_tokens,
+                        _ => tokens - block_tokens,
+                    };
                     usable_tokens = usable_tokens.min(ends);
                     let kind = v1::ObjectKind::from(kind).into();
                     delivery.missing(v1::Missing { kind, tokens, reason: reason.to_string() })

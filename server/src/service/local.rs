@@ -356,12 +356,13 @@ impl Objects {
     /// Copies an object out, and only then looks at it.
     fn take(&self, object: &v1::LocalObject) -> Result<Assembled, Status> {
         let kind = object_kind(object.kind()).map_err(from_wire)?;
-        let specs = self.layout.planes(kind);
-        let layout_bytes = self.layout.object_bytes(kind);
+        let specs = self.layout.planes_at(kind, object.tokens);
+        let layout_bytes = self.layout.object_bytes_at(kind, object.tokens);
         if specs.is_empty() || object.bytes != layout_bytes {
             return Err(Status::invalid_argument(format!(
-                "{kind:?} objects of layout {} have {layout_bytes} bytes, got {}",
+                "{kind:?} objects of layout {} have {layout_bytes} bytes at {} tokens, got {}",
                 self.layout.id(),
+                object.tokens,
                 object.bytes
             )));
         }

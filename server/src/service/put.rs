@@ -1,7 +1,7 @@
 //! `Put`: objects of one prefix, stored in batches.
 
 use std::collections::{BTreeSet, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -13,7 +13,7 @@ use esker_proto::{
     Assembled, PlaneAssembler, PlaneReader, PrefixNames, WholePlane, check_namespace_id, check_prefix,
 };
 use esker_store::{PutObject, PutOutcome, StoreError, TtlClass};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::{JoinError, JoinHandle};
 use tonic::{Status, Streaming};
 
@@ -21,6 +21,7 @@ use super::admission::{Admission, PUT_MEMORY_BYTES};
 use super::cache::layout;
 use super::status::{from_join, from_store, from_wire};
 use crate::audit::Event;
+use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
 use crate::staging::WAIT;
@@ -78,7 +79,12 @@ pub(super) struct Put {
     tenant: Arc<Tenant>,
     /// Raw bytes that may be on their way to the drive at a time; beside them the next batch is gathered.
     committing_bytes: usize,
+    /// Raw bytes of the longest object on the block grid: what the put began with has room for such.
+    object_bytes: u64,
+    memory: Arc<Semaphore>,
     held: Arc<Held>,
+    /// Of the object that was named last.
+    last_name: Mutex<Option<(ObjectKind, u64, Name)>>,
     /// What this put has sent to a scope of several tenants.
     sent: Mutex<HashSet<ObjectId>>,
 }
@@ -93,6 +99,23 @@ struct Author {
 struct Held {
     _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
+    /// For states off the block grid, once one has come.
+    more: OnceLock<(OwnedSemaphorePermit, InFlight)>,
+}
+
+/// A part of the memory that all puts have together.
+fn take_memory(memory: &Arc<Semaphore>, bytes: u64) -> Result<OwnedSemaphorePermit, Status> {
+    let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
+    let full = |_| over("put memory of this node", PUT_MEMORY_BYTES, PUT_MEMORY_BYTES, 200);
+    Arc::clone(memory).try_acquire_many_owned(kib).map_err(full)
+}
+
+/// What an object is called, and how long the prefix is that it completes, as it is stored.
+#[derive(Clone, Copy)]
+struct Name {
+    parent: BlockHash,
+    hash: BlockHash,
+    tokens: u64,
 }
 
 impl Put {
@@ -105,12 +128,13 @@ impl Put {
     ) -> Result<Self, Status> {
         let namespace = check_namespace_id(&prefix.namespace).map_err(from_wire)?;
         let (scope, ttl, durability) = (prefix.scope(), prefix.ttl(), prefix.durability());
-        let names =
-            check_prefix(prefix.tokens, &[], prefix.engine_hashes, prefix.unchained).map_err(from_wire)?;
+        let names = check_prefix(prefix.tokens, &[], Vec::new(), prefix.engine_hashes, prefix.unchained)
+            .map_err(from_wire)?;
         let layout = layout(node, namespace)?;
         let tenant = node.tenants.of(principal);
         node.tenants.admit_stored(&node.store, &tenant)?;
-        let object = layout.object_bytes(ObjectKind::Block).max(layout.object_bytes(ObjectKind::State));
+        let state = layout.object_bytes_at(ObjectKind::State, u64::from(layout.block_tokens()));
+        let object = layout.object_bytes(ObjectKind::Block).max(state);
         let gathered = object.max(PUT_BATCH_BYTES as u64);
         let held = |ahead: u64| (gathered + ahead).max(2 * object);
         let free = (admission.put_memory.available_permits() as u64) << 10;
@@ -121,10 +145,7 @@ impl Put {
             None => (held(PUT_AHEAD_BYTES), node.tenants.fly(&tenant, held(PUT_AHEAD_BYTES))?),
         };
         let committing_bytes = usize::try_from(held - gathered).unwrap_or(usize::MAX);
-        let kib = u32::try_from(held >> 10).unwrap_or(u32::MAX);
-        let permit = Arc::clone(&admission.put_memory)
-            .try_acquire_many_owned(kib)
-            .map_err(|_| over("put memory of this node", PUT_MEMORY_BYTES, PUT_MEMORY_BYTES, 200))?;
+        let permit = take_memory(&admission.put_memory, held)?;
         let place = node.tenants.writable(principal, &prefix.user, scope)?;
         let key = &place.key;
         if scope != v1::Scope::Private && scope != v1::Scope::Unspecified {
@@ -144,7 +165,7 @@ impl Put {
                 named.engine_hashes = hashes;
                 (genesis, rekeyed)
             }
-            PrefixNames::Hashes(_) => {
+            PrefixNames::Hashes(..) => {
                 return Err(Status::invalid_argument("a put names its prefix by tokens or engine_hashes"));
             }
         };
@@ -161,7 +182,10 @@ impl Put {
             named,
             tenant,
             committing_bytes,
-            held: Arc::new(Held { _permit: permit, _in_flight: in_flight }),
+            object_bytes: object,
+            memory: Arc::clone(&admission.put_memory),
+            held: Arc::new(Held { _permit: permit, _in_flight: in_flight, more: OnceLock::new() }),
+            last_name: Mutex::default(),
             sent: Mutex::default(),
         })
     }
@@ -210,8 +234,14 @@ impl Put {
                 }
             };
             let object = match next {
-                Some(Next::Chunk(chunk)) => self.gather(&mut gathering, chunk)?,
-                Some(Next::Object(whole)) => Some(self.object(whole)?),
+                Some(Next::Chunk(chunk)) => {
+                    self.make_room(chunk.kind(), chunk.tokens)?;
+                    self.gather(&mut gathering, chunk)?
+                }
+                Some(Next::Object(whole)) => {
+                    self.make_room(whole.kind.into(), whole.tokens)?;
+                    Some(self.object(whole)?)
+                }
                 None => break,
             };
             if let Some(object) = object {
@@ -238,6 +268,29 @@ impl Put {
         }
     }
 
+    /// Takes more memory before the first object that is longer than those on the block grid: few puts have one.
+    fn make_room(&self, kind: v1::ObjectKind, tokens: u64) -> Result<(), Status> {
+        if kind != v1::ObjectKind::State {
+            return Ok(());
+        }
+        let got = self.layout.object_bytes_at(ObjectKind::State, tokens);
+        if got > MAX_OBJECT_BYTES {
+            return Err(Status::invalid_argument(format!(
+                "the state at {tokens} tokens has {got} bytes, the limit is {MAX_OBJECT_BYTES}: keep it at a multiple of \
+                 {} tokens",
+                self.layout.block_tokens()
+            )));
+        }
+        if got > self.object_bytes && self.held.more.get().is_none() {
+            // One that is gathered, and one on its way to the drive.
+            let most = self.layout.max_object_bytes().min(MAX_OBJECT_BYTES);
+            let bytes = 2 * (most - self.object_bytes);
+            let more = (take_memory(&self.memory, bytes)?, self.node.tenants.fly(&self.tenant, bytes)?);
+            let _ = self.held.more.set(more);
+        }
+        Ok(())
+    }
+
     /// Takes a chunk; the object that it completes, if it does.
     fn gather(
         &self,
@@ -253,8 +306,8 @@ impl Put {
         let Some(WholePlane { kind, tokens, plane, bytes }) = reader.push(chunk).map_err(from_wire)? else {
             return Ok(None);
         };
-        let id = ObjectId { kind, hash: self.hashes[self.index(tokens)?] };
-        let planes = self.layout.planes(kind).len();
+        let id = ObjectId { kind, hash: self.name(kind, tokens)?.hash };
+        let planes = self.layout.planes_count(kind, tokens);
         let tenant = self.tenant.id();
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
         let added = added
@@ -271,43 +324,80 @@ impl Put {
         }
     }
 
-    /// Position of the block that ends at so many tokens.
-    fn index(&self, tokens: u64) -> Result<usize, Status> {
-        let block_tokens = u64::from(self.layout.block_tokens());
-        let index = usize::try_from(tokens / block_tokens).unwrap_or(usize::MAX);
-        if !tokens.is_multiple_of(block_tokens) || index == 0 || index > self.hashes.len() {
-            return Err(Status::invalid_argument(format!(
-                "an object at {tokens} tokens does not fit: the prefix of this put has {} whole blocks of \
-                 {block_tokens} tokens",
-                self.hashes.len()
-            )));
+    /// What the object of this kind that completes a prefix of so many tokens is called.
+    fn name(&self, kind: ObjectKind, tokens: u64) -> Result<Name, Status> {
+        let mut last = self.last_name.lock().unwrap_or_else(PoisonError::into_inner);
+        match *last {
+            // Of an object that comes in parts it is asked for each of them.
+            Some((of, at, name)) if (of, at) == (kind, tokens) => Ok(name),
+            _ => {
+                let name = self.new_name(kind, tokens)?;
+                *last = Some((kind, tokens, name));
+                Ok(name)
+            }
         }
-        Ok(index - 1)
+    }
+
+    fn new_name(&self, kind: ObjectKind, tokens: u64) -> Result<Name, Status> {
+        let block_tokens = u64::from(self.layout.block_tokens());
+        let blocks = usize::try_from(tokens / block_tokens).unwrap_or(usize::MAX);
+        let before = |blocks: usize| match (self.genesis, blocks.checked_sub(1)) {
+            (Some(genesis), None) => Some(genesis),
+            (_, Some(last)) => self.hashes.get(last).copied(),
+            (None, None) => None,
+        };
+        let name = if tokens.is_multiple_of(block_tokens) {
+            let hash = before(blocks).filter(|_| blocks > 0);
+            // A block that stands for itself is the same in whatever company it is put: as long as one block.
+            hash.and_then(|hash| match self.genesis {
+                None => Some(Name { parent: hash, hash, tokens: block_tokens }),
+                Some(_) => Some(Name { parent: before(blocks - 1)?, hash, tokens }),
+            })
+        } else {
+            // Behind whole blocks only tokens name something.
+            let of_tokens = |parent| {
+                let (begin, end) =
+                    (blocks * usize::try_from(block_tokens).ok()?, usize::try_from(tokens).ok()?);
+                let tail = self.named.tokens.get(begin..end)?;
+                let hash = Chain::resume(&self.author.place.key, parent).push(tail);
+                Some(Name { parent, hash, tokens })
+            };
+            let may_end = kind == ObjectKind::State && self.layout.has_boundary(tokens);
+            before(blocks).filter(|_| may_end).and_then(of_tokens)
+        };
+        name.ok_or_else(|| {
+            let kind = if kind == ObjectKind::State { "state" } else { "block" };
+            let whole = self.hashes.len();
+            Status::invalid_argument(match self.named.tokens.len() {
+                0 => format!(
+                    "a {kind} at {tokens} tokens does not fit: the prefix of this put has {whole} whole blocks of \
+                     {block_tokens} tokens"
+                ),
+                all => format!(
+                    "a {kind} at {tokens} tokens does not fit: the prefix of this put has {all} tokens, {whole} whole \
+                     blocks of {block_tokens}; blocks end with one of them, states anywhere but inside what a coarse \
+                     group has together"
+                ),
+            })
+        })
     }
 
     fn object(&self, whole: Assembled) -> Result<Numbered, Status> {
         let Assembled { kind, tokens, planes } = whole;
-        let block_tokens = u64::from(self.layout.block_tokens());
-        let index = self.index(tokens)? + 1;
-        let hash = self.hashes[index - 1];
+        let Name { parent, hash, tokens: stored_tokens } = self.name(kind, tokens)?;
         let place = &self.author.place;
         let (layout, namespace, scope) = (&*self.layout, self.namespace, place.key.tag());
-        if kind == ObjectKind::Block {
-            self.note(index - 1);
-        }
-        // A block that stands for itself is the same in whatever company it is put: as long as one block.
-        let (parent, stored_tokens) = match (self.genesis, index) {
-            (None, _) => (hash, block_tokens),
-            (Some(genesis), 1) => (genesis, tokens),
-            (Some(_), _) => (self.hashes[index - 2], tokens),
-        };
         let object = match kind {
             ObjectKind::State => {
                 StateObject::new(layout, namespace, scope, parent, hash, stored_tokens, planes)
                     .map(|object| PutObject::state(layout, object))
             }
-            _ => BlockObject::new(layout, namespace, scope, parent, hash, stored_tokens, planes)
-                .map(|object| PutObject::block(layout, object)),
+            _ => {
+                // What has a name ends a whole block.
+                self.note(usize::try_from(tokens / u64::from(layout.block_tokens())).unwrap_or(1) - 1);
+                BlockObject::new(layout, namespace, scope, parent, hash, stored_tokens, planes)
+                    .map(|object| PutObject::block(layout, object))
+            }
         };
         let object =
             object.map(|object| Numbered { tokens, object: object.with_class(self.class).by(place.writer) });

@@ -349,10 +349,13 @@ mod tests {
         let (mut taken, mut refused, mut honest_taken, mut honest) = (0_u64, 0_u64, 0_u64, 0_u64);
         for _ in 0..1_000_000 {
             let prompt_tokens = 1 + random.below(4000);
-            let best = random.below(prompt_tokens) / 128 * 128;
-            let delivered = random.below(best + 1) / 128 * 128;
+            // Off the block grid there is one point, the best.
+            let end = random.below(prompt_tokens);
+            let best = if random.below(2) == 0 { end } else { end / 128 * 128 };
+            let delivered = if random.below(2) == 0 { best } else { random.below(best + 1) / 128 * 128 };
             let missed = (random.below(10) == 0).then_some(MissKind::PlaneChecksum);
-            let is_resumable = |tokens: u64| tokens > 0 && tokens <= best && tokens.is_multiple_of(128);
+            let is_resumable =
+                |tokens: u64| tokens > 0 && tokens <= best && (tokens == best || tokens.is_multiple_of(128));
             let offer = Offer {
                 prompt_tokens,
                 prompt_given: random.below(2) == 0,
@@ -368,7 +371,10 @@ mod tests {
                 2 => u64::MAX - random.below(2),
                 _ => truth,
             };
-            let truth = random.below(delivered + 1) / 128 * 128;
+            let truth = match random.below(2) == 0 && delivered == best {
+                true => best,
+                false => random.below(delivered + 1) / 128 * 128,
+            };
             let (prompt, used, computed, written) = if is_honest {
                 let computed = prompt_tokens - truth;
                 (prompt_tokens, truth, computed, random.below(computed + 1))

@@ -34,13 +34,17 @@ pub(crate) fn parse(text: &str) -> Option<u64> {
     let minute = clock.next().unwrap_or(Some(0))?;
     let second = clock.next().unwrap_or(Some(0))?;
     let whole = parts.next().is_none() && clock.next().is_none();
-    let sound = (1970..=9999).contains(&year) && (1..=12).contains(&month) && hour < 24 && minute < 60;
+    let sound = (1970..=9999).contains(&year)
+        && (1..=12).contains(&month)
+        && (1..=31).contains(&day)
+        && hour < 24
+        && minute < 60;
     if !whole || !sound || second >= 60 {
         return None;
     }
     let at = days(year, month, day);
     // A day that the month does not have is another month's.
-    (day > 0 && date(at) == (year, month, day)).then(|| at * DAY_S + hour * 3600 + minute * 60 + second)
+    (date(at) == (year, month, day)).then(|| at * DAY_S + hour * 3600 + minute * 60 + second)
 }
 
 /// Year, month and day of a day since 1970-01-01. Years begin in March here, so that a leap day is a year's last.
@@ -97,5 +101,12 @@ mod tests {
     fn month_of(day: u64) -> (u64, u64) {
         let (start, end) = month(day * DAY_S);
         (start / DAY_S, end / DAY_S)
+    }
+
+    #[test]
+    fn a_day_that_no_month_has_is_none() {
+        for bad in ["2026-03-00", "2026-03-32", "2026-03-18446744073709551615", "2026-02-29"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! what was first sent longer ago than [`RESEND_WINDOW_MS`] is not sent again unless an operator says so, since it might count
 //! twice. At damage in the ledger the export halts.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,8 +32,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
 /// Longest wait for the sink to connect, to take, or to answer.
 const IO_TIMEOUT: Duration = Duration::from_secs(20);
-/// Longest line of an answer that is read.
-const MAX_LINE_BYTES: u64 = 8 << 10;
+/// Longest answer that is read; of a longer one the status has come long before.
+const MAX_ANSWER_BYTES: u64 = 64 << 10;
 
 /// Where events go and how.
 #[derive(Clone, Debug)]
@@ -344,11 +344,12 @@ impl Sink for HttpSink {
 }
 
 /// The status of an HTTP/1.1 answer; interim ones are passed over.
-fn status_of(mut answer: impl BufRead) -> io::Result<u16> {
+fn status_of(answer: impl BufRead) -> io::Result<u16> {
     let bad = || io::Error::other("the answer is not HTTP");
+    let mut answer = answer.take(MAX_ANSWER_BYTES);
     for _ in 0..8 {
         let mut line = String::new();
-        (&mut answer).take(MAX_LINE_BYTES).read_line(&mut line)?;
+        answer.read_line(&mut line)?;
         let status =
             line.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok()).ok_or_else(bad)?;
         if status >= 200 {
@@ -356,10 +357,19 @@ fn status_of(mut answer: impl BufRead) -> io::Result<u16> {
         }
         while !line.trim().is_empty() {
             line.clear();
-            (&mut answer).take(MAX_LINE_BYTES).read_line(&mut line)?;
+            answer.read_line(&mut line)?;
         }
     }
     Err(bad())
+}
+
+/// For fuzzing: what a sink answers. Whether a status is found.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    status_of(bytes).is_ok_and(|status| {
+        assert!((200..1000).contains(&status), "no interim status, and of three digits");
+        true
+    })
 }
 
 #[cfg(test)]

@@ -148,44 +148,44 @@ impl Record {
 
     /// Tokens that nobody has looked at yet.
     pub(crate) fn tokens_left(&self) -> u64 {
-        self.tokens.saturating_sub(self.tokens_done + self.prompt_tokens)
+        self.tokens.saturating_sub(self.tokens_done.saturating_add(self.prompt_tokens))
     }
 
     /// So many tokens of the current prompt are stored.
     pub(crate) fn found(&mut self, tokens: u64) {
-        self.tokens_cached += tokens.saturating_sub(self.prompt_tokens);
+        add(&mut self.tokens_cached, tokens.saturating_sub(self.prompt_tokens));
         self.prompt_tokens = tokens;
     }
 
     /// So many more were computed and stored.
     pub(crate) fn stored(&mut self, tokens: u64, bytes: u64, compute: Duration) {
-        self.prompt_tokens += tokens;
-        self.tokens_computed += tokens;
-        self.bytes_written += bytes;
-        self.compute_us += u64::try_from(compute.as_micros()).unwrap_or(u64::MAX);
+        add(&mut self.prompt_tokens, tokens);
+        add(&mut self.tokens_computed, tokens);
+        add(&mut self.bytes_written, bytes);
+        add(&mut self.compute_us, u64::try_from(compute.as_micros()).unwrap_or(u64::MAX));
     }
 
     /// The current prompt, of this many tokens, is done.
     pub(crate) fn next_prompt(&mut self, tokens: u64) {
-        self.prompts_done += 1;
-        self.tokens_done += tokens;
+        add(&mut self.prompts_done, 1);
+        add(&mut self.tokens_done, tokens);
         self.prompt_tokens = 0;
     }
 
     /// Why computing `tokens` more and writing at most `bytes` more is not within the budgets.
     pub(crate) fn exceeded(&self, tokens: u64, bytes: u64, now_s: u32) -> Option<String> {
-        let (spent, written) =
-            (self.tokens_computed - self.free_tokens, self.bytes_written - self.free_bytes);
+        let spent = self.tokens_computed.saturating_sub(self.free_tokens);
+        let written = self.bytes_written.saturating_sub(self.free_bytes);
         if self.deadline_s.is_some_and(|deadline_s| deadline_s <= now_s) {
             return Some("the deadline has passed".into());
         }
-        if self.max_tokens > 0 && spent + tokens > self.max_tokens {
+        if self.max_tokens > 0 && spent.saturating_add(tokens) > self.max_tokens {
             return Some(format!(
                 "the budget of {} computed tokens is used up: {spent} were",
                 self.max_tokens
             ));
         }
-        if self.max_bytes > 0 && written + bytes > self.max_bytes {
+        if self.max_bytes > 0 && written.saturating_add(bytes) > self.max_bytes {
             return Some(format!("the budget of {} stored bytes is used up: {written} were", self.max_bytes));
         }
         None
@@ -260,6 +260,28 @@ impl Job {
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
     }
+}
+
+/// A record that was read says any number.
+fn add(sum: &mut u64, more: u64) {
+    *sum = sum.saturating_add(more);
+}
+
+/// For fuzzing: the record of a job, worked on. Whether it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let Ok(mut record) = serde_json::from_slice::<Record>(bytes) else { return false };
+    let written = serde_json::to_vec(&record).expect("it was read");
+    let again: Record = serde_json::from_slice(&written).expect("it was written");
+    assert_eq!(serde_json::to_vec(&again).ok(), Some(written), "a record that does not come back");
+    for most in [1, u64::MAX] {
+        record.found(most);
+        record.stored(most, most, Duration::from_micros(most));
+        record.next_prompt(most);
+        let _ = (record.exceeded(most, most, 1), record.wire("job", true, Some(1e300)));
+        assert!(record.tokens_left() <= record.tokens);
+    }
+    true
 }
 
 #[allow(clippy::cast_precision_loss, reason = "an estimate")]

@@ -51,6 +51,7 @@ pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, place:
     plan.cached = plan.tokens - plan.new;
     let block_bytes =
         stored_bytes.checked_div(stored_blocks).unwrap_or_else(|| layout.object_bytes(ObjectKind::Block));
-    plan.new_bytes = new_blocks * block_bytes + new_states * layout.object_bytes(ObjectKind::State);
+    plan.new_bytes =
+        new_blocks * block_bytes + new_states * layout.object_bytes_at(ObjectKind::State, block_tokens);
     plan
 }

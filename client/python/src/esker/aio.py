@@ -95,6 +95,7 @@ class AsyncClient:
         tokens: Sequence[int] = (),
         *,
         hashes: Sequence[bytes] = (),
+        tail_tokens: Sequence[int] = (),
         engine_hashes: Sequence[bytes] = (),
         prompt_tokens: int = 0,
         unchained: bool = False,
@@ -106,11 +107,12 @@ class AsyncClient:
         """Which prefix lengths of a prompt can be resumed.
 
         The prefix is named by its ``tokens``, by ``hashes`` that an earlier lookup gave, or by an engine's own ``engine_hashes``,
-        one for each block. ``prompt_tokens`` is the length of the prompt where hashes are given. What is found is pinned under
-        ``Found.grant`` unless ``grant=False``: give it to :meth:`fetch`, then to :meth:`release` or :meth:`settle`.
+        one for each block. ``tail_tokens`` are those behind the last of ``hashes``; ``prompt_tokens`` is the length of the prompt
+        where hashes are given. What is found is pinned under ``Found.grant`` unless ``grant=False``: give it to :meth:`fetch`,
+        then to :meth:`release` or :meth:`settle`.
         """
         question = Question(
-            namespace, tokens, hashes, engine_hashes, prompt_tokens, unchained, user, grant, want_hashes
+            namespace, tokens, hashes, tail_tokens, engine_hashes, prompt_tokens, unchained, user, grant, want_hashes
         )
         return calls.found(await self._call(calls.LOOKUP, calls.lookup(question), timeout_s))
 

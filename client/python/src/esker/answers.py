@@ -23,6 +23,7 @@ class ResumePoint:
 
     tokens: int
     bytes_by_group: dict[str, int]
+    missing_optional: tuple[str, ...] = ()  # groups that nobody needs to resume and that are not stored here
 
     @property
     def raw_bytes(self) -> int:

@@ -10,7 +10,7 @@ from . import answers
 from .answers import Durability, Fetched, Found, Missing, Namespace, Order, Scope, Ttl
 from .buffers import Buffer, Buffers, Scatter, flat, pieces
 from .errors import ProtocolError
-from .layout import Kind, Layout
+from .layout import Kind, Layout, Plane
 from .wire import MAX_MESSAGE_BYTES, PlaneChunk, has_message, message, message_class, put_chunks, read_fetch_reply
 
 #: Where fetched planes go: called with kind, tokens and plane, gives the memory of that plane in one or several pieces.
@@ -98,6 +98,7 @@ class Question:
     namespace: Namespace
     tokens: Sequence[int] = ()
     hashes: Sequence[bytes] = ()
+    tail_tokens: Sequence[int] = ()
     engine_hashes: Sequence[bytes] = ()
     prompt_tokens: int = 0
     unchained: bool = False
@@ -113,6 +114,7 @@ def lookup(question: Question) -> Any:
         namespace=question.namespace.id,
         tokens=question.tokens,
         hashes=question.hashes,
+        tail_tokens=question.tail_tokens,
         engine_hashes=question.engine_hashes,
         prompt_tokens=question.prompt_tokens,
         unchained=question.unchained,
@@ -125,7 +127,11 @@ def lookup(question: Question) -> Any:
 def found(reply: Any) -> Found:
     """Answer of Lookup."""
     points = tuple(
-        answers.ResumePoint(point.tokens, {group.group: group.bytes for group in point.bytes_by_group})
+        answers.ResumePoint(
+            point.tokens,
+            {group.group: group.bytes for group in point.bytes_by_group},
+            tuple(point.missing_optional),
+        )
         for point in reply.resume_points
     )
     return Found(
@@ -167,15 +173,10 @@ class Receiver:
         self.fetched = Fetched(0, 0, [], set(), {})
         self._layout = layout
         self._place = self._placer(into)
-        first, end = layers
-        # Planes that come for an object: those with a wanted group and layer.
-        self._wanted = {
-            kind: sum(
-                (not groups or plane.group in groups) and (end == 0 or any(first <= at < end for at in plane.layers))
-                for plane in layout.planes(kind)
-            )
-            for kind in Kind
-        }
+        self._keeps = into is None
+        self._groups, self._layers = frozenset(groups), layers
+        #: Of each object its planes, and how many of them come: those with a wanted group and layer.
+        self._specs: dict[tuple[Kind, int], tuple[tuple[Plane, ...], int]] = {}
         self._arrived: dict[tuple[Kind, int], int] = {}
         self._plane: tuple[Kind, int, int] | None = None
         self._scatter = Scatter([])
@@ -207,10 +208,10 @@ class Receiver:
         kind = Kind(chunk.kind)
         plane = (kind, chunk.tokens, chunk.plane)
         if self._plane != plane:
-            specs = self._layout.planes(kind)
-            if chunk.plane >= len(specs) or chunk.plane_bytes != specs[chunk.plane].len_bytes or chunk.offset != 0:
+            specs, _ = self._planes(kind, chunk.tokens)
+            if chunk.plane >= len(specs) or chunk.offset != 0 or not self._fits(specs[chunk.plane], chunk.plane_bytes):
                 raise ProtocolError(f"plane {chunk.plane} of {kind.name} is not one of layout {self._layout.name!r}")
-            self._scatter = self._place(*plane)
+            self._scatter = self._place(*plane) if chunk.plane_bytes > 0 else self._lacking(*plane)
             if self._scatter.len_bytes != chunk.plane_bytes:
                 raise ValueError(
                     f"the memory given for plane {chunk.plane} of the {kind.name} at {chunk.tokens} tokens has "
@@ -226,8 +227,24 @@ class Receiver:
             self._plane = None
             key = (kind, chunk.tokens)
             self._arrived[key] = self._arrived.get(key, 0) + 1
-            if self._arrived[key] == self._wanted[kind]:
+            if self._arrived[key] == self._planes(*key)[1]:
                 self.fetched.whole.add(key)
+
+    def _planes(self, kind: Kind, tokens: int) -> tuple[tuple[Plane, ...], int]:
+        key = (kind, tokens)
+        if key not in self._specs:
+            planes = self._layout.planes(kind, tokens)
+            whole = not self._groups and self._layers[1] == 0
+            self._specs[key] = planes, len(planes) if whole else sum(map(self._wants, planes))
+        return self._specs[key]
+
+    def _wants(self, plane: Plane) -> bool:
+        first, end = self._layers
+        of_layers = end == 0 or any(first <= at < end for at in plane.layers)
+        return of_layers and (not self._groups or plane.group in self._groups)
+
+    def _fits(self, plane: Plane, len_bytes: int) -> bool:
+        return len_bytes == plane.len_bytes or (len_bytes == 0 and self._layout.is_optional(plane))
 
     def _placer(self, into: Into) -> Callable[[Kind, int, int], Scatter]:
         if into is None:
@@ -240,25 +257,45 @@ class Receiver:
         for spec in self._layout.planes(Kind.BLOCK):
             starts.append(starts[-1] + spec.len_bytes)
 
-        def consecutive(kind: Kind, tokens: int, plane: int) -> Scatter:
-            if kind is not Kind.BLOCK:
+        def behind(tokens: int, plane: int) -> Scatter:
+            if self._layout.planes(Kind.STATE):
                 raise ValueError("one buffer takes blocks only: give a function for a layout with states")
+            # Rows alone, of the tokens behind the last block: they go behind it.
+            tail = tokens % self._layout.block_tokens
+            sizes = [spec.len_bytes for spec in self._planes(Kind.STATE, tokens)[0]]
+            start = tokens // self._layout.block_tokens * block_bytes + sum(sizes[:plane])
+            if start + sizes[plane] > len(view):
+                raise ValueError(
+                    f"the buffer has no room for the {tail} tokens behind the last whole block: fetch {tokens - tail} tokens, "
+                    f"or give {sum(sizes)} bytes more"
+                )
+            return Scatter([view[start : start + sizes[plane]]])
+
+        def consecutive(kind: Kind, tokens: int, plane: int) -> Scatter:
+            if kind is Kind.STATE:
+                return behind(tokens, plane)
             start = (tokens // self._layout.block_tokens - 1) * block_bytes + starts[plane]
-            return Scatter([view[start : start + self._layout.planes(kind)[plane].len_bytes]])
+            return Scatter([view[start : start + self._planes(kind, tokens)[0][plane].len_bytes]])
 
         return consecutive
 
+    def _lacking(self, kind: Kind, tokens: int, plane: int) -> Scatter:
+        """A plane that the object has no rows for: nobody is asked for memory."""
+        if self._keeps:
+            self.fetched.objects.setdefault((kind, tokens), {})[plane] = bytearray()
+        return Scatter([])
+
     def _own(self, kind: Kind, tokens: int, plane: int) -> Scatter:
-        memory = bytearray(self._layout.planes(kind)[plane].len_bytes)
+        memory = bytearray(self._planes(kind, tokens)[0][plane].len_bytes)
         self.fetched.objects.setdefault((kind, tokens), {})[plane] = memory
         return Scatter([memoryview(memory)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """An object to store: the rows of one block, or of the state at one boundary.
+    """An object to store: the rows of one block, or of the state at one boundary, which may lie inside a block.
 
-    ``planes`` has the memory of each plane in restore order, each a buffer or a list of pieces; or one buffer for all of them.
+    ``planes`` has, as :meth:`Layout.planes` lists them for its tokens, the memory of each plane in restore order, each a buffer or a list of pieces; or one buffer for all of them.
     """
 
     tokens: int  # prefix length that it completes
@@ -316,26 +353,31 @@ def object_chunks(layout: Layout, object: Object) -> Iterator[bytes]:
 
 def object_planes(layout: Layout, object: Object) -> list[list[memoryview]]:
     """The pieces of each plane of an object, checked against the layout."""
-    specs = layout.planes(object.kind)
+    specs = layout.planes(object.kind, object.tokens)
     if isinstance(object.planes, (list, tuple)):
         given = [pieces(plane) for plane in object.planes]
     else:
         whole = flat(object.planes)
-        if len(whole) != layout.object_bytes(object.kind):
+        expected = sum(spec.len_bytes for spec in specs)
+        if len(whole) != expected:
             raise ValueError(
                 f"the {object.kind.name} at {object.tokens} tokens has {len(whole)} bytes; layout {layout.name!r} says "
-                f"{layout.object_bytes(object.kind)}"
+                f"{expected}"
             )
         given, at = [], 0
         for spec in specs:
             given.append([whole[at : at + spec.len_bytes]])
             at += spec.len_bytes
     if len(given) != len(specs):
-        raise ValueError(f"layout {layout.name!r} has {len(specs)} planes of {object.kind.name}, got {len(given)}")
+        raise ValueError(
+            f"layout {layout.name!r} has {len(specs)} planes of {object.kind.name} at {object.tokens} tokens, got {len(given)}"
+        )
     for plane, (spec, data) in enumerate(zip(specs, given)):
         length = sum(len(piece) for piece in data)
-        if length != spec.len_bytes:
-            raise ValueError(f"plane {plane} ({spec.group}) has {spec.len_bytes} bytes, got {length}")
+        if length != spec.len_bytes and not (length == 0 and layout.is_optional(spec)):
+            raise ValueError(
+                f"plane {plane} ({spec.group}) has {spec.len_bytes} bytes at {object.tokens} tokens, got {length}"
+            )
     return given
 
 

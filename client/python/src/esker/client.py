@@ -120,6 +120,7 @@ class Client:
         tokens: Sequence[int] = (),
         *,
         hashes: Sequence[bytes] = (),
+        tail_tokens: Sequence[int] = (),
         engine_hashes: Sequence[bytes] = (),
         prompt_tokens: int = 0,
         unchained: bool = False,
@@ -131,11 +132,12 @@ class Client:
         """Which prefix lengths of a prompt can be resumed.
 
         The prefix is named by its ``tokens``, by ``hashes`` that an earlier lookup gave, or by an engine's own ``engine_hashes``,
-        one for each block. ``prompt_tokens`` is the length of the prompt where hashes are given. What is found is pinned under
-        ``Found.grant`` unless ``grant=False``: give it to :meth:`fetch`, then to :meth:`release` or :meth:`settle`.
+        one for each block. ``tail_tokens`` are those behind the last of ``hashes``; ``prompt_tokens`` is the length of the prompt
+        where hashes are given. What is found is pinned under ``Found.grant`` unless ``grant=False``: give it to :meth:`fetch`,
+        then to :meth:`release` or :meth:`settle`.
         """
         question = Question(
-            namespace, tokens, hashes, engine_hashes, prompt_tokens, unchained, user, grant, want_hashes
+            namespace, tokens, hashes, tail_tokens, engine_hashes, prompt_tokens, unchained, user, grant, want_hashes
         )
         return calls.found(self._call(calls.LOOKUP, calls.lookup(question), timeout_s))
 
@@ -443,10 +445,15 @@ class Client:
                 some_bytes, enough_bytes = 0, FIRST_ANNOUNCE_BYTES
                 for object in objects:
                     planes = calls.object_planes(layout, object)
-                    length = layout.object_bytes(object.kind)
+                    length = layout.object_bytes(object.kind, object.tokens)
                     if some and (some_bytes >= enough_bytes or len(some) == MAX_ANNOUNCED or not room.has_room(length)):
                         yield from _announced(some, arena.together)
                         some, some_bytes, enough_bytes = [], 0, min(2 * enough_bytes, ANNOUNCE_BYTES)
+                    if length > arena.largest_object:
+                        raise ValueError(
+                            f"the {object.kind.name} at {object.tokens} tokens has {length} bytes, more than fit in the shared "
+                            f"memory at once ({arena.largest_object}): keep the state at a block boundary"
+                        )
                     at = room.place(length)
                     arena.write(at, planes)
                     some.append(message("LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length))

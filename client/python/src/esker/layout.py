@@ -1,8 +1,9 @@
 """KV layouts: what a model keeps for each block of tokens and for each boundary, as a table.
 
 The same table as in the node: it travels as JSON and its digest is part of the namespace. A layout is a list of groups; the
-object of one block holds the rows of every ``history`` group, a state object those of every ``state`` group. Objects are cut
-into planes, one for each group and run of layers: :meth:`Layout.planes` gives them in restore order.
+object of one block holds the rows of every ``history`` group, a state object those of every ``state`` group. Off the block grid
+a state also brings the history rows of the tokens behind the last whole block. Objects are cut into planes, one for each group
+and run of layers: :meth:`Layout.planes` gives them in restore order.
 """
 
 from __future__ import annotations
@@ -62,11 +63,22 @@ class Group:
     fields: tuple[Field, ...]
     restore_order: int = 0
     plane_layers: int = 1  # layers joined in one plane
+    optional: bool = False  # a state group that an object may lack
+    grain_blocks: int = 1  # blocks that share one set of rows, which lies in the last of them
+    run_tokens: int = 0  # a state group with a row for each token since the last multiple of so many
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return sum(field.count * field.dtype.bits // 8 for field in self.fields)
+
+    def rows_at(self, kind: Kind, tokens: int, block_tokens: int) -> int:
+        """Rows of a layer in the object of this kind that completes a prefix of this many tokens."""
+        if self.family == "state":
+            return tokens % self.run_tokens if self.run_tokens else self.rows
+        if kind is Kind.BLOCK:
+            return self.rows if tokens // block_tokens % self.grain_blocks == 0 else 0
+        return -(-self.rows * (tokens % block_tokens) // (block_tokens * self.grain_blocks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +127,11 @@ class Layout:
     def to_json(self) -> str:
         """The JSON form: what travels on the wire."""
 
-        def plain(value: Any) -> Any:
-            return value.value if isinstance(value, enum.Enum) else value
+        def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            said = [(key, value) for key, value in items if key not in _UNSAID or value != _UNSAID[key]]
+            return {key: value.value if isinstance(value, enum.Enum) else value for key, value in said}
 
-        table = dataclasses.asdict(self, dict_factory=lambda items: {key: plain(value) for key, value in items})
-        return json.dumps(table, separators=(",", ":"))
+        return json.dumps(dataclasses.asdict(self, dict_factory=plain), separators=(",", ":"))
 
     @functools.cached_property
     def _planes(self) -> dict[Kind, tuple[Plane, ...]]:
@@ -134,13 +146,40 @@ class Layout:
             )
         return planes
 
-    def planes(self, kind: Kind) -> tuple[Plane, ...]:
-        """Planes of an object of this kind, in restore order."""
-        return self._planes[kind]
+    @functools.cached_property
+    def _varies(self) -> dict[Kind, bool]:
+        """Whether objects on the block grid differ in length."""
+        return {
+            Kind.BLOCK: any(group.grain_blocks > 1 for group in self.groups),
+            Kind.STATE: any(group.run_tokens > 0 for group in self.groups),
+        }
 
-    def object_bytes(self, kind: Kind) -> int:
-        """Bytes of one object of this kind."""
-        return sum(plane.len_bytes for plane in self.planes(kind))
+    def planes(self, kind: Kind, tokens: int | None = None) -> tuple[Plane, ...]:
+        """Planes of the object of this kind at this many tokens, in restore order; without ``tokens`` each as long as it can be,
+        on the block grid."""
+        tail = kind is Kind.STATE and tokens is not None and tokens % self.block_tokens != 0
+        if tokens is None or not (tail or self._varies[kind]):
+            return self._planes[kind]
+        by_name = {group.name: group for group in self.groups}
+
+        def resized(plane: Plane) -> Plane:
+            group = by_name[plane.group]
+            rows = group.rows_at(kind, tokens, self.block_tokens)
+            return dataclasses.replace(plane, len_bytes=len(plane.layers) * rows * group.row_bytes)
+
+        return tuple(map(resized, (*self._planes[kind], *(self._planes[Kind.BLOCK] if tail else ()))))
+
+    def is_optional(self, plane: Plane) -> bool:
+        """Whether an object may lack this plane: it is empty then."""
+        return any(group.optional for group in self.groups if group.name == plane.group)
+
+    def object_bytes(self, kind: Kind, tokens: int | None = None) -> int:
+        """Bytes of the object of this kind at this many tokens; without ``tokens`` as of :meth:`planes`."""
+        return sum(plane.len_bytes for plane in self.planes(kind, tokens))
+
+
+#: Fields of a group that are left out where they say nothing.
+_UNSAID = {"optional": False, "grain_blocks": 1, "run_tokens": 0}
 
 
 def _runs(layers: tuple[int, ...], length: int) -> list[tuple[int, ...]]:

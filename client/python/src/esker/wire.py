@@ -96,10 +96,11 @@ def read_fetch_reply(raw: bytes) -> Any:
 
 
 def put_chunks(kind: int, tokens: int, plane: int, data: list[memoryview]) -> Iterator[bytes]:
-    """The ``PutRequest`` messages that carry one plane, given in pieces. One copy: from the pieces into the message."""
+    """The ``PutRequest`` messages that carry one plane, given in pieces: one where it is empty. One copy: from the pieces into
+    the message."""
     plane_bytes = sum(len(piece) for piece in data)
     offset = 0
-    for run in _runs(data):
+    for run in _runs(data) if plane_bytes else [[]]:
         length = sum(len(piece) for piece in run)
         head = bytearray()
         for field, value in enumerate((kind, tokens, plane, plane_bytes, offset), 1):

@@ -49,13 +49,7 @@ impl Arena {
             return Err(fail(io::Error::new(io::ErrorKind::PermissionDenied, attached.refused)));
         }
         let file = file.ok_or_else(|| fail(io::Error::other("no descriptor came with the arena")))?;
-        let slots_end = attached.slots_at + u64::from(attached.slots) * u64::from(attached.slot_bytes);
-        let len = file.metadata().map_err(fail)?.len();
-        let ordered = u64::from(attached.slots) * 8 <= attached.slots_at
-            && slots_end <= attached.put_at
-            && attached.put_at <= attached.arena_bytes
-            && attached.arena_bytes <= len;
-        if !ordered {
+        if !fits(&attached, file.metadata().map_err(fail)?.len()) {
             return Err(fail(io::Error::other("the arena is not as its description says")));
         }
         let len = usize::try_from(attached.arena_bytes).map_err(|error| fail(io::Error::other(error)))?;
@@ -78,9 +72,7 @@ impl Arena {
 
     /// Whether a slot and its parts are within the arena.
     pub(super) fn check(&self, filled: &v1::FilledSlot) -> Result<()> {
-        let slot_bytes = u64::from(self.attached.slot_bytes);
-        let fits = |part: &v1::LocalPart| u64::from(part.at) + u64::from(part.bytes) <= slot_bytes;
-        if filled.slot < self.attached.slots && filled.parts.iter().all(fits) {
+        if holds(&self.attached, filled) {
             return Ok(());
         }
         Err(WireError::Sequence("a filled slot reaches beyond the arena".into()).into())
@@ -113,6 +105,49 @@ impl Arena {
         // the node changes them.
         u64::from_le_bytes(unsafe { stamp.read_volatile() })
     }
+}
+
+/// Whether stamps, slots and the put area lie in this order within a file of so many bytes. Every address in the mapping is made of
+/// these numbers, so none of them may run over here.
+fn fits(attached: &v1::Attached, file_bytes: u64) -> bool {
+    let slots_bytes = u64::from(attached.slots) * u64::from(attached.slot_bytes);
+    let slots_end = attached.slots_at.checked_add(slots_bytes);
+    u64::from(attached.slots) * 8 <= attached.slots_at
+        && slots_end.is_some_and(|end| end <= attached.put_at)
+        && attached.put_at <= attached.arena_bytes
+        && attached.arena_bytes <= file_bytes
+}
+
+/// Whether what a slot is said to hold lies within it.
+fn holds(attached: &v1::Attached, filled: &v1::FilledSlot) -> bool {
+    let within =
+        |part: &v1::LocalPart| u64::from(part.at) + u64::from(part.bytes) <= u64::from(attached.slot_bytes);
+    filled.slot < attached.slots && filled.parts.iter().all(within)
+}
+
+/// For fuzzing: bytes of a file (u64, little-endian), the length of an arena's description (u8), it, and a filled slot. Whether the
+/// arena is taken.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let Some((file_bytes, rest)) = bytes.split_first_chunk() else { return false };
+    let file_bytes = u64::from_le_bytes(*file_bytes);
+    let Some((&len, rest)) = rest.split_first() else { return false };
+    let Some((attached, filled)) = rest.split_at_checked(len.into()) else { return false };
+    let Ok(attached) = v1::Attached::decode(attached) else { return false };
+    if !fits(&attached, file_bytes) {
+        return false;
+    }
+    let slot_end =
+        |slot: u32| u128::from(attached.slots_at) + (u128::from(slot) + 1) * u128::from(attached.slot_bytes);
+    if let Some(last) = attached.slots.checked_sub(1) {
+        assert!(slot_end(last) <= u128::from(attached.put_at) && attached.put_at <= file_bytes);
+        assert!(u64::from(attached.slots) * 8 <= attached.slots_at, "a stamp in a slot");
+    }
+    let filled = v1::FilledSlot::decode(filled).ok().filter(|filled| holds(&attached, filled));
+    for part in filled.iter().flat_map(|filled| &filled.parts) {
+        assert!(part.at.checked_add(part.bytes).is_some_and(|end| end <= attached.slot_bytes));
+    }
+    true
 }
 
 /// One frame, and the descriptor that came with its first byte.

@@ -189,12 +189,11 @@ fn v4(config: &Config, format: RowFormat, block_tokens: u32) -> Result<Vec<Group
         family: Family::State,
         ..history("csa_overlap", csa.clone(), sparse_ratio, overlap, 1)
     });
-    // Where blocks cut a run of tokens, what the run has so far belongs to the state; rows of a block are those that it
-    // completes, as many as there may be, the last unused in some blocks.
+    // What a run of tokens has so far belongs to the state. Where blocks cut runs, rows of a block are those that it completes,
+    // as many as there may be, the last unused in some blocks.
     let mut pending = |name: String, layers: Vec<u16>, ratio: u32, fields: Vec<Field>| {
-        if !block_tokens.is_multiple_of(ratio) {
-            groups.push(Group { family: Family::State, ..history(&name, layers, ratio - 1, fields, 2) });
-        }
+        let group = history(&name, layers, ratio - 1, fields, 2);
+        groups.push(Group { family: Family::State, run_tokens: ratio, ..group });
     };
     let both =
         |kv: &str, gate: &str, count: u32| [field(kv, Dtype::F32, count), field(gate, Dtype::F32, count)];
@@ -278,6 +277,7 @@ fn history(name: &str, layers: Vec<u16>, rows: u32, fields: Vec<Field>, restore_
         plane_layers: 1,
         optional: false,
         grain_blocks: 1,
+        run_tokens: 0,
     }
 }
 

@@ -61,10 +61,94 @@ fn published_byte_counts_are_reproduced() {
     assert_eq!(block(&flash(), RowFormat::DeployedFp8Keys), 492_832);
     assert_eq!(block(&pro(), RowFormat::DeployedFp8Keys), 705_464);
 
-    let state = |config: &str| layout(config, RowFormat::Deployed).object_bytes(ObjectKind::State);
+    let state = |config: &str| layout(config, RowFormat::Deployed).object_bytes_at(ObjectKind::State, 128);
     assert_eq!(state(V32), 0);
     assert_eq!(state(&flash()), 3_214_336 + 430_080);
     assert_eq!(state(&pro()), 4_559_872 + 614_400);
+}
+
+/// Off the block grid a state has open runs and the rows behind the last whole block; on it, neither.
+#[test]
+fn a_state_is_as_long_as_its_boundary_says() {
+    let flash = layout(&flash(), RowFormat::Deployed);
+    let rows = |name: &str, kind, tokens: u64| -> Vec<u64> {
+        let of_group = |plane: &&PlaneSpec| flash.groups()[usize::from(plane.group)].name == name;
+        let planes = flash.planes_at(kind, tokens);
+        let rows = |plane: &PlaneSpec| {
+            plane.len_bytes / (u64::from(plane.layers) * flash.groups()[usize::from(plane.group)].row_bytes())
+        };
+        let mut rows: Vec<u64> = planes.iter().filter(of_group).map(rows).collect();
+        rows.dedup();
+        rows
+    };
+    let state = |name: &str, tokens| rows(name, ObjectKind::State, tokens);
+    for (tokens, csa_pending, hca_pending, csa, hca) in
+        [(128, 0, 0, None, None), (90, 2, 90, Some(23), Some(1)), (1900, 0, 108, Some(27), Some(1))]
+    {
+        assert_eq!(state("window", tokens), [128]);
+        assert_eq!(state("csa_overlap", tokens), [4]);
+        assert_eq!(
+            (state("csa_pending", tokens), state("hca_128_pending", tokens)),
+            (vec![csa_pending], vec![hca_pending])
+        );
+        assert_eq!(state("csa", tokens), Vec::from_iter(csa));
+        assert_eq!(state("hca_128", tokens), Vec::from_iter(hca));
+    }
+    assert_eq!(rows("csa", ObjectKind::Block, 256), [32]);
+    let most = flash.max_object_bytes();
+    for (kind, tokens) in
+        (1..300).flat_map(|tokens| [(ObjectKind::State, tokens), (ObjectKind::Block, tokens)])
+    {
+        let planes = flash.planes_at(kind, tokens);
+        assert_eq!(flash.planes_count(kind, tokens), planes.len());
+        let bytes = flash.object_bytes_at(kind, tokens);
+        assert_eq!(bytes, planes.iter().map(|plane| plane.len_bytes).sum::<u64>(), "{kind:?} at {tokens}");
+        assert!(bytes <= most);
+    }
+    // Without state groups the rows are all that there is.
+    let v32 = layout(V32, RowFormat::Deployed);
+    assert_eq!(v32.object_bytes_at(ObjectKind::State, 512), 0);
+    let of_block = v32.object_bytes(ObjectKind::Block);
+    assert_eq!(v32.object_bytes_at(ObjectKind::State, 512 + 3), of_block * 3 / 128);
+}
+
+/// What a coarse group has lies in the last of its blocks, and inside others no state can begin.
+#[test]
+fn a_coarse_group_is_whole_where_states_may_lie() {
+    let group = |name: &str, grain_blocks| Group {
+        name: name.into(),
+        family: Family::History,
+        layers: vec![0],
+        rows: 4,
+        fields: vec![Field { name: "value".into(), dtype: Dtype::U8, count: 1 }],
+        restore_order: 0,
+        plane_layers: 1,
+        optional: false,
+        grain_blocks,
+        run_tokens: 0,
+    };
+    let layout = KvLayout::new("coarse", 4, vec![group("fine", 1), group("coarse", 4)]).unwrap();
+    let lengths = |kind, tokens| -> Vec<u64> {
+        layout.planes_at(kind, tokens).iter().map(|plane| plane.len_bytes).collect()
+    };
+    assert_eq!(lengths(ObjectKind::Block, 12), [4, 0]);
+    assert_eq!(lengths(ObjectKind::Block, 16), [4, 4]);
+    assert_eq!(lengths(ObjectKind::State, 18), [2, 1]);
+    for (kind, tokens, bytes) in [
+        (ObjectKind::Block, 12, 4),
+        (ObjectKind::Block, 16, 8),
+        (ObjectKind::State, 18, 3),
+        (ObjectKind::State, 16, 0),
+    ] {
+        assert_eq!(layout.object_bytes_at(kind, tokens), bytes);
+    }
+    let may = (0..20).filter(|&tokens| layout.has_boundary(tokens)).collect::<Vec<_>>();
+    assert_eq!(may, [1, 2, 3, 4, 8, 12, 16, 17, 18, 19]);
+    for (run_tokens, rows, family) in [(4, 4, Family::State), (5, 4, Family::History)] {
+        let bad = Group { run_tokens, rows, family, ..group("runs", 1) };
+        let error = KvLayout::new("bad", 4, vec![group("fine", 1), bad]).unwrap_err();
+        assert!(error.to_string().contains("run_tokens"), "{error}");
+    }
 }
 
 #[test]
@@ -101,6 +185,8 @@ fn types_tell_the_kind_of_a_v4_layer_where_both_are_given() {
             ("hca_4", vec![1], 4),
             ("window", vec![0, 1, 2], 8),
             ("csa_overlap", vec![0], 8),
+            ("csa_pending", vec![0], 7),
+            ("hca_4_pending", vec![1], 3),
         ]
     );
     assert_eq!(of(r#","compress_ratios":[8,4,0]"#, "").unwrap().id(), layout.id());
@@ -119,11 +205,14 @@ fn blocks_may_cut_the_runs_of_v4() {
     };
     let named =
         |block: u32, name: &str| rows(block).into_iter().find(|group| group.0 == name).map(|g| (g.1, g.2));
-    assert!(rows(128).iter().all(|group| !group.0.ends_with("pending")));
+    // Whole blocks leave no run open.
+    assert_eq!(
+        layout(128).object_bytes_at(ObjectKind::State, 128),
+        layout(256).object_bytes_at(ObjectKind::State, 256)
+    );
     assert_eq!((named(64, "hca_128"), named(64, "csa")), (Some((1, 584)), Some((16, 584))));
     // Values and gates of up to 127 tokens, F32.
     assert_eq!(named(64, "hca_128_pending"), Some((127, 2 * 512 * 4)));
-    assert_eq!(named(64, "csa_pending"), None);
     // Both halves of the channels, of the indexer's too.
     assert_eq!(named(2, "csa_pending"), Some((3, 4 * (512 + 128) * 4)));
     assert_eq!(named(2, "csa"), Some((1, 584)));
@@ -165,7 +254,7 @@ fn ids_do_not_change_by_accident() {
     );
     assert_eq!(
         layout(&flash(), RowFormat::Deployed).id().to_hex(),
-        "5197cbe977d775ab81776de43600fb23e7e32d693ba984b10f0a3aedc3f24490"
+        "5277070b041ea82df04ea1c49a41751949000a549544adc1495ef72d06c714de"
     );
 }
 
@@ -181,6 +270,7 @@ fn an_opaque_chunk_is_a_table_too() {
         plane_layers: 1,
         optional: false,
         grain_blocks: 1,
+        run_tokens: 0,
     };
     assert_eq!(KvLayout::new("opaque", 256, vec![group]).unwrap().object_bytes(ObjectKind::Block), 1 << 20);
 }

@@ -29,10 +29,16 @@ impl PlaneShape {
         Self { layers, rows, columns: columns.into() }
     }
 
-    /// The shape of a plane of this group.
+    /// The shape of a plane of this group, which may have other rows than a whole block or state.
     pub fn of(group: &Group, plane: &PlaneSpec) -> Self {
         let columns = group.fields.iter().map(|field| Column { dtype: field.dtype, count: field.count });
-        Self { layers: plane.layers, rows: group.rows, columns: columns.collect() }
+        let row_of_layers = group.row_bytes() * u64::from(plane.layers);
+        let rows = plane.len_bytes.checked_div(row_of_layers).unwrap_or(0);
+        Self {
+            layers: plane.layers,
+            rows: u32::try_from(rows).unwrap_or(u32::MAX),
+            columns: columns.collect(),
+        }
     }
 
     pub(super) fn layers(&self) -> u16 {

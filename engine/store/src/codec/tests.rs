@@ -321,6 +321,7 @@ fn the_shape_of_a_plane_follows_from_its_group() {
         plane_layers: 2,
         optional: false,
         grain_blocks: 1,
+        run_tokens: 0,
     };
     let spec = PlaneSpec { group: 0, first_layer: 60, layers: 1, len_bytes: 128 * 1152 };
     let shape = PlaneShape::of(&group, &spec);

@@ -5,25 +5,27 @@
 
 use std::path::PathBuf;
 
-use esker_prefix::Dtype;
+use esker_prefix::{Dtype, ObjectId, ObjectKind};
 
 use super::common::{figures, id, object, settings};
-use crate::Store;
 use crate::codec::{self, Column, PlaneShape};
 use crate::fuzzing;
 use crate::io::sim::{Image, Random, SimDisk};
 use crate::io::{BufferPool, Disk, read_exact};
+use crate::lease;
+use crate::{LeaseId, Store};
 
 /// Of each file of the corpus.
 const MUTATIONS: u64 = 1000;
 
 type Parser = fn(&[u8]) -> bool;
 
-const PARSERS: [(&str, Parser); 4] = [
+const PARSERS: [(&str, Parser); 5] = [
     ("record_header", fuzzing::record_header),
     ("segment_page", fuzzing::segment_page),
     ("index_entry", fuzzing::index_entry),
     ("plane_columns", fuzzing::plane_columns),
+    ("lease", fuzzing::lease),
 ];
 
 #[test]
@@ -110,6 +112,10 @@ fn write(corpus: &std::path::Path) {
     }
     for (number, (_, state)) in states.iter().enumerate() {
         save("index_entry", format!("state-{number}"), &state.encode());
+    }
+    let ends = [id(1), ObjectId { kind: ObjectKind::State, ..id(2) }];
+    for (name, ends) in [("two", &ends[..]), ("given-up", &[])] {
+        save("lease", name.into(), &lease::object(LeaseId([7; 32]), ends, 3600).planes[0].bytes);
     }
     save("segment_page", "header".into(), &read(1, 0, 4096)[..128]);
     save("segment_page", "seal".into(), &read(1, (64 << 10) - 4096, 4096)[..128]);

@@ -138,6 +138,16 @@ impl Said {
     }
 }
 
+/// For fuzzing: everything that is checked of a request before the model is asked.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(in crate::http) fn hear(body: &[u8]) -> Result<Conversation, Failure> {
+    let mut asked: Asked = body::parse(body)?;
+    asked.common.check()?;
+    let conversation = asked.conversation()?;
+    asked.common.ask()?.check()?;
+    Ok(conversation)
+}
+
 /// The handler.
 pub(in crate::http) async fn chat(
     State(site): State<Site>,

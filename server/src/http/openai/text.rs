@@ -38,6 +38,30 @@ enum Prompt {
     Lists(Vec<Vec<u32>>),
 }
 
+impl Asked {
+    fn check(&self) -> Result<(), Failure> {
+        self.common.check()?;
+        if self.echo {
+            return Err(Failure::unsupported("echo", "put the prompt before the text yourself"));
+        }
+        if self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
+            return Err(Failure::unsupported("suffix", "the decoder writes on, it does not fill in"));
+        }
+        if self.best_of.is_some_and(|best_of| best_of != 1) {
+            return Err(Failure::unsupported("best_of", "one choice for each request"));
+        }
+        Ok(())
+    }
+}
+
+/// For fuzzing: everything that is checked of a request before the model is asked.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(in crate::http) fn hear(body: &[u8]) -> Result<(), Failure> {
+    let asked: Asked = body::parse(body)?;
+    asked.check()?;
+    asked.common.ask()?.check()
+}
+
 impl Prompt {
     fn tokens(self, engine: &Engine) -> Result<Vec<TokenId>, Failure> {
         let one = || Failure::unsupported("prompt", "one prompt for each request; send each by itself");
@@ -69,16 +93,7 @@ pub(in crate::http) async fn completions(
     request: Request,
 ) -> Result<Response, Failure> {
     let asked: Asked = body::json(request).await?;
-    asked.common.check()?;
-    if asked.echo {
-        return Err(Failure::unsupported("echo", "put the prompt before the text yourself"));
-    }
-    if asked.suffix.is_some_and(|suffix| !suffix.is_empty()) {
-        return Err(Failure::unsupported("suffix", "the decoder writes on, it does not fill in"));
-    }
-    if asked.best_of.is_some_and(|best_of| best_of != 1) {
-        return Err(Failure::unsupported("best_of", "one choice for each request"));
-    }
+    asked.check()?;
     let engine = engine_of(&site, &asked.common.model)?;
     let prompt = asked.prompt.tokens(engine)?;
     let (stream, with_usage) = (asked.common.stream, asked.common.wants_usage());

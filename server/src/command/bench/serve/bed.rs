@@ -206,13 +206,13 @@ pub(super) fn objects(layout: &KvLayout, seed: u32, blocks: u32) -> Vec<Object> 
         at += len;
         piece
     };
-    let mut object = |kind, blocks: u32| Object {
-        kind,
-        tokens: u64::from(blocks) * u64::from(layout.block_tokens()),
-        planes: layout.planes(kind).iter().map(|plane| cut(plane.len_bytes)).collect(),
+    let mut object = |kind, blocks: u32| {
+        let tokens = u64::from(blocks) * u64::from(layout.block_tokens());
+        let planes = layout.planes_at(kind, tokens).iter().map(|plane| cut(plane.len_bytes)).collect();
+        Object { kind, tokens, planes }
     };
     let mut objects: Vec<Object> = (1..=blocks).map(|number| object(ObjectKind::Block, number)).collect();
-    if !layout.planes(ObjectKind::State).is_empty() {
+    if layout.has_states() {
         objects.push(object(ObjectKind::State, blocks));
     }
     objects
