@@ -3,10 +3,12 @@
 //! A wall clock may jump by years; leases and time to live must neither be cut short nor stretched by that. Store time
 //! goes on with the machine's time since boot, across restarts of the process too; the time that the machine itself was
 //! off does not count. It is kept in `DIR/clock`, which is written every few seconds and at a close: after a crash of the
-//! machine store time is behind by that much at most, so a lease ends late rather than early.
+//! machine store time is behind by that much at most, so a lease ends late rather than early. A file that is damaged counts
+//! as none: time goes on from the newest record then.
 //!
 //! ```text
-//! DIR/clock, one line of text: esker-clock 1 STORE_SECONDS BOOT_ID SECONDS_SINCE_BOOT
+//! DIR/clock, one line of text: esker-clock 2 STORE_SECONDS BOOT_ID SECONDS_SINCE_BOOT CHECK
+//!                              CHECK: XXH3-64 of what is before it and its space, in hexadecimal
 //! ```
 
 use std::fs;
@@ -15,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
+
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{Result, StoreError};
 
@@ -69,7 +73,7 @@ impl StoreTime {
     pub(crate) fn open(dir: &Path, clock: Arc<dyn Clock>) -> Result<Self> {
         let path = dir.join("clock");
         let now_s = seconds(clock.since_boot());
-        let saved = match fs::read_to_string(&path) {
+        let saved = match fs::read(&path) {
             Ok(text) => parse(&text),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(StoreError::io("reading", &path)(error)),
@@ -99,11 +103,9 @@ impl StoreTime {
     pub(crate) fn save(&self) -> Result<()> {
         let new = self.path.with_extension("new");
         let since_s = seconds(self.clock.since_boot());
-        let text = format!(
-            "esker-clock 1 {} {} {since_s}\n",
-            self.at_boot_s.load(Ordering::Relaxed) + since_s,
-            self.clock.boot_id()
-        );
+        let store_s = self.at_boot_s.load(Ordering::Relaxed) + since_s;
+        let said = format!("esker-clock 2 {store_s} {} {since_s}", self.clock.boot_id());
+        let text = format!("{said} {:016x}\n", xxh3_64(said.as_bytes()));
         let written = fs::File::create(&new)
             .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
             .and_then(|()| fs::rename(&new, &self.path));
@@ -113,7 +115,7 @@ impl StoreTime {
 
 /// Store time of `dir` by its file alone, which is not written; 0 if there is none.
 pub(crate) fn peek(dir: &Path, clock: &dyn Clock) -> u32 {
-    let saved = fs::read_to_string(dir.join("clock")).ok().and_then(|text| parse(&text));
+    let saved = fs::read(dir.join("clock")).ok().and_then(|text| parse(&text));
     let store_s = saved.map_or(0, |(store_s, boot, since_s)| match boot == clock.boot_id() {
         true => store_s + (seconds(clock.since_boot()) - since_s).max(0),
         false => store_s,
@@ -122,9 +124,13 @@ pub(crate) fn peek(dir: &Path, clock: &dyn Clock) -> u32 {
 }
 
 /// Store seconds, boot and seconds since that boot.
-fn parse(text: &str) -> Option<(i64, String, i64)> {
-    let mut words = text.split_whitespace();
-    if (words.next(), words.next()) != (Some("esker-clock"), Some("1")) {
+fn parse(text: &[u8]) -> Option<(i64, String, i64)> {
+    let (said, check) = std::str::from_utf8(text).ok()?.trim_end().rsplit_once(' ')?;
+    if check != format!("{:016x}", xxh3_64(said.as_bytes())) {
+        return None;
+    }
+    let mut words = said.split_whitespace();
+    if (words.next(), words.next()) != (Some("esker-clock"), Some("2")) {
         return None;
     }
     let store_s = words.next()?.parse().ok()?;
@@ -162,13 +168,29 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_or_foreign_clock_file_goes_on_from_the_newest_record() {
+    fn a_lost_or_damaged_clock_file_goes_on_from_the_newest_record() {
         let dir = tempfile::tempdir().unwrap();
-        for text in ["", "nonsense", "esker-clock 2 5 b 6", "esker-clock 1 x b 6"] {
-            fs::write(dir.path().join("clock"), text).unwrap();
-            let time = StoreTime::open(dir.path(), ManualClock::new()).unwrap();
+        let path = dir.path().join("clock");
+        let clock = ManualClock::new();
+        let open = || StoreTime::open(dir.path(), clock.clone()).unwrap();
+        let time = open();
+        time.advance_to(50);
+        time.save().unwrap();
+        let whole = fs::read(&path).unwrap();
+        assert_eq!(peek(dir.path(), clock.as_ref()), 50);
+        // Of each bit but those of the line's end.
+        let flipped = (0..(whole.len() - 1) * 8).map(|bit| {
+            let mut text = whole.clone();
+            text[bit / 8] ^= 1 << (bit % 8);
+            text
+        });
+        let foreign = [&b""[..], b"nonsense", b"esker-clock 1 5 b 6", b"\xff", b"esker-clock 2 9 b 6 0"];
+        for text in foreign.into_iter().map(<[u8]>::to_vec).chain(flipped) {
+            fs::write(&path, &text).unwrap();
+            assert_eq!(peek(dir.path(), clock.as_ref()), 0, "{}", text.escape_ascii());
+            let time = open();
             time.advance_to(77);
-            assert_eq!(time.now_s(), 77, "{text:?}");
+            assert_eq!(time.now_s(), 77, "{}", text.escape_ascii());
             time.advance_to(5);
             assert_eq!(time.now_s(), 77, "never backwards");
         }

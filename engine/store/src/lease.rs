@@ -13,12 +13,16 @@
 //! depend on who else shares it.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, WriterId};
 
+use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection};
 use crate::fields::{Reader, Writer};
+use crate::index::Entry;
+use crate::shared::Shared;
+use crate::store::Found;
 use crate::{PutObject, PutPlane, TtlClass};
 
 /// Ends of one lease, at most.
@@ -50,12 +54,18 @@ pub struct Lease {
 #[derive(Default)]
 pub(crate) struct Leases {
     held: Mutex<HashMap<LeaseId, Lease>>,
+    /// Records that could not be read when the store was opened.
+    unread: Mutex<Vec<Entry>>,
     shards: [Mutex<()>; SHARDS],
 }
 
 impl Leases {
     pub(crate) fn held(&self) -> MutexGuard<'_, HashMap<LeaseId, Lease>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unread(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps other writes of a lease out.
@@ -67,6 +77,52 @@ impl Leases {
     pub(crate) fn totals(&self) -> (u64, u64) {
         let held = self.held();
         (held.len() as u64, held.values().map(|lease| lease.bytes).sum())
+    }
+}
+
+impl Shared {
+    /// Takes up the leases that were written down. One whose prefix is gone all the same holds what is left.
+    pub(crate) fn restore_leases(self: &Arc<Self>, entries: Vec<Entry>) {
+        let now_s = self.time.now_s();
+        let found = |entry: &Entry| Some(Found::new(entry.id, self.table.get(entry.id)?));
+        let (entries, objects): (Vec<Entry>, Vec<Found>) =
+            entries.into_iter().filter_map(|entry| found(&entry).map(|found| (entry, found))).unzip();
+        let request =
+            FetchRequest { objects, planes: PlaneSelection::All, order: FetchOrder::ByObject, deadline: None };
+        for event in Fetch::new(Arc::clone(self), request) {
+            let (object, bytes) = match event {
+                FetchEvent::Plane { object, bytes, .. } => (object, bytes),
+                FetchEvent::Miss { object, kind } => {
+                    tracing::error!(lease = ?entries[object].id, %kind, "the record of a lease cannot be read");
+                    self.leases.unread().push(entries[object]);
+                    continue;
+                }
+            };
+            let Some((ends, deadline_s)) = parse(&bytes) else {
+                tracing::error!(lease = ?entries[object].id, "the record of a lease cannot be understood");
+                continue;
+            };
+            let id = LeaseId(entries[object].id.hash.0);
+            let mut held = self.leases.held();
+            // Renewed since it could not be read.
+            if held.contains_key(&id) {
+                continue;
+            }
+            let holds = |end: &ObjectId| deadline_s > now_s && self.table.pin(*end);
+            let ends: Vec<ObjectId> = ends.into_iter().filter(holds).collect();
+            let bytes = ends.iter().filter_map(|&end| self.table.path_bytes(end)).sum();
+            // What is over is kept for the housekeeping to remove.
+            held.insert(id, Lease { id, ends, deadline_s, bytes });
+        }
+    }
+
+    /// Tries again what could not be read when the store was opened. What is damaged is in quarantine and found no more.
+    pub(crate) fn restore_unread_leases(self: &Arc<Self>) {
+        let unread = std::mem::take(&mut *self.leases.unread());
+        if !unread.is_empty() {
+            unread.iter().for_each(|entry| self.reinstate(entry));
+            self.restore_leases(unread);
+        }
     }
 }
 

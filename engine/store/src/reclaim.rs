@@ -7,6 +7,7 @@
 //! (erasure/lapse.rs).
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use esker_prefix::{ObjectId, ObjectKind};
@@ -14,6 +15,7 @@ use esker_prefix::{ObjectId, ObjectKind};
 use crate::erasure::{Erase, Erasures};
 use crate::index::{Changes, Entry};
 use crate::io::FileId;
+use crate::lease::Lease;
 use crate::observer::Removal;
 use crate::segment::{SegmentId, Spot};
 use crate::shared::Shared;
@@ -118,6 +120,8 @@ impl Shared {
             if !self.table.remove_all(&entries) {
                 let loose = self.table.remove_loose(&entries);
                 self.counters.expired.add(loose.len() as u64);
+                let gone = self.entries_at(loose.iter().map(|record| record.spot));
+                self.observed.went(&gone, Removal::Expired);
                 self.free(&loose)?;
                 continue;
             }
@@ -172,25 +176,43 @@ impl Shared {
         Ok(gone.len() as u64)
     }
 
-    /// What is done every few seconds.
-    pub(crate) fn keep_house(&self) {
-        let done = self.expire().and_then(|()| self.time.save()).and_then(|()| self.save_hits());
-        let done = done.and_then(|()| self.let_erasures_lapse());
-        if let Err(error) = done {
-            tracing::error!(%error, "housekeeping failed");
+    /// What is done every few seconds. What fails keeps nothing else from being done.
+    pub(crate) fn keep_house(self: &Arc<Self>) {
+        let steps: [(&str, fn(&Self) -> Result<()>); 4] = [
+            ("expiry", Self::expire),
+            ("the clock", |shared| shared.time.save()),
+            ("the counts of hits", Self::save_hits),
+            ("the lapse of erasures", Self::let_erasures_lapse),
+        ];
+        for (what, step) in steps {
+            if let Err(error) = step(self) {
+                tracing::error!(%error, what, "housekeeping failed");
+            }
         }
         self.wear.save(&self.counters);
+        self.restore_unread_leases();
+        self.end_leases();
+    }
+
+    /// Lets go of what leases held whose time is over.
+    fn end_leases(&self) {
         let now_s = self.time.now_s();
-        let over: Vec<_> = {
+        // With the places of their records: what has the same name later is a renewal, and stays.
+        let over: Vec<(Lease, Option<Located>)> = {
             let mut held = self.leases.held();
             let over: Vec<_> =
                 held.values().filter(|lease| lease.deadline_s <= now_s).map(|lease| lease.id).collect();
-            over.into_iter().filter_map(|id| held.remove(&id)).collect()
+            let over = over.into_iter().filter_map(|id| held.remove(&id));
+            over.map(|lease| {
+                let located = self.table.get(lease.id.object());
+                (lease, located)
+            })
+            .collect()
         };
-        for lease in over {
+        for (lease, located) in over {
             lease.ends.iter().for_each(|&end| self.table.unpin(end));
             // Nothing needs the record of a lease that is over.
-            if let Some(located) = self.table.get(lease.id.object())
+            if let Some(located) = located
                 && self.table.remove_if(lease.id.object(), located.spot)
             {
                 let record = Victim { spot: located.spot, record_bytes: located.record_bytes() as u64 };

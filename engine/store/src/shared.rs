@@ -69,9 +69,13 @@ impl Shared {
             return Some(entry.digest);
         }
         let segment = self.segments.get(located.spot.segment)?;
-        let read = self.read(located, 0, page_ceil(located.header_bytes as usize));
-        let header = read.and_then(|bytes| verify::header(&bytes, id, located, segment.generation));
-        header
+        let read = || {
+            let bytes = self.read(located, 0, page_ceil(located.header_bytes as usize))?;
+            verify::header(&bytes, id, located, segment.generation)
+        };
+        // Once more before it is declared bad.
+        read()
+            .or_else(|_| read())
             .map(|header| header.content_digest())
             .inspect_err(|&kind| self.quarantine(id, located, kind))
             .ok()
@@ -145,7 +149,7 @@ impl Shared {
     }
 
     /// Takes a record back that was forgotten for a failed read.
-    fn reinstate(&self, entry: &Entry) {
+    pub(crate) fn reinstate(&self, entry: &Entry) {
         if self.segments.get(entry.spot.segment).is_none() || self.table.get(entry.id).is_some() {
             return;
         }

@@ -15,7 +15,7 @@ use crate::encoding::Hashed;
 use crate::erasure::{Erase, Lapses};
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::hits::HitCounts;
-use crate::index::{Changes, Entry, Index};
+use crate::index::{Changes, Index};
 use crate::io::{self, AlignedBuf, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
@@ -215,7 +215,7 @@ impl Store {
             entries_dropped: recovery.entries_dropped,
             unreadable_segments: recovery.unreadable_segments,
         };
-        restore_leases(&shared, &recovery.own);
+        shared.restore_leases(recovery.own);
         shared.hits.load(&shared.index, &shared.table.realms())?;
         restore_vouches(&shared)?;
         let committer = Committer::start(Arc::clone(&shared), position)
@@ -607,7 +607,7 @@ enum Prepared {
 }
 
 impl Found {
-    fn new(id: ObjectId, located: Located) -> Self {
+    pub(crate) fn new(id: ObjectId, located: Located) -> Self {
         Self {
             id,
             tokens: located.tokens,
@@ -653,32 +653,6 @@ fn restore_vouches(shared: &Shared) -> Result<()> {
         }
     }
     shared.index.write(changes)
-}
-
-/// Takes up the leases that were written down. One whose prefix is gone all the same holds what is left.
-fn restore_leases(shared: &Arc<Shared>, entries: &[Entry]) {
-    let now_s = shared.time.now_s();
-    let found = |entry: &Entry| Some(Found::new(entry.id, shared.table.get(entry.id)?));
-    let objects: Vec<Found> = entries.iter().filter_map(found).collect();
-    let ids: Vec<LeaseId> = objects.iter().map(|found| LeaseId(found.id.hash.0)).collect();
-    let request =
-        FetchRequest { objects, planes: PlaneSelection::All, order: FetchOrder::ByObject, deadline: None };
-    for event in Fetch::new(Arc::clone(shared), request) {
-        let FetchEvent::Plane { object, bytes, .. } = event else {
-            tracing::error!("the record of a lease cannot be read");
-            continue;
-        };
-        let Some((ends, deadline_s)) = lease::parse(&bytes) else {
-            tracing::error!("the record of a lease cannot be understood");
-            continue;
-        };
-        let id = ids[object];
-        let holds = |end: &ObjectId| deadline_s > now_s && shared.table.pin(*end);
-        let ends: Vec<ObjectId> = ends.into_iter().filter(holds).collect();
-        let bytes = ends.iter().filter_map(|&end| shared.table.path_bytes(end)).sum();
-        // What is over is kept for the housekeeping to remove.
-        shared.leases.held().insert(id, Lease { id, ends, deadline_s, bytes });
-    }
 }
 
 /// Takes the folder's lock, or names the folder.

@@ -4,11 +4,13 @@
 
 mod common;
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{ManualClock, all, chain, fetch, id, object, planes, settings};
-use esker_prefix::{NamespaceId, ObjectId, ScopeTag, WriterId};
-use esker_store::{Erase, ErrorKind, LeaseId, PutObject, PutOutcome, Store, StoreSettings, TtlClass};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
+use esker_store::{Change, Erase, ErrorKind, LeaseId, Observer, PutObject, PutOutcome, Removal, Store, StoreSettings, TtlClass};
 
 const LENS: [usize; 2] = [30_000, 9000];
 const HOUR: Duration = Duration::from_secs(3600);
@@ -20,6 +22,16 @@ fn ids(objects: &[PutObject]) -> Vec<ObjectId> {
 /// Room for some thirty objects in eight segments.
 fn small() -> StoreSettings {
     StoreSettings { segment_bytes: 256 << 10, capacity_bytes: 2 << 20, zstd_level: None, ..settings() }
+}
+
+/// What became of each object last.
+#[derive(Default)]
+struct Seen(Mutex<HashMap<ObjectId, Option<Removal>>>);
+
+impl Observer for Seen {
+    fn changed(&self, changes: Vec<Change>) {
+        self.0.lock().unwrap().extend(changes.into_iter().map(|change| (change.id, change.removal)));
+    }
 }
 
 fn drop_index(dir: &std::path::Path) {
@@ -294,6 +306,8 @@ fn a_lease_keeps_what_it_holds_and_not_the_neighbours() {
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::new();
     let store = Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let seen = Arc::new(Seen::default());
+    assert!(store.observe(seen.clone()));
     let class = |first| {
         let objects = chain(first, 6, &LENS);
         objects.into_iter().map(|object| object.with_class(TtlClass(0))).collect::<Vec<_>>()
@@ -313,6 +327,9 @@ fn a_lease_keeps_what_it_holds_and_not_the_neighbours() {
     assert_eq!(store.lookup(&ids(&loose)).len(), 0);
     let found = store.lookup(&ids(&kept));
     assert_eq!(found.len(), 4, "what is leased, and nothing behind it");
+    // Whoever follows the store hears of each.
+    let expired = |object: &PutObject| seen.0.lock().unwrap().get(&object.id) == Some(&Some(Removal::Expired));
+    assert!(loose.iter().chain(&kept[4..]).all(expired) && !kept[..4].iter().any(expired));
     for (got, put) in fetch(&store, all(found)).into_iter().zip(&kept) {
         assert_eq!(got, Ok(planes(put)));
     }
@@ -496,4 +513,31 @@ fn a_lease_holds_what_was_erased_and_put_again() {
     }
     assert!(store.stats().evicted > 100);
     assert_eq!(store.lookup(&[kept.id]).len(), 1, "what is leased was evicted");
+}
+
+/// The housekeeping removes the records of many leases, one after another, while they are renewed: what is renewed is the newest
+/// of its name, and stays.
+#[test]
+fn a_lease_that_is_renewed_while_it_ends_holds_after_a_restart() {
+    const LEASES: u8 = 100;
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let store = open();
+    assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
+    let name = |lease| LeaseId([lease; 32]);
+    for round in 0..5 {
+        (0..LEASES).for_each(|lease| drop(store.lease(name(lease), &[id(9)], HOUR).unwrap()));
+        clock.pass(HOUR);
+        std::thread::scope(|scope| {
+            scope.spawn(|| store.keep_house());
+            (0..LEASES).for_each(|lease| drop(store.lease(name(lease), &[id(9)], HOUR).unwrap()));
+        });
+        assert_eq!(store.leases().len(), usize::from(LEASES), "round {round}");
+        let found: Vec<ObjectId> = (0..LEASES).map(|lease| ObjectId { kind: ObjectKind::Lease, hash: BlockHash(name(lease).0) }).collect();
+        let there = store.get(&found).into_iter().flatten().count();
+        assert_eq!(there, usize::from(LEASES), "round {round}: records that are gone");
+    }
+    store.close().unwrap();
+    assert_eq!(open().leases().len(), usize::from(LEASES));
 }

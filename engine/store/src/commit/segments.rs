@@ -103,7 +103,7 @@ impl Maker {
 /// Between two rounds of housekeeping, however much else there is to do.
 const TICK: Duration = Duration::from_secs(5);
 
-fn run(shared: &Shared, mut next: SegmentId, jobs: &Receiver<Job>, events: &Sender<Event>) {
+fn run(shared: &Arc<Shared>, mut next: SegmentId, jobs: &Receiver<Job>, events: &Sender<Event>) {
     // The first at once: what ran out while nobody kept house is not to be found for long.
     let mut due = Instant::now();
     loop {

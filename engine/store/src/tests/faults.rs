@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::common::{all, chain, fetch, id, object, planes, settings};
 use crate::io::faulty::{Fault, FaultyDisk, Plan, Trace};
 use crate::io::{FileId, IoEngine, OpKind, PAGE};
 use crate::{
-    Erase, ErrorKind, FetchEvent, FetchOrder, FetchRequest, MissKind, PutOutcome, Sabotage, Store,
+    Erase, ErrorKind, FetchEvent, FetchOrder, FetchRequest, LeaseId, MissKind, PutOutcome, Sabotage, Store,
     StoreError, StoreSettings, TtlClass,
 };
 
@@ -328,6 +329,33 @@ fn reads_that_fail_during_recovery_lose_nothing_for_good() {
             break;
         }
     }
+}
+
+/// Fails the n-th read and the one after it at an opening, for every n: the record of a lease is read again.
+#[test]
+fn a_lease_whose_record_cannot_be_read_at_an_opening_holds_once_it_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, disk) = open(dir.path(), settings());
+    assert!(store.put(chain(0, 3, &LENS)).iter().all(Result::is_ok));
+    let lease = store.lease(LeaseId([1; 32]), &[id(2)], Duration::from_secs(3600)).unwrap();
+    drop((store, disk));
+    let mut late = 0;
+    for number in 0.. {
+        let (disk, _) =
+            crate::io::choose(&dir.path().join("segments"), &[IoEngine::PositionalBuffered]).unwrap();
+        let disk = FaultyDisk::new(disk);
+        disk.arm(&[Plan { kind: OpKind::Read, first: number, count: 2, fault: Fault::Errno(libc::EIO) }]);
+        let store = Store::open_on(dir.path(), settings(), disk.clone()).unwrap();
+        let met = disk.seen(OpKind::Read) > number;
+        late += usize::from(store.leases().is_empty());
+        disk.arm(&[]);
+        store.keep_house();
+        assert_eq!(store.leases(), std::slice::from_ref(&lease), "read {number}");
+        if !met {
+            break;
+        }
+    }
+    assert!(late > 0, "the record was read each time");
 }
 
 #[test]
