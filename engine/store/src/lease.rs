@@ -81,14 +81,33 @@ impl Leases {
 }
 
 impl Shared {
+    /// Holds the path of an object for a lease. `false` if it is not there.
+    pub(crate) fn hold(&self, end: ObjectId) -> bool {
+        match self.settings.skips_pins() {
+            true => self.table.get(end).is_some(),
+            false => self.table.pin(end),
+        }
+    }
+
+    /// Undoes [`Shared::hold`].
+    pub(crate) fn let_go(&self, end: ObjectId) {
+        if !self.settings.skips_pins() {
+            self.table.unpin(end);
+        }
+    }
+
     /// Takes up the leases that were written down. One whose prefix is gone all the same holds what is left.
     pub(crate) fn restore_leases(self: &Arc<Self>, entries: Vec<Entry>) {
         let now_s = self.time.now_s();
         let found = |entry: &Entry| Some(Found::new(entry.id, self.table.get(entry.id)?));
         let (entries, objects): (Vec<Entry>, Vec<Found>) =
             entries.into_iter().filter_map(|entry| found(&entry).map(|found| (entry, found))).unzip();
-        let request =
-            FetchRequest { objects, planes: PlaneSelection::All, order: FetchOrder::ByObject, deadline: None };
+        let request = FetchRequest {
+            objects,
+            planes: PlaneSelection::All,
+            order: FetchOrder::ByObject,
+            deadline: None,
+        };
         for event in Fetch::new(Arc::clone(self), request) {
             let (object, bytes) = match event {
                 FetchEvent::Plane { object, bytes, .. } => (object, bytes),
@@ -108,7 +127,7 @@ impl Shared {
             if held.contains_key(&id) {
                 continue;
             }
-            let holds = |end: &ObjectId| deadline_s > now_s && self.table.pin(*end);
+            let holds = |end: &ObjectId| deadline_s > now_s && self.hold(*end);
             let ends: Vec<ObjectId> = ends.into_iter().filter(holds).collect();
             let bytes = ends.iter().filter_map(|&end| self.table.path_bytes(end)).sum();
             // What is over is kept for the housekeeping to remove.

@@ -210,7 +210,7 @@ impl Shared {
             .collect()
         };
         for (lease, located) in over {
-            lease.ends.iter().for_each(|&end| self.table.unpin(end));
+            lease.ends.iter().for_each(|&end| self.let_go(end));
             // Nothing needs the record of a lease that is over.
             if let Some(located) = located
                 && self.table.remove_if(lease.id.object(), located.spot)

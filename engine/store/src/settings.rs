@@ -76,6 +76,8 @@ pub struct Sabotage {
     pub skip_tombstone: bool,
     /// Let erasures lapse while what they mean may come back.
     pub lapse_early: bool,
+    /// Grant leases that hold nothing.
+    pub skip_pins: bool,
 }
 
 impl Default for StoreSettings {
@@ -145,6 +147,13 @@ impl StoreSettings {
     pub(crate) fn skips_tombstone(&self) -> bool {
         #[cfg(any(test, feature = "testing"))]
         return self.sabotage.skip_tombstone;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+
+    pub(crate) fn skips_pins(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.skip_pins;
         #[cfg(not(any(test, feature = "testing")))]
         return false;
     }

@@ -334,8 +334,8 @@ impl Store {
         let _writing = self.shared.leases.write(id);
         // Pinned first, so that nothing can go while the lease is written down.
         for (count, &end) in ends.iter().enumerate() {
-            if !self.shared.table.pin(end) {
-                ends[..count].iter().for_each(|&pinned| self.shared.table.unpin(pinned));
+            if !self.shared.hold(end) {
+                ends[..count].iter().for_each(|&pinned| self.shared.let_go(pinned));
                 return Err(StoreError::NotStored { id: end });
             }
         }
@@ -355,7 +355,7 @@ impl Store {
             Ok((lease, before)) => (before.map_or(Vec::new(), |before| before.ends), Ok(lease)),
             Err(error) => (ends.to_vec(), Err(error)),
         };
-        let_go.into_iter().for_each(|end| self.shared.table.unpin(end));
+        let_go.into_iter().for_each(|end| self.shared.let_go(end));
         lease
     }
 
@@ -409,7 +409,7 @@ impl Store {
         self.put(vec![lease::object(id, &[], 0)]).remove(0)?;
         let before =
             self.shared.leases.held().insert(id, Lease { id, ends: Vec::new(), deadline_s: 0, bytes: 0 });
-        before.iter().flat_map(|lease| &lease.ends).for_each(|&end| self.shared.table.unpin(end));
+        before.iter().flat_map(|lease| &lease.ends).for_each(|&end| self.shared.let_go(end));
         Ok(true)
     }
 

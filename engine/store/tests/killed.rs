@@ -1,5 +1,6 @@
-//! A process killed while it opens, recovers or writes, again and again: everything it acknowledged is there, and nothing
-//! wrong is. What was acknowledged is noted outside of it, by the test.
+//! A process killed while it opens, recovers, puts, leases or erases, again and again: everything it acknowledged is there, what
+//! it leased is kept, also where the store evicts, what it erased is gone, and nothing wrong is. What it said is noted outside of
+//! it, by the test.
 //!
 //! A kill leaves the page cache alone, so this tests recovery and order, not durability: that is the business of the
 //! power cuts in `src/tests`. `ESKER_KILLS` says how many, `ESKER_SEED` repeats their times as far as a machine can.
@@ -9,19 +10,21 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use common::figures::{self, Watchdog};
-use common::{all, fetch, id, object, planes, settings};
+use common::life::{Journal, NUMBERS, Verdict, Writer};
+use common::settings;
 use esker_store::io::IoEngine;
 use esker_store::{Store, StoreSettings};
 
 const DIR: &str = "ESKER_KILLED_DIR";
 const FIRST: &str = "ESKER_KILLED_FIRST";
+const SMALL: &str = "ESKER_KILLED_SMALL";
 const LIES: &str = "ESKER_KILLED_LIES";
 
 const KILLS: u64 = 500;
@@ -32,51 +35,32 @@ const KILLS_OF_STORE: u64 = 25;
 /// From the start of the process to its end: from before the store is open to well into writing.
 const LONGEST_LIFE: Duration = Duration::from_millis(120);
 const WRITERS: u64 = 4;
-/// Numbers of objects that one life may use.
-const NUMBERS: u64 = 1_000_000;
 const LENS: [usize; 3] = [300, 5000, 20_000];
 const PATIENCE: Duration = Duration::from_secs(120);
 
-fn reopening() -> StoreSettings {
-    StoreSettings { lock_wait: Duration::from_secs(10), segment_bytes: 2 << 20, ..settings() }
+/// A small store has room for what some lives put; what is leased stays, and the rest may go.
+fn reopening(small: bool) -> StoreSettings {
+    StoreSettings {
+        lock_wait: Duration::from_secs(10),
+        segment_bytes: 2 << 20,
+        capacity_bytes: if small { 16 << 20 } else { u64::MAX },
+        admission: false,
+        ..settings()
+    }
 }
 
 /// Not a test of its own: the process that is killed.
 #[test]
 fn writer() {
     let Ok(dir) = std::env::var(DIR) else { return };
-    let first = figures::number(FIRST, 0);
-    let lies = figures::number(LIES, 0) == 1;
-    let store = Store::open(dir.as_ref(), reopening()).unwrap();
+    let (first, lies) = (figures::number(FIRST, 0), figures::number(LIES, 0) == 1);
+    let store = Store::open(dir.as_ref(), reopening(figures::number(SMALL, 0) == 1)).unwrap();
     std::thread::scope(|scope| {
         for writer in 0..WRITERS {
-            let store = &store;
-            scope.spawn(move || {
-                let mut number = first + writer * NUMBERS / WRITERS;
-                for turn in 0.. {
-                    let count = 1 + (turn + writer) % 4;
-                    let batch =
-                        (number..number + count).map(|number| object(number, number, &LENS)).collect();
-                    if lies {
-                        acknowledge(number..number + count);
-                    }
-                    assert!(store.put(batch).iter().all(Result::is_ok));
-                    if !lies {
-                        acknowledge(number..number + count);
-                    }
-                    number += count;
-                }
-            });
+            let writer = Writer { store: &store, lens: &LENS, first, writer, writers: WRITERS, lies };
+            scope.spawn(move || writer.live().unwrap());
         }
     });
-}
-
-/// In one write, so that a kill cannot cut a number short.
-fn acknowledge(numbers: std::ops::Range<u64>) {
-    let lines: String = numbers.map(|number| format!("acked {number}.\n")).collect();
-    let mut out = std::io::stdout().lock();
-    out.write_all(lines.as_bytes()).unwrap();
-    out.flush().unwrap();
 }
 
 /// What the kills came to.
@@ -84,27 +68,34 @@ fn acknowledge(numbers: std::ops::Range<u64>) {
 struct Tally {
     kills: u64,
     acked: u64,
-    checked: u64,
-    lost: BTreeSet<u64>,
-    wrong: BTreeSet<u64>,
+    leased: u64,
+    erased: u64,
+    evicting: u64,
+    verdict: Verdict,
     rebuilds: u64,
     reopen_us: Vec<u64>,
 }
 
 #[test]
-fn what_a_killed_process_acknowledged_is_there() {
+fn what_a_killed_process_acknowledged_leased_or_erased_is_so() {
     let start = Instant::now();
     let mut tally = kill(figures::number("ESKER_KILLS", KILLS), false);
     tally.reopen_us.sort_unstable();
     let at = |percent: usize| tally.reopen_us[(tally.reopen_us.len() - 1) * percent / 100];
+    let verdict = &tally.verdict;
     figures::report(
         "kills",
         &[
             ("kills", tally.kills),
             ("acknowledged", tally.acked),
-            ("checked", tally.checked),
-            ("lost", tally.lost.len() as u64),
-            ("wrong", tally.wrong.len() as u64),
+            ("leased", tally.leased),
+            ("erased", tally.erased),
+            ("checked", verdict.checked),
+            ("lost", verdict.lost.len() as u64),
+            ("wrong", verdict.wrong.len() as u64),
+            ("back", verdict.back.len() as u64),
+            ("unleased", verdict.unleased.len() as u64),
+            ("of_stores_that_evict", tally.evicting),
             ("index_deleted", tally.rebuilds),
             ("reopen_us_p50", at(50)),
             ("reopen_us_p99", at(99)),
@@ -112,22 +103,33 @@ fn what_a_killed_process_acknowledged_is_there() {
             ("seconds", start.elapsed().as_secs()),
         ],
     );
-    assert!(tally.lost.is_empty(), "lost: {:?}", tally.lost);
-    assert!(tally.wrong.is_empty(), "wrong: {:?}", tally.wrong);
-    assert!(tally.acked > tally.kills, "too little was put to prove anything");
+    assert!(verdict.holds(), "{verdict:?}");
+    let enough = tally.acked > tally.kills && tally.leased > tally.kills && tally.erased > tally.kills / 2;
+    assert!(enough, "too little was done to prove anything");
 }
 
-/// The control: of a process that acknowledges before it puts, blocks are lost, and the test sees it.
+/// The control: of a process that says what it does before it does it, blocks are lost, leases are missing and what was erased is
+/// there, and the test sees it.
 #[test]
 fn what_was_acknowledged_too_early_is_missed() {
-    let (mut kills, mut lost) = (0, 0);
-    while lost == 0 && kills < 300 {
+    let (mut kills, mut verdict) = (0, Verdict::default());
+    let blind =
+        |verdict: &Verdict| verdict.lost.is_empty() || verdict.back.is_empty() || verdict.unleased.is_empty();
+    while blind(&verdict) && kills < 600 {
         let tally = kill(30, true);
         kills += tally.kills;
-        lost += tally.lost.len() as u64;
+        verdict.add(tally.verdict);
     }
-    figures::report("kill_control", &[("kills", kills), ("lost_found", lost)]);
-    assert!(lost > 0, "the test is blind");
+    figures::report(
+        "kill_control",
+        &[
+            ("kills", kills),
+            ("lost_found", verdict.lost.len() as u64),
+            ("back_found", verdict.back.len() as u64),
+            ("unleased_found", verdict.unleased.len() as u64),
+        ],
+    );
+    assert!(!blind(&verdict), "the test is blind: {verdict:?}");
 }
 
 fn kill(kills: u64, lies: bool) -> Tally {
@@ -141,9 +143,11 @@ fn kill(kills: u64, lies: bool) -> Tally {
                 let mut random = Random(seed.wrapping_add(lane << 32));
                 let mut longest = LONGEST_LIFE;
                 let mut left = kills / LANES + u64::from(lane < kills % LANES);
+                // One lane's stores evict: there, what is leased must stay.
+                let small = lane == 0 && !lies;
                 while left > 0 {
                     let some = left.min(KILLS_OF_STORE);
-                    kill_one_store(some, lies, &mut longest, &mut random, tally, watchdog);
+                    kill_one_store(some, small, lies, &mut longest, &mut random, tally, watchdog);
                     left -= some;
                 }
             });
@@ -154,6 +158,7 @@ fn kill(kills: u64, lies: bool) -> Tally {
 
 fn kill_one_store(
     kills: u64,
+    small: bool,
     lies: bool,
     longest: &mut Duration,
     random: &mut Random,
@@ -161,12 +166,13 @@ fn kill_one_store(
     watchdog: &Watchdog,
 ) {
     let dir = tempfile::tempdir().unwrap();
-    let mut acked: Vec<u64> = Vec::new();
+    let mut journal = Journal::default();
     for kill in 0..kills {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "writer", "--nocapture", "--test-threads=1"])
             .env(DIR, dir.path())
             .env(FIRST, (kill * NUMBERS).to_string())
+            .env(SMALL, u64::from(small).to_string())
             .env(LIES, u64::from(lies).to_string())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -181,14 +187,10 @@ fn kill_one_store(
         std::thread::sleep(*longest * random.below(1000) as u32 / 1000);
         child.kill().unwrap();
         child.wait().unwrap();
-        let text = reader.join().unwrap();
-        // The harness prints the name of the test on the same line as the first acknowledgement.
-        let numbers =
-            text.split("acked ").skip(1).filter_map(|rest| rest.split_once('.')?.0.parse::<u64>().ok());
-        let before = acked.len();
-        acked.extend(numbers);
+        let (before, leased, erased) = (journal.acked.len(), journal.leased, journal.erased.len());
+        journal.hear(&reader.join().unwrap(), WRITERS);
         // Half of them should come to something, also on a machine that has more to do.
-        *longest = match acked.len() == before {
+        *longest = match journal.acked.len() == before {
             true => (*longest * 5 / 4).min(100 * LONGEST_LIFE),
             false => (*longest * 4 / 5).max(LONGEST_LIFE),
         };
@@ -198,58 +200,41 @@ fn kill_one_store(
             let _ = std::fs::remove_dir_all(dir.path().join("index"));
         }
         let opening = Instant::now();
-        let store = Store::open(dir.path(), reopening()).unwrap();
+        let store = Store::open(dir.path(), reopening(small)).unwrap();
         let reopen_us = opening.elapsed().as_micros() as u64;
         // What came last, and some of what came before; at the end all of it.
-        let mut looked_at: BTreeSet<u64> = acked[before..].iter().copied().collect();
+        let mut looked_at: BTreeSet<u64> = BTreeSet::new();
         match kill + 1 == kills {
-            true => looked_at.extend(&acked),
-            false if before > 0 => {
-                looked_at.extend((0..20).map(|_| acked[random.below(before as u64) as usize]))
+            _ if small => {}
+            true => looked_at.extend(&journal.acked),
+            false => {
+                looked_at.extend(&journal.acked[before..]);
+                let older = |_| journal.acked[random.below(before as u64) as usize];
+                looked_at.extend((0..if before > 0 { 20 } else { 0 }).map(older));
             }
-            false => {}
         }
-        let (lost, wrong) = audit(&store, &looked_at.iter().copied().collect::<Vec<_>>());
-        if !lost.is_empty() && !lies {
-            println!("kill {kill}, index deleted {index_deleted}: lost {lost:?}; {:?}", store.open_report());
+        let verdict = journal.audit(&store, looked_at, &LENS);
+        if !verdict.holds() && !lies {
+            println!("kill {kill}, index deleted {index_deleted}: {verdict:?}; {:?}", store.open_report());
         }
         let mut tally = tally.lock().unwrap();
         tally.kills += 1;
-        tally.acked += (acked.len() - before) as u64;
-        tally.checked += looked_at.len() as u64;
+        tally.evicting += u64::from(small);
+        tally.acked += (journal.acked.len() - before) as u64;
+        tally.leased += journal.leased - leased;
+        tally.erased += (journal.erased.len() - erased) as u64;
         tally.rebuilds += u64::from(index_deleted);
         tally.reopen_us.push(reopen_us);
-        tally.lost.extend(lost);
-        tally.wrong.extend(wrong);
+        tally.verdict.add(verdict);
         watchdog.progress();
     }
     // The folder must still be good with another engine than the one that wrote it.
     let engines = vec![IoEngine::PositionalBuffered];
-    let store =
-        Store::open(Path::new(dir.path()), StoreSettings { io_engines: engines, ..reopening() }).unwrap();
-    let (lost, wrong) = audit(&store, &acked[acked.len().saturating_sub(20)..]);
-    let mut tally = tally.lock().unwrap();
-    tally.lost.extend(lost);
-    tally.wrong.extend(wrong);
-}
-
-/// Which of these objects are missing, and which have other bytes.
-fn audit(store: &Store, numbers: &[u64]) -> (Vec<u64>, Vec<u64>) {
-    let (mut lost, mut wrong) = (Vec::new(), Vec::new());
-    for some in numbers.chunks(200) {
-        let found = store.get(&some.iter().map(|&number| id(number)).collect::<Vec<_>>());
-        let there: Vec<u64> =
-            some.iter().zip(&found).filter(|(_, found)| found.is_some()).map(|(&number, _)| number).collect();
-        lost.extend(some.iter().filter(|number| !there.contains(number)));
-        for (got, number) in fetch(store, all(found.into_iter().flatten().collect())).into_iter().zip(there) {
-            match got {
-                Ok(bytes) if bytes == planes(&object(number, number, &LENS)) => {}
-                Ok(_) => wrong.push(number),
-                Err(_) => lost.push(number),
-            }
-        }
-    }
-    (lost, wrong)
+    let settings = StoreSettings { io_engines: engines, ..reopening(small) };
+    let store = Store::open(Path::new(dir.path()), settings).unwrap();
+    let newest = journal.acked.iter().rev().take(if small { 0 } else { 20 }).copied();
+    let verdict = journal.audit(&store, newest, &LENS);
+    tally.lock().unwrap().verdict.add(verdict);
 }
 
 struct Random(u64);

@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use common::{ManualClock, all, chain, fetch, id, object, planes, settings};
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
-use esker_store::{Change, Erase, ErrorKind, LeaseId, Observer, PutObject, PutOutcome, Removal, Store, StoreSettings, TtlClass};
+use esker_store::{
+    Change, Erase, ErrorKind, LeaseId, Observer, PutObject, PutOutcome, Removal, Store, StoreSettings,
+    TtlClass,
+};
 
 const LENS: [usize; 2] = [30_000, 9000];
 const HOUR: Duration = Duration::from_secs(3600);
@@ -328,7 +331,8 @@ fn a_lease_keeps_what_it_holds_and_not_the_neighbours() {
     let found = store.lookup(&ids(&kept));
     assert_eq!(found.len(), 4, "what is leased, and nothing behind it");
     // Whoever follows the store hears of each.
-    let expired = |object: &PutObject| seen.0.lock().unwrap().get(&object.id) == Some(&Some(Removal::Expired));
+    let expired =
+        |object: &PutObject| seen.0.lock().unwrap().get(&object.id) == Some(&Some(Removal::Expired));
     assert!(loose.iter().chain(&kept[4..]).all(expired) && !kept[..4].iter().any(expired));
     for (got, put) in fetch(&store, all(found)).into_iter().zip(&kept) {
         assert_eq!(got, Ok(planes(put)));
@@ -534,7 +538,9 @@ fn a_lease_that_is_renewed_while_it_ends_holds_after_a_restart() {
             (0..LEASES).for_each(|lease| drop(store.lease(name(lease), &[id(9)], HOUR).unwrap()));
         });
         assert_eq!(store.leases().len(), usize::from(LEASES), "round {round}");
-        let found: Vec<ObjectId> = (0..LEASES).map(|lease| ObjectId { kind: ObjectKind::Lease, hash: BlockHash(name(lease).0) }).collect();
+        let found: Vec<ObjectId> = (0..LEASES)
+            .map(|lease| ObjectId { kind: ObjectKind::Lease, hash: BlockHash(name(lease).0) })
+            .collect();
         let there = store.get(&found).into_iter().flatten().count();
         assert_eq!(there, usize::from(LEASES), "round {round}: records that are gone");
     }

@@ -154,6 +154,17 @@ fn erasures_that_lapse_too_early_let_a_power_cut_bring_back_what_was_erased() {
     assert!(failures.iter().any(|failure| failure.contains("is back")), "the oracle is blind: {failures:?}");
 }
 
+/// The control: of leases that hold nothing what they should have held is lost.
+#[test]
+fn leases_that_hold_nothing_lose_what_was_leased() {
+    let hollow = Sabotage { skip_pins: true, ..Sabotage::default() };
+    let mode = Mode { recording: hollow, opening: hollow, ..Mode::default() };
+    let (tally, _) = run(10_000, mode, "");
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report("lease_control", &[("states", 10_000), ("violations_found", failures.len() as u64)]);
+    assert!(failures.iter().any(|failure| failure.contains("lost")), "the oracle is blind: {failures:?}");
+}
+
 /// The control: without verification damaged bytes are served, and the oracle sees it.
 #[test]
 fn without_verification_damaged_sectors_are_served() {

@@ -82,7 +82,7 @@ impl Recording {
         let mut life = Random::new(seed ^ 0x11fe);
         let (erases, clocked) = match super::PLAIN_REGRESSIONS.contains(&seed) {
             true => (false, false),
-            false => (life.once_in(2) || sabotage.lapse_early, life.once_in(3)),
+            false => (life.once_in(2) || sabotage.lapse_early || sabotage.skip_tombstone, life.once_in(3)),
         };
         // Erasures lapse where much comes and goes: often, and in short segments. Not in scripts of before they did.
         let mut tidy = Random::new(seed ^ 0x71d7);
