@@ -40,7 +40,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use commit::{Ask, Committer};
 use hooks::Hooks;
-pub(crate) use id::{content, content_of, usage_id};
+pub(crate) use id::{content, content_of, is_reserved, usage_id};
 use index::{ByteSeconds, Index};
 pub(crate) use log::Position;
 pub(crate) use reader::{Gap, Reader, Step};

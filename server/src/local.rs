@@ -40,6 +40,7 @@ pub(crate) use arena::{Arena, Call, FetchSlot, SlotError};
 
 use crate::auth::Authenticator;
 use crate::principal::{Principal, Role, TenantId};
+use crate::tenants::exhausted;
 
 /// Arenas of a node, 48 MiB each where all of one is used.
 const MAX_ARENAS: usize = 16;
@@ -73,16 +74,16 @@ impl Arenas {
         let mut table = self.table();
         let of_tenant = table.live.values().filter(|(owner, _)| owner == tenant).count();
         if table.live.len() >= MAX_ARENAS || of_tenant >= MAX_ARENAS / 2 {
-            return Err(Status::resource_exhausted(format!(
-                "all arenas are taken: {of_tenant} of this tenant, at most {}, {} of {MAX_ARENAS} in all; \
+            let text = format!(
+                "all arenas are taken, {of_tenant} by this tenant: at most {} of one, {MAX_ARENAS} in all; \
                  close one, or fetch over gRPC",
-                MAX_ARENAS / 2,
-                table.live.len()
-            )));
+                MAX_ARENAS / 2
+            );
+            return Err(exhausted(text, 1000));
         }
         let arena = Arena::new(lease).map_err(|error| {
             tracing::error!(%error, "an arena cannot be made");
-            Status::resource_exhausted(format!("the node cannot make an arena: {error}"))
+            exhausted(format!("the node cannot make an arena: {error}"), 1000)
         })?;
         table.made += 1;
         let mut id = ArenaId::default();

@@ -18,7 +18,7 @@ use esker_prefix::{
 use esker_proto::{PrefixNames, v1};
 use esker_store::{Found, Pins, Store};
 
-use crate::staging::Staging;
+use crate::staging::OfTenant;
 use crate::writers::Sight;
 pub(crate) use tails::Tails;
 
@@ -325,7 +325,7 @@ impl Answer {
     }
 
     /// The reply, without a grant.
-    pub(crate) fn reply(&self, staging: &Staging, want_hashes: bool) -> v1::LookupReply {
+    pub(crate) fn reply(&self, staging: &OfTenant<'_>, want_hashes: bool) -> v1::LookupReply {
         let history_tokens = self.history_tokens();
         let best = self.best();
         let hashes = if want_hashes { &self.hashes[..self.blocks.len().min(self.hashes.len())] } else { &[] };
@@ -368,12 +368,12 @@ impl Answer {
     }
 
     /// Up to where a history group is there: stored, or waiting for the other groups of its blocks.
-    fn closed_tokens(&self, group: &Group, staging: &Staging) -> u64 {
+    fn closed_tokens(&self, group: &Group, staging: &OfTenant<'_>) -> u64 {
         let layout = &self.layout;
         let name = |spec: &PlaneSpec| layout.groups()[usize::from(spec.group)].name == group.name;
         let mut blocks = self.run_blocks;
         for &hash in self.hashes.iter().take(self.asked_blocks).skip(self.run_blocks) {
-            let waiting = staging.planes_of(&ObjectId { kind: ObjectKind::Block, hash });
+            let waiting = staging.planes(ObjectId { kind: ObjectKind::Block, hash });
             let mut of_group =
                 layout.planes(ObjectKind::Block).iter().zip(&waiting).filter(|(spec, _)| name(spec));
             if waiting.is_empty() || !of_group.all(|(_, is_there)| *is_there) {
@@ -385,7 +385,7 @@ impl Answer {
         (blocks / grain * grain) as u64 * self.block_tokens()
     }
 
-    fn misses(&self, staging: &Staging) -> Vec<v1::Miss> {
+    fn misses(&self, staging: &OfTenant<'_>) -> Vec<v1::Miss> {
         let history_tokens = self.history_tokens();
         let asked_tokens = self.asked_blocks as u64 * self.block_tokens();
         let no_state = self.chained && self.best() < history_tokens;

@@ -107,6 +107,11 @@ pub(crate) fn principal_of<T>(request: &Request<T>) -> Result<Principal, Status>
         .ok_or_else(|| Status::unauthenticated("who asks was not established"))
 }
 
+/// Whether this may be the name of an account within a tenant: whoever issues tokens chooses it ("auth0|1234").
+pub(crate) fn is_account(name: &str) -> bool {
+    (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.chars().any(char::is_control)
+}
+
 /// Whether a name given from outside may be one: printable, without separators, not too long.
 pub(crate) fn is_name(name: &str) -> bool {
     (1..=MAX_NAME_BYTES).contains(&name.len())

@@ -18,7 +18,7 @@ use crate::control::{Control, Table};
 use crate::lookup::Question;
 use crate::node::Node;
 use crate::principal::{Principal, TenantId};
-use crate::tenants::over;
+use crate::tenants::{full, over};
 
 /// Longest lease: 7 days.
 const MAX_KEEP_S: u64 = 7 * 24 * 3600;
@@ -351,9 +351,7 @@ fn unwritten(error: &anyhow::Error) -> Status {
 
 fn from_store(error: &StoreError) -> Status {
     match error {
-        StoreError::LeaseBudget { bytes, leased_bytes, limit_bytes } => {
-            over("leased bytes of this node", *limit_bytes, leased_bytes + bytes, 60_000)
-        }
+        StoreError::LeaseBudget { limit_bytes, .. } => full("leased bytes", *limit_bytes, 60_000),
         StoreError::NotStored { .. } => {
             Status::aborted("what the session was to keep has just gone: put it again and try again")
         }

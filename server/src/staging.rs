@@ -4,7 +4,7 @@
 //! what they continue, such as the state of a boundary whose block is still on its way. Nothing that waits is found by a lookup,
 //! survives a crash, or was acknowledged as stored. Memory is bounded, for all and for each tenant; so is the wait.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,15 +29,23 @@ struct Table {
     bytes: usize,
     tenants: HashMap<TenantId, usize>,
     /// Objects that lack planes.
-    parts: HashMap<ObjectId, Parts>,
+    parts: HashMap<Key, Parts>,
     /// Whole objects, by what they continue.
     orphans: HashMap<ObjectId, Vec<Orphan>>,
 }
 
+/// Whose object: in a scope of several tenants each has parts of its own, which no other tenant completes.
+type Key = (TenantId, ObjectId);
+
 struct Parts {
-    tenant: TenantId,
     planes: Vec<Option<Bytes>>,
     until: Instant,
+}
+
+/// What waits of one tenant's.
+pub(crate) struct OfTenant<'s> {
+    staging: &'s Staging,
+    tenant: &'s TenantId,
 }
 
 struct Orphan {
@@ -65,24 +73,25 @@ impl Staging {
         now: Instant,
     ) -> Result<Option<Vec<Bytes>>, Full> {
         let mut table = self.table();
-        let known = table.parts.get(&id).is_some_and(|parts| parts.planes[plane].is_some());
+        let key = (tenant.clone(), id);
+        let known = table.parts.get(&key).is_some_and(|parts| parts.planes[plane].is_some());
         if !known {
             table.take_room(tenant, bytes.len())?;
-            let new = || Parts { tenant: tenant.clone(), planes: vec![None; planes], until: now + WAIT };
-            table.parts.entry(id).or_insert_with(new).planes[plane] = Some(bytes);
+            let new = || Parts { planes: vec![None; planes], until: now + WAIT };
+            table.parts.entry(key.clone()).or_insert_with(new).planes[plane] = Some(bytes);
         }
-        if table.parts.get(&id).is_none_or(|parts| parts.planes.iter().any(Option::is_none)) {
+        if table.parts.get(&key).is_none_or(|parts| parts.planes.iter().any(Option::is_none)) {
             return Ok(None);
         }
-        Ok(table.remove_parts(&id).map(|parts| parts.planes.into_iter().flatten().collect()))
+        Ok(table.remove_parts(&key).map(|parts| parts.planes.into_iter().flatten().collect()))
     }
 
     /// Keeps a whole object until what it continues is stored.
     pub(crate) fn park(&self, tenant: &TenantId, object: PutObject, now: Instant) -> Result<(), Full> {
         let Some(parent) = object.parent else { return Ok(()) };
         let mut table = self.table();
-        let known =
-            table.orphans.get(&parent).is_some_and(|known| known.iter().any(|o| o.object.id == object.id));
+        let same = |known: &Orphan| known.object.id == object.id && known.tenant == *tenant;
+        let known = table.orphans.get(&parent).is_some_and(|known| known.iter().any(same));
         if !known {
             table.take_room(tenant, bytes_of(&object))?;
             let orphan = Orphan { tenant: tenant.clone(), object, until: now + WAIT };
@@ -121,12 +130,16 @@ impl Staging {
         }
     }
 
-    /// Which planes of an object wait here.
-    pub(crate) fn planes_of(&self, id: &ObjectId) -> Vec<bool> {
+    /// What waits of a tenant's.
+    pub(crate) fn of<'s>(&'s self, tenant: &'s TenantId) -> OfTenant<'s> {
+        OfTenant { staging: self, tenant }
+    }
+
+    fn planes_of(&self, tenant: &TenantId, id: ObjectId) -> Vec<bool> {
         let table = self.table();
         table
             .parts
-            .get(id)
+            .get(&(tenant.clone(), id))
             .map(|parts| parts.planes.iter().map(Option::is_some).collect())
             .unwrap_or_default()
     }
@@ -134,10 +147,10 @@ impl Staging {
     /// Lets go what has waited for too long.
     pub(crate) fn expire(&self, now: Instant) {
         let mut table = self.table();
-        let late: HashSet<ObjectId> =
-            table.parts.iter().filter(|(_, parts)| parts.until <= now).map(|(id, _)| *id).collect();
-        for id in &late {
-            table.remove_parts(id);
+        let late: Vec<Key> =
+            table.parts.iter().filter(|(_, parts)| parts.until <= now).map(|(key, _)| key.clone()).collect();
+        for key in &late {
+            table.remove_parts(key);
         }
         let mut gone = Vec::new();
         table.orphans.retain(|_, waiting| {
@@ -167,6 +180,13 @@ impl Staging {
     }
 }
 
+impl OfTenant<'_> {
+    /// Which planes of an object wait here.
+    pub(crate) fn planes(&self, id: ObjectId) -> Vec<bool> {
+        self.staging.planes_of(self.tenant, id)
+    }
+}
+
 impl Table {
     fn take_room(&mut self, tenant: &TenantId, bytes: usize) -> Result<(), Full> {
         let of_tenant = self.tenants.get(tenant).copied().unwrap_or(0);
@@ -190,9 +210,9 @@ impl Table {
         }
     }
 
-    fn remove_parts(&mut self, id: &ObjectId) -> Option<Parts> {
-        let parts = self.parts.remove(id)?;
-        self.give_room(&parts.tenant, parts.planes.iter().flatten().map(Bytes::len).sum());
+    fn remove_parts(&mut self, key: &Key) -> Option<Parts> {
+        let parts = self.parts.remove(key)?;
+        self.give_room(&key.0, parts.planes.iter().flatten().map(Bytes::len).sum());
         Some(parts)
     }
 }
@@ -223,11 +243,44 @@ mod tests {
         assert_eq!(add(2, 7), Ok(None));
         assert_eq!(add(0, 8), Ok(None));
         assert_eq!(add(2, 9), Ok(None));
-        assert_eq!(staging.planes_of(&id(1)), [true, false, true]);
+        assert_eq!(staging.of(&tenant("a")).planes(id(1)), [true, false, true]);
         assert_eq!(staging.bytes(), 20);
         let whole = add(1, 6).unwrap().unwrap();
         assert_eq!(whole.iter().map(|plane| plane[0]).collect::<Vec<_>>(), [8, 6, 7]);
-        assert_eq!((staging.bytes(), staging.planes_of(&id(1)).len()), (0, 0));
+        assert_eq!((staging.bytes(), staging.of(&tenant("a")).planes(id(1)).len()), (0, 0));
+    }
+
+    #[test]
+    fn nobody_completes_what_another_tenant_has_begun() {
+        let staging = Staging::default();
+        let now = Instant::now();
+        let add = |name: &str, plane, byte: u8| {
+            staging.add(&tenant(name), id(1), 2, (plane, Bytes::from(vec![byte])), now).unwrap()
+        };
+        assert_eq!(add("b", 0, 66), None);
+        assert_eq!(add("a", 1, 1), None);
+        assert_eq!(staging.of(&tenant("a")).planes(id(1)), [false, true]);
+        assert_eq!(add("a", 0, 0), Some(vec![Bytes::from(vec![0]), Bytes::from(vec![1])]));
+        assert_eq!(staging.of(&tenant("b")).planes(id(1)), [true, false]);
+        // What waits whole waits for each of them, too.
+        let object = |byte| {
+            let spec = esker_prefix::PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes: 1 };
+            PutObject {
+                id: id(3),
+                parent: Some(id(2)),
+                namespace: esker_prefix::NamespaceId([0; 32]),
+                scope: esker_prefix::ScopeTag([0; 16]),
+                writer: esker_prefix::WriterId(byte),
+                class: esker_store::TtlClass::default(),
+                tokens: 1,
+                planes: vec![esker_store::PutPlane { spec, shape: None, bytes: Bytes::from(vec![byte as u8]) }],
+            }
+        };
+        for (name, byte) in [("b", 66), ("a", 1), ("a", 1)] {
+            staging.park(&tenant(name), object(byte), now).unwrap();
+        }
+        let writers: Vec<u32> = staging.adopt([id(2)]).iter().map(|object| object.writer.0).collect();
+        assert_eq!(writers, [66, 1]);
     }
 
     #[test]

@@ -257,7 +257,7 @@ impl Tenants {
             return Ok(());
         }
         if record.users.len() >= MAX_USERS {
-            return Err(Status::resource_exhausted(format!("this tenant has {MAX_USERS} users, the limit")));
+            return Err(exhausted(format!("this tenant has {MAX_USERS} users, the limit"), 60_000));
         }
         let mut with = record.clone();
         with.users.insert(user.to_owned());
@@ -307,9 +307,21 @@ impl Tenants {
         self.scopes(tenant).into_iter().map(|scope| store.scope_bytes(scope)).sum()
     }
 
-    /// Erases a tenant: its keys are given up, durably, then its records go. Returns objects and epochs.
-    pub(crate) fn erase(&self, store: &Store, tenant: &TenantId) -> Result<(u64, Vec<u32>), Status> {
+    /// Erases a tenant: its keys are given up, durably; `stop` ends what would write more; then its records go. Returns objects
+    /// and epochs. What fails is done at the next start, or when it is asked again.
+    pub(crate) fn erase(
+        &self,
+        store: &Store,
+        tenant: &TenantId,
+        stop: impl FnOnce() -> Result<(), Status>,
+    ) -> Result<(u64, Vec<u32>), Status> {
         let tenant = self.get(tenant);
+        // Before anything that may fail: nothing that is encrypted can be read from here on.
+        let epoch = tenant.epoch();
+        self.destroy_key(&tenant, epoch).map_err(|error| {
+            tracing::error!(error = format!("{error:#}"), "a key could not be destroyed");
+            Status::unavailable("the key could not be destroyed: try again; the node's log says why")
+        })?;
         {
             let mut record = tenant.record();
             let mut next = record.clone();
@@ -318,10 +330,19 @@ impl Tenants {
             self.save(&tenant.id, &next)?;
             *record = next;
         }
+        stop()?;
         self.finish_erasing(&tenant, store).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "an erasure could not be finished");
             Status::unavailable("the keys are given up; the records go when the node can write again")
         })
+    }
+
+    fn destroy_key(&self, tenant: &Tenant, epoch: u32) -> anyhow::Result<()> {
+        let owner = private_owner(&tenant.id, epoch);
+        if let Some(keys) = &self.keys {
+            keys.destroy(&owner).context("keys cannot be destroyed")?;
+        }
+        Ok(())
     }
 
     fn finish_erasing(&self, tenant: &Tenant, store: &Store) -> anyhow::Result<(u64, Vec<u32>)> {
@@ -329,9 +350,7 @@ impl Tenants {
         let (mut objects, mut epochs) = (0, Vec::new());
         for (epoch, users) in &erasing {
             // First the keys: from here on nothing of it can be read, whatever becomes of the rest.
-            if let Some(keys) = &self.keys {
-                keys.destroy(&private_owner(&tenant.id, *epoch)).context("keys cannot be destroyed")?;
-            }
+            self.destroy_key(tenant, *epoch)?;
             for tag in self.tags(&tenant.id, *epoch, users) {
                 objects += store.erase(Erase::Scope(tag)).context("a scope cannot be erased")?;
             }
@@ -345,6 +364,12 @@ impl Tenants {
         record.erasing.retain(|(epoch, _)| !epochs.contains(epoch));
         self.control.put(Table::Tenants, &tenant.id.0, &*record)?;
         Ok((objects, epochs))
+    }
+
+    /// Objects that a tenant may put in one second.
+    pub(crate) fn puts_at_once(&self, tenant: &Tenant) -> usize {
+        let limit = self.rules(&tenant.id).puts_per_s;
+        limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX).max(1))
     }
 
     /// Takes `count` of the tenant's rate of puts.
@@ -433,9 +458,20 @@ fn private_owner(tenant: &TenantId, epoch: u32) -> String {
 /// Over a quota: which, and when to come again. The pushback is in the metadata that gRPC clients honour.
 pub(crate) fn over(quota: &'static str, limit: u64, used: u64, retry_after_ms: u64) -> Status {
     crate::metrics::refused(quota);
-    let mut status = Status::resource_exhausted(format!(
-        "quota {quota}: limit {limit}, used {used}; try again in {retry_after_ms} ms"
-    ));
+    let text = format!("quota {quota}: limit {limit}, used {used}; try again in {retry_after_ms} ms");
+    exhausted(text, retry_after_ms)
+}
+
+/// What a caller is told when something of the whole node is used up: not how much others use.
+pub(crate) fn full(what: &'static str, limit: u64, retry_after_ms: u64) -> Status {
+    crate::metrics::refused(what);
+    let text = format!("{what} of this node: the limit is {limit}; try again in {retry_after_ms} ms");
+    exhausted(text, retry_after_ms)
+}
+
+/// RESOURCE_EXHAUSTED, with the time after which it makes sense to ask again.
+pub(crate) fn exhausted(text: impl Into<String>, retry_after_ms: u64) -> Status {
+    let mut status = Status::resource_exhausted(text);
     status.metadata_mut().insert("grpc-retry-pushback-ms", retry_after_ms.into());
     status
 }

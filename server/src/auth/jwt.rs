@@ -13,7 +13,7 @@ use serde::Deserialize;
 use tonic::Status;
 
 use crate::policy::{Policy, Watched};
-use crate::principal::{Principal, Role, TenantId};
+use crate::principal::{Principal, Role, TenantId, is_account};
 
 const MAX_LIFE_S: u64 = 3600;
 const SKEW_S: u64 = 60;
@@ -79,6 +79,10 @@ impl Tokens {
         let tenant = TenantId(claims.tenant);
         if !policy.tenants.contains_key(&tenant) {
             return Err(refused("its tenant is not in this node's policy"));
+        }
+        // What it puts can be taken back by this name.
+        if !is_account(&claims.sub) {
+            return Err(refused("its `sub` is empty, too long, or has control characters"));
         }
         Ok(Principal { tenant, name: claims.sub, roles: claims.roles.into_iter().collect() })
     }

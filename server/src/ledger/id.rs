@@ -16,6 +16,12 @@ pub(crate) fn usage_id(cluster: &str, tenant: &str, request_id: &str, op: &str) 
     base32(&hasher.finalize().as_bytes()[..USAGE_ID_CHARS * 5 / 8])
 }
 
+/// Whether a request id begins as those that the node itself gives: an hour of storage, a grant that nobody settled. A caller
+/// who used one would have its record taken for the node's.
+pub(crate) fn is_reserved(request_id: &str) -> bool {
+    ["storage/", "grant/", "grants/"].iter().any(|own| request_id.starts_with(own))
+}
+
 /// Tells a replay of a request from another request under its name.
 pub(crate) fn content_of(request: &impl Message) -> [u8; 16] {
     content(&request.encode_to_vec())

@@ -12,13 +12,15 @@ use esker_proto::v1;
 
 use super::index::ByteSeconds;
 use super::sums::{Account, HOUR_S};
-use super::{Ledger, content};
+use super::{Ledger, LedgerError, content};
 use crate::node::Node;
 
 /// Between two samples.
 const SAMPLE: Duration = Duration::from_secs(10);
 /// A longer pause than this is one in which the node did not run.
 const MAX_SAMPLE_S: u64 = 60;
+/// How far the wall clock may stand off before it is not believed.
+const MAX_SKEW_S: u64 = 5 * 60;
 /// Records closed in one go.
 const MAX_CLOSED: usize = 1000;
 
@@ -38,12 +40,13 @@ impl Sampler {
     /// Samples if it is time to, and closes the hours that have ended. May wait for the disk.
     pub(crate) fn tick(&self, node: &Node) {
         let now = Instant::now();
-        let now_unix_s = unix_s();
+        let mut now_unix_s = unix_s();
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match *last {
             Some((at, _)) if now.duration_since(at) < SAMPLE => return,
             Some((at, since_unix_s)) => {
                 let passed_s = now.duration_since(at).as_secs();
+                now_unix_s = follow(since_unix_s.saturating_add(passed_s), since_unix_s, now_unix_s);
                 if passed_s <= MAX_SAMPLE_S {
                     let held = held(node);
                     node.ledger.add_byte_seconds(&spread(&held, since_unix_s, passed_s));
@@ -55,6 +58,12 @@ impl Sampler {
         drop(last);
         close_hours(&node.ledger, now_unix_s);
     }
+}
+
+/// What time it is, when it should be `expected_s` by the machine's own count. A wall clock that is far off is not followed, and
+/// time never runs backwards: an hour that was closed gets nothing more. As the records' own time does (time.rs).
+fn follow(expected_s: u64, since_s: u64, wall_s: u64) -> u64 {
+    if expected_s.abs_diff(wall_s) > MAX_SKEW_S { expected_s } else { wall_s.max(since_s) }
 }
 
 /// The byte-seconds of a span of time, by the hours that it lies in.
@@ -86,9 +95,16 @@ fn spread(
 pub(crate) fn close_hours(ledger: &Ledger, now_unix_s: u64) {
     let this_hour = now_unix_s / HOUR_S * HOUR_S;
     for (account, held) in ledger.open_byte_seconds(this_hour).into_iter().take(MAX_CLOSED) {
-        if let Err(error) = ledger.close_blocking(hour_record(&account, held, 1)) {
-            tracing::error!(%error, "an hour of storage could not be closed; it is tried again");
-            return;
+        match ledger.close_blocking(hour_record(&account, held, 1)) {
+            Ok(_) => {}
+            // Of this account alone; the others' hours end all the same.
+            Err(error @ LedgerError::Conflict { .. }) => {
+                tracing::error!(%error, ?account, "the name of an hour of storage is taken");
+            }
+            Err(error) => {
+                tracing::error!(%error, "an hour of storage could not be closed; it is tried again");
+                return;
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use super::cache::blocking;
 use super::status::from_store;
 use crate::audit::Event;
 use crate::node::Node;
-use crate::principal::{TenantId, is_name, principal_of};
+use crate::principal::{TenantId, is_account, is_name, principal_of};
 
 /// The service.
 pub(crate) struct AdminService {
@@ -36,10 +36,11 @@ impl v1::admin_server::Admin for AdminService {
         let node = self.node.clone();
         blocking(move || {
             let tenant = TenantId(tenant);
-            node.sessions.close_all(&node, &tenant)?;
-            node.warmups.erase(&tenant)?;
             let scopes = node.tenants.scopes(&tenant);
-            let erased = node.tenants.erase(&node.store, &tenant);
+            let erased = node.tenants.erase(&node.store, &tenant, || {
+                node.sessions.close_all(&node, &tenant)?;
+                node.warmups.erase(&tenant)
+            });
             node.events.cleared(&scopes);
             let result = if erased.is_ok() { "ok" } else { "unfinished" };
             let objects = erased.as_ref().map_or(0, |(objects, _)| *objects);
@@ -56,11 +57,11 @@ impl v1::admin_server::Admin for AdminService {
     ) -> Result<Response<v1::RevokeWriterReply>, Status> {
         let principal = principal_of(&request)?;
         let v1::RevokeWriterRequest { tenant, account } = request.into_inner();
-        for name in [&tenant, &account] {
-            if !is_name(name) {
-                return Err(Status::invalid_argument(format!(
-                    "{name:?} is not the name of a tenant or account"
-                )));
+        for (what, name, is_one) in
+            [("tenant", &tenant, is_name(&tenant)), ("account", &account, is_account(&account))]
+        {
+            if !is_one {
+                return Err(Status::invalid_argument(format!("{name:?} is not the name of a {what}")));
             }
         }
         let node = self.node.clone();

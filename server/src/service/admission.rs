@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 
-use crate::tenants::over;
+use crate::tenants::full;
 
 /// Fetches that run at a time. More of them than saturate drive and cores only end later.
 const FETCHES: usize = 16;
@@ -48,12 +48,12 @@ impl Admission {
 
     /// A turn for one fetch, held until it is dropped.
     pub(super) async fn fetch(&self, deadline: Option<Instant>) -> Result<Turn, Status> {
-        let full = |_| over("open fetches of this node", OPEN as u64, OPEN as u64, RETRY_AFTER_MS);
-        let open = Arc::clone(&self.open).try_acquire_owned().map_err(full)?;
+        let taken = |_| full("open fetches", OPEN as u64, RETRY_AFTER_MS);
+        let open = Arc::clone(&self.open).try_acquire_owned().map_err(taken)?;
         if let Ok(permit) = Arc::clone(&self.fetches).try_acquire_owned() {
             return Ok(Turn { running: Some(permit), _open: open });
         }
-        let refused = || over("fetches of this node", FETCHES as u64, FETCHES as u64, RETRY_AFTER_MS);
+        let refused = || full("fetches", FETCHES as u64, RETRY_AFTER_MS);
         let _place = self.waiting.try_acquire().map_err(|_| refused())?;
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()) / 2);
         let patience = left.map_or(PATIENCE, |left| left.min(PATIENCE));

@@ -8,12 +8,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use esker_proto::{check_name, v1};
+use esker_proto::v1;
 use esker_store::MissKind;
 use tonic::Status;
 
-use super::settle::{audit_conflict, miss_reason};
-use super::status::{from_ledger, from_wire};
+use super::settle::{audit_conflict, check_request_id, miss_reason};
+use super::status::from_ledger;
 use crate::generate::{Account, Event, GenerateError};
 use crate::ledger::{LedgerError, content_of};
 use crate::node::{Engine, Node};
@@ -66,7 +66,7 @@ impl Bill {
         node.ledger.admit().map_err(|error| from_ledger(&error))?;
         let named = !request.request_id.is_empty();
         if named {
-            check_name("request_id", &request.request_id).map_err(from_wire)?;
+            check_request_id(&request.request_id)?;
         }
         let request_id = if named { request.request_id.clone() } else { own_request_id() };
         let content = content_of(request);

@@ -21,6 +21,7 @@ use crate::grant::{GRANT_TTL, Granted};
 use crate::lookup::Question;
 use crate::node::Node;
 use crate::principal::{Principal, principal_of};
+use crate::tenants::exhausted;
 
 /// Chunks buffered between the disk and a client: 8 of at most 1 MiB.
 const FETCH_BUFFER_CHUNKS: usize = 8;
@@ -192,14 +193,14 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
 fn lookup(node: &Node, principal: &Principal, asked: &Asked) -> Result<v1::LookupReply, Status> {
     let (answer, pins) = asked.question.answer(&node.store, asked.grant);
     node.metrics.lookup(&answer);
-    let reply = answer.reply(&node.staging, asked.want_hashes);
+    let reply = answer.reply(&node.staging.of(&principal.tenant), asked.want_hashes);
     if pins.is_none() {
         return Ok(reply);
     }
     let scope = asked.question.scope_of(&answer);
     let granted = Granted::new(principal.tenant.clone(), asked.question.namespace, answer, pins, scope);
     let grant = node.grants.issue(granted, Instant::now()).ok_or_else(|| {
-        Status::resource_exhausted("the table of grants is full: try again when older grants have expired")
+        exhausted("the table of grants is full: try again when older grants have expired", 1000)
     })?;
     let grant_expires_in_ms = milliseconds(GRANT_TTL);
     Ok(v1::LookupReply { grant: Bytes::copy_from_slice(&grant), grant_expires_in_ms, ..reply })

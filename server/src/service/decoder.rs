@@ -22,6 +22,7 @@ use crate::ledger::sums;
 use crate::metrics::Watched;
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, Role, principal_of};
+use crate::tenants::exhausted;
 use crate::traces::Call;
 
 /// Generations that compute at a time: each uses every core by itself.
@@ -58,7 +59,10 @@ impl DecoderService {
     fn job(&self, principal: &Principal, request: v1::GenerateRequest) -> Result<Job, Status> {
         let engine = self.engine()?;
         let class = ttl_class(request.ttl());
-        let stores = principal.roles.has(Role::Writer);
+        // Who stores as much as it may is answered all the same.
+        let tenant = self.node.tenants.of(principal);
+        let stores = principal.roles.has(Role::Writer)
+            && self.node.tenants.admit_stored(&self.node.store, &tenant).is_ok();
         let place = match stores {
             true => self.node.tenants.writable(principal, &request.user, v1::Scope::Private)?,
             false => self.node.tenants.own_place(principal, &request.user)?,
@@ -123,12 +127,17 @@ pub(super) fn tokenize(engine: &Engine, text: &str) -> Result<Vec<esker_prefix::
 
 #[tonic::async_trait]
 impl v1::decoder_server::Decoder for DecoderService {
-    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeReply>, Status> {
+    async fn describe(
+        &self,
+        request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeReply>, Status> {
+        let principal = principal_of(&request)?;
         let engine = self.engine()?;
         let model = &engine.loaded.model;
-        let stats = self.node.store.stats();
+        // Not what others store: it would tell whether a put of another tenant's text found it there.
+        let store_bytes = self.node.tenants.stored_bytes(&self.node.store, &principal.tenant);
         Ok(Response::new(v1::DescribeReply {
-            store_bytes: stats.record_bytes,
+            store_bytes,
             model: engine.loaded.name.clone(),
             namespace: Bytes::copy_from_slice(engine.namespace.as_bytes()),
             layout_json: model.layout().to_json(),
@@ -158,9 +167,7 @@ impl v1::decoder_server::Decoder for DecoderService {
         let job = self.job(&principal, request)?;
         if self.waiting.fetch_add(1, Ordering::AcqRel) >= MAX_WAITING {
             self.waiting.fetch_sub(1, Ordering::AcqRel);
-            return Err(Status::resource_exhausted(format!(
-                "{MAX_WAITING} generations are waiting, the limit"
-            )));
+            return Err(exhausted(format!("{MAX_WAITING} generations are waiting, the limit"), 1000));
         }
         let arrived = Arrived { at: Instant::now(), wall: SystemTime::now(), call };
         let (node, running, waiting) = (self.node.clone(), self.running.clone(), self.waiting.clone());

@@ -23,6 +23,7 @@ use super::status::{from_ledger, from_wire};
 use crate::local::{Arena, Call, FetchSlot, SlotError};
 use crate::node::Node;
 use crate::principal::principal_of;
+use crate::tenants::exhausted;
 
 /// Replies buffered for a client: as many as it can hold slots, and a few that name none.
 const FETCH_REPLIES: usize = 32;
@@ -258,7 +259,7 @@ impl Slots {
             let part = &rest[..rest.len().min(slot.room())];
             let at = slot.write(&self.caller.call, part).map_err(|error| {
                 tracing::error!(%error, "an arena cannot be written");
-                Status::resource_exhausted(format!("the arena cannot be written: {error}"))
+                exhausted(format!("the arena cannot be written: {error}"), 1000)
             })?;
             self.slot = Some(slot);
             self.parts.push(v1::LocalPart {

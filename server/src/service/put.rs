@@ -25,7 +25,7 @@ use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
 use crate::staging::WAIT;
-use crate::tenants::{InFlight, Tenant, over};
+use crate::tenants::{InFlight, Tenant, full};
 use crate::writers::Place;
 
 /// A client that sends nothing, or takes no results, for this long is let go.
@@ -106,8 +106,8 @@ struct Held {
 /// A part of the memory that all puts have together.
 fn take_memory(memory: &Arc<Semaphore>, bytes: u64) -> Result<OwnedSemaphorePermit, Status> {
     let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
-    let full = |_| over("put memory of this node", PUT_MEMORY_BYTES, PUT_MEMORY_BYTES, 200);
-    Arc::clone(memory).try_acquire_many_owned(kib).map_err(full)
+    let taken = |_| full("put memory", PUT_MEMORY_BYTES, 200);
+    Arc::clone(memory).try_acquire_many_owned(kib).map_err(taken)
 }
 
 /// What an object is called, and how long the prefix is that it completes, as it is stored.
@@ -219,6 +219,8 @@ impl Put {
         };
         let mut waiting: Vec<Numbered> = Vec::new();
         let mut waiting_bytes = 0;
+        // A batch that is more than the tenant may put in a second could never be stored.
+        let most = self.node.tenants.puts_at_once(&self.tenant);
         loop {
             let next = tokio::select! {
                 biased;
@@ -248,7 +250,7 @@ impl Put {
                 waiting_bytes += object.bytes();
                 waiting.push(object);
             }
-            if waiting_bytes >= PUT_BATCH_BYTES {
+            if waiting_bytes >= PUT_BATCH_BYTES || waiting.len() >= most {
                 self.commit(std::mem::take(&mut waiting), commits, answers).await?;
                 waiting_bytes = 0;
             }
@@ -311,7 +313,7 @@ impl Put {
         let tenant = self.tenant.id();
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
         let added = added
-            .map_err(|full| over("staged bytes", full.limit_bytes as u64, full.used_bytes as u64, 1_000))?;
+            .map_err(|over| full("staged bytes", over.limit_bytes as u64, 1_000))?;
         match added {
             Some(planes) => {
                 open.remove(&(kind, tokens));
@@ -427,6 +429,7 @@ impl Put {
         if objects.is_empty() {
             return Ok(());
         }
+        self.node.tenants.admit_stored(&self.node.store, &self.tenant)?;
         self.node.tenants.charge_puts(&self.tenant, objects.len())?;
         let bytes = objects.iter().map(Numbered::bytes).sum::<usize>();
         while commits.is_full(bytes, self.committing_bytes) {

@@ -19,7 +19,7 @@ use super::fetch::granted;
 use super::status::{from_ledger, from_wire};
 use crate::audit::Event;
 use crate::grant::{GrantId, Granted};
-use crate::ledger::{Closed, LedgerError, content, content_of, sums};
+use crate::ledger::{Closed, LedgerError, content, content_of, is_reserved, sums};
 use crate::node::Node;
 use crate::principal::{Principal, TenantId};
 use crate::usage::PromptAccount;
@@ -33,13 +33,24 @@ struct Checked {
     grant: Option<(GrantId, Arc<Granted>)>,
 }
 
+/// A name that a caller may give a request.
+pub(super) fn check_request_id(request_id: &str) -> Result<(), Status> {
+    check_name("request_id", request_id).map_err(from_wire)?;
+    if is_reserved(request_id) {
+        return Err(Status::invalid_argument(format!(
+            "request_id {request_id:?} begins as the node's own do: use another name"
+        )));
+    }
+    Ok(())
+}
+
 /// Closes an account, once.
 pub(super) async fn settle(
     node: &Arc<Node>,
     principal: &Principal,
     request: v1::SettleRequest,
 ) -> Result<v1::SettleReply, Status> {
-    check_name("request_id", &request.request_id).map_err(from_wire)?;
+    check_request_id(&request.request_id)?;
     let content = content_of(&request);
     let closed = match check(node, principal, &request, content) {
         Ok(checked) => close(node, checked).await,

@@ -8,6 +8,7 @@ use tonic::Status;
 use crate::generate::GenerateError;
 use crate::ledger::LedgerError;
 use crate::namespaces::RegisterError;
+use crate::tenants::exhausted;
 
 pub(super) fn from_wire(error: WireError) -> Status {
     Status::invalid_argument(error.to_string())
@@ -16,7 +17,7 @@ pub(super) fn from_wire(error: WireError) -> Status {
 pub(super) fn from_store(error: &StoreError) -> Status {
     let text = error.to_string();
     match error.kind() {
-        esker_store::ErrorKind::Full => Status::resource_exhausted(text),
+        esker_store::ErrorKind::Full => exhausted(text, 10_000),
         esker_store::ErrorKind::Invalid => Status::invalid_argument(text),
         esker_store::ErrorKind::MissingParent => Status::failed_precondition(text),
         esker_store::ErrorKind::ContentMismatch => Status::aborted(text),
@@ -28,7 +29,7 @@ pub(super) fn from_store(error: &StoreError) -> Status {
 pub(super) fn from_register(error: &RegisterError) -> Status {
     match error {
         RegisterError::ObjectTooLarge { .. } => Status::invalid_argument(error.to_string()),
-        RegisterError::TooMany => Status::resource_exhausted(error.to_string()),
+        RegisterError::TooMany => exhausted(error.to_string(), 60_000),
         RegisterError::Store(store) => from_store(store),
     }
 }
@@ -38,7 +39,7 @@ pub(super) fn from_generate(error: &GenerateError) -> Status {
         GenerateError::Decoder(decoder) => from_decoder(decoder),
         GenerateError::Store(store) => from_store(store),
         GenerateError::Cancelled => Status::cancelled(error.to_string()),
-        GenerateError::Thread(_) => Status::resource_exhausted(error.to_string()),
+        GenerateError::Thread(_) => exhausted(error.to_string(), 1000),
     }
 }
 
@@ -55,12 +56,8 @@ pub(crate) fn from_ledger(error: &LedgerError) -> Status {
     let text = error.to_string();
     match error {
         LedgerError::Conflict { .. } => Status::already_exists(text),
-        LedgerError::Full { .. } => Status::resource_exhausted(text),
-        LedgerError::Busy => {
-            let mut status = Status::resource_exhausted(text);
-            status.metadata_mut().insert("grpc-retry-pushback-ms", 100.into());
-            status
-        }
+        LedgerError::Full { .. } => exhausted(text, 10_000),
+        LedgerError::Busy => exhausted(text, 100),
         LedgerError::TooLarge { .. } => Status::invalid_argument(text),
         LedgerError::Damaged { .. } => Status::data_loss(text),
         LedgerError::Failed | LedgerError::Index(_) | LedgerError::Stopping => Status::unavailable(text),

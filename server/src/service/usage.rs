@@ -17,6 +17,7 @@ use crate::ledger::sums::HOUR_S;
 use crate::ledger::{Position, Reader, Step};
 use crate::node::Node;
 use crate::principal::{Principal, Role, principal_of};
+use crate::tenants::exhausted;
 use crate::usage::event::hex;
 use crate::usage::rows::{Grouping, group};
 
@@ -69,12 +70,14 @@ impl v1::usage_server::Usage for UsageService {
                     && (namespace.is_empty() || hex(&account.namespace).starts_with(&namespace))
             });
             if rows.len() > MAX_ROWS {
-                return Err(Status::resource_exhausted(format!(
+                return Err(Status::out_of_range(format!(
                     "{} rows, more than the {MAX_ROWS} of one reply: ask for a shorter time",
                     rows.len()
                 )));
             }
             let cluster = node.ledger.cluster().to_owned();
+            // It counts everybody's records.
+            let through_sequence = if tenant.is_none() { through_sequence } else { 0 };
             Ok(Response::new(v1::QueryUsageReply { rows, through_sequence, cluster }))
         })
         .await
@@ -93,7 +96,7 @@ impl v1::usage_server::Usage for UsageService {
         }
         let permit = Arc::clone(&self.exports).try_acquire_owned();
         let permit = permit.map_err(|_| {
-            Status::resource_exhausted(format!("{MAX_EXPORTS} exports are running, the limit"))
+            exhausted(format!("{MAX_EXPORTS} exports are running, the limit"), 1000)
         })?;
         let from = self.start(&principal, &request).await?;
         let end = self.node.ledger.end().borrow().clone();
