@@ -273,7 +273,11 @@ mod tests {
                 writer: esker_prefix::WriterId(byte),
                 class: esker_store::TtlClass::default(),
                 tokens: 1,
-                planes: vec![esker_store::PutPlane { spec, shape: None, bytes: Bytes::from(vec![byte as u8]) }],
+                planes: vec![esker_store::PutPlane {
+                    spec,
+                    shape: None,
+                    bytes: Bytes::from(vec![byte as u8]),
+                }],
             }
         };
         for (name, byte) in [("b", 66), ("a", 1), ("a", 1)] {

@@ -155,6 +155,10 @@ async fn what_is_claimed_is_held_against_what_was_offered_and_delivered() -> Res
     for (wrong, named) in [
         (v1::SettleRequest { used_hit_tokens: best - 1, ..good.clone() }, "resume point"),
         (v1::SettleRequest { computed_tokens: 0, ..good.clone() }, "add up"),
+        (
+            v1::SettleRequest { request_id: "storage/1/private/00/r1".into(), ..good.clone() },
+            "the node's own",
+        ),
         (v1::SettleRequest { prompt_tokens: prompt_tokens + 1, ..good.clone() }, "looked up"),
         (v1::SettleRequest { used_hit_tokens: u64::MAX, ..good.clone() }, "resume point"),
         (

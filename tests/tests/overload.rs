@@ -138,7 +138,8 @@ async fn a_flooding_tenant_costs_another_no_hits() -> Result<()> {
     let issuer = Issuer::new(&folder.path().join("identity"))?;
     // A store of 256 MiB. The quiet tenant uses a quarter of it.
     let policy = issuer.policy(
-        "[tenants.quiet]\nstored_bytes = 134_217_728\n[tenants.flood]\nstored_bytes = 134_217_728\n",
+        "[tenants.quiet]\nstored_bytes = 134_217_728\n[tenants.flood]\nstored_bytes = 134_217_728\n\
+         [tenants.long]\nstored_bytes = 4_194_304\n[tenants.slow]\nputs_per_s = 5\n",
     )?;
     let data = folder.path().join("data");
     let policy = policy.to_str().context("a path")?;
@@ -193,6 +194,20 @@ async fn a_flooding_tenant_costs_another_no_hits() -> Result<()> {
         seed += 1;
     }
     let after = hit_rate(&mut quiet).await?;
+    // One put that is longer than its tenant's share is stopped inside.
+    let mut long = tenant("long")?;
+    let prompt = Prompt::new(about.id(), &layout, 5_000_000, 256);
+    let refused_inside = long.put(&prompt, 256).await.unwrap_err();
+    ensure!(refused_inside.code() == Code::ResourceExhausted, "{refused_inside}");
+    let stored_bytes = long.hit_tokens(&prompt).await? / 64 * block_bytes;
+    ensure!((1 << 20..16 << 20).contains(&stored_bytes), "{stored_bytes} bytes of a quota of 4 MiB");
+    // One of more objects than its tenant may put in a second gets as far as that, and is told when to go on.
+    let mut slow = tenant("slow")?;
+    let prompt = Prompt::new(about.id(), &layout, 6_000_000, BLOCKS_U32);
+    let later = slow.put(&prompt, BLOCKS).await.unwrap_err();
+    ensure!(later.code() == Code::ResourceExhausted, "{later}");
+    ensure!(later.metadata().contains_key("grpc-retry-pushback-ms"), "{later:?}");
+    ensure!(slow.hit_tokens(&prompt).await? >= 5 * 64, "what was allowed is stored");
     println!(
         "{floods} floods, {refused} refused; the quiet tenant hits {before:.2} % before, {after:.2} % after"
     );

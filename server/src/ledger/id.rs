@@ -48,6 +48,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_the_node_calls_its_own_facts_is_nobody_elses() {
+        assert!(
+            ["storage/1795003200/private/00/r1", "grant/ab", "grants/ab"].iter().all(|id| is_reserved(id))
+        );
+        assert!(!["", "lmcache/1", "my/storage/1", "granted", "storage"].iter().any(|id| is_reserved(id)));
+    }
+
+    #[test]
     fn ids_are_fixed_and_apart() {
         assert_eq!(base32(b"fooba"), "mzxw6ytb", "RFC 4648, section 10");
         let id = usage_id("fleet", "acme", "req-1", "fetch");

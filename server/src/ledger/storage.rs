@@ -182,4 +182,16 @@ mod tests {
         assert_eq!(of(1), (hour + HOUR_S, 600, 60));
         assert!(spread(&held, hour, 0).is_empty());
     }
+
+    #[test]
+    fn time_goes_on_whatever_the_wall_clock_does() {
+        let now = 1_795_003_200;
+        // Corrections are followed, but not back into what was counted.
+        assert_eq!(follow(now + 10, now, now + 12), now + 12);
+        assert_eq!(follow(now + 10, now, now - 60), now);
+        // Jumps are not.
+        for jumped in [0, now - 3600, now + 3600, u64::MAX] {
+            assert_eq!(follow(now + 10, now, jumped), now + 10, "{jumped}");
+        }
+    }
 }

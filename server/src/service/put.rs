@@ -312,8 +312,7 @@ impl Put {
         let planes = self.layout.planes_count(kind, tokens);
         let tenant = self.tenant.id();
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
-        let added = added
-            .map_err(|over| full("staged bytes", over.limit_bytes as u64, 1_000))?;
+        let added = added.map_err(|over| full("staged bytes", over.limit_bytes as u64, 1_000))?;
         match added {
             Some(planes) => {
                 open.remove(&(kind, tokens));

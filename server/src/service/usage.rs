@@ -95,9 +95,8 @@ impl v1::usage_server::Usage for UsageService {
             principal.require(Role::Admin)?;
         }
         let permit = Arc::clone(&self.exports).try_acquire_owned();
-        let permit = permit.map_err(|_| {
-            exhausted(format!("{MAX_EXPORTS} exports are running, the limit"), 1000)
-        })?;
+        let permit =
+            permit.map_err(|_| exhausted(format!("{MAX_EXPORTS} exports are running, the limit"), 1000))?;
         let from = self.start(&principal, &request).await?;
         let end = self.node.ledger.end().borrow().clone();
         if from.as_ref().is_some_and(|from| from.sequence > end.sequence) {
