@@ -4,16 +4,18 @@
 //! answer would then never be found again. So what was sampled is remembered by the prompt before it and its text, and put in
 //! its place when the text comes back behind the same prompt. Only what the tokenizer would spell otherwise needs to be
 //! remembered, so the table, which is in memory and bounded, lasts long; what it forgot is computed again. Tool calls are
-//! remembered as the text in which they were sampled, by their ids, since callers give them back as JSON.
+//! remembered as the text in which they were sampled, by their ids, since callers give them back as JSON; what a caller changed
+//! meanwhile, arguments, the text before them or a call that is gone, is not what was sampled and is spelled as it came.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use esker_decoder::{DecoderError, Tokenizer};
 use esker_prefix::TokenId;
+use serde_json::Value;
 
-use crate::chat_template::Part;
-use crate::chat_template::conversation::Conversation;
+use crate::chat_template::conversation::{Conversation, Message, Role};
+use crate::chat_template::{Part, tool_call};
 use crate::principal::TenantId;
 
 /// Answers remembered, and what they may take together.
@@ -44,11 +46,13 @@ enum Sampled {
 }
 
 impl Replay {
-    /// Gives calls of tools the text in which this node sampled them.
+    /// Gives calls of tools the text in which this node sampled them, if they are those calls still.
     pub(super) fn recall_calls(&self, tenant: &TenantId, conversation: &mut Conversation) {
         for message in &mut conversation.messages {
             let Some(call) = message.tool_calls.first() else { continue };
-            if let Some(Sampled::Text(text)) = self.get(&call_key(tenant, &call.id)) {
+            if let Some(Sampled::Text(text)) = self.get(&call_key(tenant, &call.id))
+                && says_the_same(message, &text)
+            {
                 message.content = text.as_ref().to_owned();
                 message.tool_calls.clear();
             }
@@ -164,6 +168,36 @@ impl Sampled {
     }
 }
 
+/// Whether a message is what a caller was given of this text.
+fn says_the_same(message: &Message, sampled: &str) -> bool {
+    let (before, calls) = tool_call::split(sampled);
+    message.role == Role::Assistant
+        && message.content == before
+        && message.tool_calls.len() == calls.len()
+        && message.tool_calls.iter().zip(calls).all(|(sent, call)| {
+            sent.function.name == call.name && same(&sent.function.arguments, &as_given(call.arguments))
+        })
+}
+
+/// A value as it is read from what a caller was given: a number may lose its last digit on the way.
+fn as_given(value: Value) -> Value {
+    serde_json::from_str(&value.to_string()).unwrap_or(value)
+}
+
+/// The same JSON: some languages write 1.0 as 1.
+fn same(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Number(x), Value::Number(y)) => {
+            x == y || (x.is_f64() != y.is_f64() && x.as_f64() == y.as_f64())
+        }
+        (Value::Array(x), Value::Array(y)) => x.len() == y.len() && x.iter().zip(y).all(|(x, y)| same(x, y)),
+        (Value::Object(x), Value::Object(y)) => {
+            x.len() == y.len() && x.iter().all(|(name, x)| y.get(name).is_some_and(|y| same(x, y)))
+        }
+        _ => a == b,
+    }
+}
+
 fn extend(prefix: &mut blake3::Hasher, tokens: &[TokenId]) {
     for token in tokens {
         prefix.update(&token.0.to_le_bytes());
@@ -189,8 +223,8 @@ fn call_key(tenant: &TenantId, id: &str) -> Key {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chat_template::conversation::{Function, Message, Role, ToolCall};
-    use serde_json::Value;
+    use crate::chat_template::conversation::ToolCall;
+    use serde_json::json;
 
     fn tokenizer() -> Tokenizer {
         Tokenizer::from_bytes(include_bytes!("../../../engine/decoder/model/tokenizer.json")).unwrap()
@@ -227,22 +261,59 @@ mod tests {
         assert!(again.unwrap().ends_with(&sampled));
     }
 
+    /// What a caller is given of `sampled`, with ids, and gives back.
+    fn given(sampled: &str) -> Conversation {
+        let (before, calls) = tool_call::split(sampled);
+        let mut message = Message::new(Role::Assistant, before);
+        message.tool_calls = (1..)
+            .zip(calls)
+            .map(|(at, call)| ToolCall::new(format!("call_{at}"), call.name, as_given(call.arguments)))
+            .collect();
+        Conversation { messages: vec![message], tools: Vec::new() }
+    }
+
+    const SAMPLED: &str = "I look.\n<tool_call>{ \"name\":\"f\",\n\"arguments\": {\"x\":  2.0, \"y\": [0.12345678901234567890]} }</tool_call>\n\n\
+                           <tool_call>{\"name\": \"g\"}</tool_call> so";
+
     #[test]
     fn calls_come_back_as_they_were_sampled() {
         let (replay, a) = (Replay::default(), tenant("a"));
-        let sampled = "<tool_call>{ \"name\":\"f\",\n\"arguments\": {} }</tool_call>";
-        replay.remember_call(&a, "call_1", sampled);
-        let mut message = Message::new(Role::Assistant, "");
-        let function = Function { name: "f".into(), arguments: Value::Null };
-        message.tool_calls = vec![ToolCall::new("call_1".into(), function.name, function.arguments)];
-        let asked = Conversation { messages: vec![message], tools: Vec::new() };
-        let mut recalled = asked.clone();
-        replay.recall_calls(&a, &mut recalled);
-        assert_eq!(recalled.messages[0].content, sampled);
-        assert!(recalled.messages[0].tool_calls.is_empty());
+        replay.remember_call(&a, "call_1", SAMPLED);
+        let asked = given(SAMPLED);
+        let mut whole = asked.clone();
+        // A language without a type of its own for whole numbers.
+        whole.messages[0].tool_calls[0].function.arguments["x"] = json!(2);
+        for mut recalled in [asked.clone(), whole] {
+            replay.recall_calls(&a, &mut recalled);
+            assert_eq!(recalled.messages[0].content, SAMPLED);
+            assert!(recalled.messages[0].tool_calls.is_empty());
+        }
         let mut others = asked.clone();
         replay.recall_calls(&tenant("b"), &mut others);
         assert_eq!(others, asked);
+    }
+
+    #[test]
+    fn calls_that_a_caller_changed_are_what_it_says_they_are() {
+        let (replay, a) = (Replay::default(), tenant("a"));
+        replay.remember_call(&a, "call_1", SAMPLED);
+        let changes: [fn(&mut Message); 8] = [
+            |message| message.tool_calls[0].function.arguments["x"] = json!(3),
+            |message| message.tool_calls[0].function.arguments["z"] = json!(1),
+            |message| message.tool_calls[1].function.arguments = json!({}),
+            |message| message.tool_calls[0].function.name = "h".into(),
+            |message| message.content = "I do not look.\n".into(),
+            |message| message.content.clear(),
+            |message| drop(message.tool_calls.pop()),
+            |message| message.role = Role::User,
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let mut changed = given(SAMPLED);
+            change(&mut changed.messages[0]);
+            let mut recalled = changed.clone();
+            replay.recall_calls(&a, &mut recalled);
+            assert_eq!(recalled, changed, "change {number}");
+        }
     }
 
     #[test]
