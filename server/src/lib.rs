@@ -30,6 +30,7 @@ mod node;
 mod policy;
 mod price;
 mod principal;
+mod replay;
 mod secret;
 mod serve;
 mod service;

@@ -21,6 +21,7 @@ use crate::control::{Control, Table};
 use crate::keys::Keys;
 use crate::policy::{PolicyFile, TenantPolicy};
 use crate::principal::{Principal, Role, TenantId, is_name};
+use crate::replay::Owner;
 use crate::writers::{Place, Sight, Writers};
 
 /// Users of one tenant that are told apart; each is a scope to erase.
@@ -117,6 +118,14 @@ impl Tenants {
     /// The tenant's part of the policy; of one that is not in it, nothing is allowed beyond the default.
     pub(crate) fn rules(&self, tenant: &TenantId) -> TenantPolicy {
         self.policy.now().tenants.get(tenant).cloned().unwrap_or_default()
+    }
+
+    /// Who is reminded of what is sampled for a tenant from now on.
+    pub(crate) fn reminded(&self, tenant: &TenantId) -> Owner {
+        let epoch = self.get(tenant).epoch();
+        let key = self.private_at(tenant, "", epoch);
+        let scope = self.owned(key, || private_owner(tenant, epoch)).tag();
+        Owner { tenant: tenant.clone(), epoch, scope }
     }
 
     /// The scopes that a principal may read, in the order in which they are asked.
