@@ -39,6 +39,7 @@ mod staging;
 mod tenants;
 mod traces;
 mod usage;
+mod users;
 mod warmups;
 mod write_behind;
 mod writers;
