@@ -60,6 +60,25 @@ async fn a_conversation_goes_on_behind_a_restart() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn what_is_remembered_of_answers_is_erased_with_their_tenant() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let node = Node::start(&data, &["--http", "127.0.0.1:0"]).await?;
+    let len = || std::fs::metadata(data.join("replay")).map(|meta| meta.len());
+    let empty = len()?;
+    // Some answers happen to be spelled as the tokenizer would; of several not all.
+    for seed in 0..4 {
+        ask(&node, &[json!({"role": "user", "content": "Who is there?"})], seed)?;
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(len()? > empty, "nothing was remembered");
+    node.client.erase_tenant("default").await?;
+    assert_eq!(len()?, empty);
+    ensure!(node.stop().await?.success(), "the node did not end well");
+    Ok(())
+}
+
 fn ask(node: &Node, messages: &[Value], seed: u64) -> Result<Value> {
     let body = json!({
         "model": "esker-kjv-austen-8m", "messages": messages, "temperature": TEMPERATURE, "seed": seed, "max_tokens": 90,
