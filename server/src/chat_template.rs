@@ -18,7 +18,7 @@
 //! ```
 //!
 //! The text comes in parts, cut where assistants speak, because what they say is not always spelled in the tokens that the
-//! tokenizer would choose for it (http/replay.rs).
+//! tokenizer would choose for it (replay.rs).
 
 pub(crate) mod conversation;
 pub(crate) mod tool_call;

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::Context;
-use rocksdb::{DB, Direction, IteratorMode, Options, WriteOptions};
+use rocksdb::{DB, Direction, IteratorMode, Options, WriteBatch, WriteOptions};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -19,6 +19,7 @@ pub(crate) enum Table {
     UsageSinks = b'x',
     WarmupPrompts = b'p',
     Writers = b'a',
+    Users = b'n',
 }
 
 /// See the module.
@@ -54,6 +55,13 @@ impl Control {
     /// Durable when it returns.
     pub(crate) fn delete(&self, table: Table, name: &str) -> anyhow::Result<()> {
         self.0.delete_opt(key(table, name), &durable()).context("the control database cannot be written")
+    }
+
+    /// All of them or none. Durable when it returns.
+    pub(crate) fn delete_all(&self, table: Table, names: &[String]) -> anyhow::Result<()> {
+        let mut batch = WriteBatch::default();
+        names.iter().for_each(|name| batch.delete(key(table, name)));
+        self.0.write_opt(batch, &durable()).context("the control database cannot be written")
     }
 
     /// Names above `after` that begin with `prefix`, with their values, in order.

@@ -3,7 +3,8 @@
 //! Every scope has a log of its own with numbers without gaps, so that nobody learns from a number how busy others are; whoever
 //! subscribes names a scope that is its own to read, and sees no other. Logs are bounded, each and all together: the oldest
 //! events go first, and a subscriber who asks for one that is gone is told that it lost some. Numbers begin anew with every
-//! process, which the epoch tells.
+//! process, which the epoch tells. The logs themselves are bounded, too: of many scopes those without events are let go, and
+//! numbers of one that comes again go on behind any that it had.
 //!
 //! The store knows hashes only. What a block's tokens are, or what an engine calls it, is noted before the put by whoever knows
 //! it, and kept until the store says that the block has come.
@@ -30,6 +31,8 @@ use tokio::sync::watch;
 const MAX_SCOPE_EVENTS: usize = 1 << 14;
 /// Events kept of all scopes together, about 700 bytes of memory each.
 const MAX_EVENTS: usize = 1 << 16;
+/// Scopes that have a log, about 100 bytes each; all that have events among them.
+const MAX_SCOPES: usize = 2 * MAX_EVENTS;
 /// Blocks about to be put of which something is noted.
 const MAX_NOTES: usize = 1 << 14;
 
@@ -49,6 +52,8 @@ struct Logs {
     order: VecDeque<(ScopeTag, u64)>,
     /// Events that are kept.
     kept: usize,
+    /// First number of new logs: no log that was let go had come so far. Rounded up, so that it tells little of them.
+    floor: u64,
 }
 
 #[derive(Default)]
@@ -148,7 +153,8 @@ impl Events {
 
     /// Number of a scope's next event.
     pub(crate) fn next(&self, scope: ScopeTag) -> u64 {
-        self.logs().scopes.get(&scope).map_or(0, |log| log.next)
+        let logs = self.logs();
+        logs.scopes.get(&scope).map_or(logs.floor, |log| log.next)
     }
 
     /// At most `limit` events of a scope, from number `from` on.
@@ -168,16 +174,20 @@ impl Events {
     /// At most `limit` events of a scope, from number `from` on or the oldest that is kept, with the number of the first.
     fn logged(&self, scope: ScopeTag, from: u64, limit: usize) -> (u64, Vec<Logged>) {
         let logs = self.logs();
-        let Some(log) = logs.scopes.get(&scope) else { return (0, Vec::new()) };
+        let Some(log) = logs.scopes.get(&scope) else { return (logs.floor, Vec::new()) };
         let oldest = log.oldest();
         let first = from.clamp(oldest, log.next);
         let skip = usize::try_from(first - oldest).unwrap_or(usize::MAX);
         (first, log.events.iter().skip(skip).take(limit).cloned().collect())
     }
 
-    /// Number of the event after a scope's last, if the scope is erased.
+    /// Number of the event after a scope's last, if the scope is erased, or its log may have been let go since.
     fn ended(&self, scope: ScopeTag) -> Option<u64> {
-        self.logs().scopes.get(&scope).filter(|log| log.cleared).map(|log| log.next)
+        let logs = self.logs();
+        match logs.scopes.get(&scope) {
+            Some(log) => Some(log.next).filter(|_| log.cleared),
+            None => Some(logs.floor).filter(|floor| *floor > 0),
+        }
     }
 
     fn stored(&self, change: &Change) -> v1::kv_event::Event {
@@ -230,7 +240,11 @@ fn removed(change: &Change, reason: Removal) -> v1::kv_event::Event {
 
 impl Logs {
     fn push(&mut self, scope: ScopeTag, event: v1::kv_event::Event) {
-        let log = self.scopes.entry(scope).or_default();
+        if self.scopes.len() >= MAX_SCOPES && !self.scopes.contains_key(&scope) {
+            self.let_go();
+        }
+        let next = self.floor;
+        let log = self.scopes.entry(scope).or_insert_with(|| Log { next, ..Log::default() });
         log.next += 1;
         log.cleared |= matches!(event, v1::kv_event::Event::AllBlocksCleared(_));
         log.events.push_back(Logged { at: now(), event });
@@ -259,7 +273,23 @@ impl Logs {
             && log.events.pop_front().is_some()
         {
             self.kept -= 1;
+            // A scope that was busy once does not keep the memory of it.
+            if log.events.len() < log.events.capacity() / 4 {
+                log.events.shrink_to(log.events.len() * 2);
+            }
         }
+    }
+
+    /// Lets the logs without events go: half of all at least, since no more events are kept than that.
+    fn let_go(&mut self) {
+        let mut furthest = 0;
+        self.scopes.retain(|_, log| {
+            if log.events.is_empty() {
+                furthest = furthest.max(log.next);
+            }
+            !log.events.is_empty()
+        });
+        self.floor = self.floor.max(furthest.next_multiple_of(MAX_SCOPE_EVENTS as u64));
     }
 }
 
@@ -319,6 +349,36 @@ mod tests {
         events.cleared(&[ScopeTag([2; 16])]);
         assert!(events.read(ScopeTag([2; 16]), 0, 10).cleared);
         assert!(!events.read(ScopeTag([1; 16]), 0, 10).cleared);
+    }
+
+    #[test]
+    fn scopes_that_are_long_quiet_are_let_go_and_their_followers_are_told() {
+        let events = Events::default();
+        let tag = |number: u64| {
+            let mut tag = [0; 16];
+            tag[..8].copy_from_slice(&number.to_le_bytes());
+            ScopeTag(tag)
+        };
+        let put = |number: u64, count: u64| {
+            let change = |at| Change { scope: tag(number), ..change(0, at, None) };
+            events.changed((0..count).map(change).collect());
+        };
+        put(0, 100);
+        put(1, MAX_SCOPE_EVENTS as u64);
+        (2..4 * MAX_EVENTS as u64 - 9).for_each(|number| put(number, 1));
+        let (scopes, memory) = {
+            let logs = events.logs();
+            (logs.scopes.len(), logs.scopes.values().map(|log| log.events.capacity()).sum::<usize>())
+        };
+        assert!(scopes <= MAX_SCOPES, "{scopes} scopes");
+        assert!(memory <= 8 * MAX_EVENTS, "room for {memory} events");
+        // Whoever had followed the first is told, and not twice.
+        let read = events.read(tag(0), 100, 10);
+        assert!(read.lost && read.events.is_empty() && read.first > 100);
+        assert!(!events.read(tag(0), read.first, 10).lost);
+        put(0, 2);
+        let again = events.read(tag(0), read.first, 10);
+        assert_eq!((again.lost, again.events.len()), (false, 2));
     }
 
     #[test]

@@ -100,6 +100,11 @@ pub fn sink_answer(bytes: &[u8]) -> bool {
     crate::usage::sink::hear(bytes)
 }
 
+/// The file of answers that are remembered.
+pub fn replay_file(bytes: &[u8]) -> bool {
+    crate::replay::hear(bytes)
+}
+
 /// Messages of clients, and every check that they go through before anything is done for them.
 pub fn request(bytes: &[u8]) -> bool {
     let Some((&kind, bytes)) = bytes.split_first() else { return false };

@@ -16,7 +16,6 @@ mod metrics;
 mod openai;
 mod page;
 mod prompt;
-mod replay;
 mod sse;
 
 use std::net::SocketAddr;
@@ -41,7 +40,6 @@ use api::Censuses;
 use failure::Failure;
 use guard::Guard;
 pub(crate) use listen::Listening;
-use replay::Replay;
 
 /// Longest body of a request: a context of tokens as text, several times over.
 const MAX_BODY_BYTES: usize = 8 << 20;
@@ -51,7 +49,6 @@ const MAX_BODY_BYTES: usize = 8 << 20;
 pub(crate) struct Site {
     node: Arc<Node>,
     decoder: Arc<DecoderService>,
-    replay: Arc<Replay>,
     censuses: Arc<Censuses>,
 }
 
@@ -68,7 +65,7 @@ pub(crate) fn hear(body: &[u8]) -> (Vec<Conversation>, bool) {
 impl Site {
     /// `decoder` is the one that answers over gRPC, so that both share its queue.
     pub(crate) fn new(node: Arc<Node>, decoder: Arc<DecoderService>) -> Self {
-        Self { node, decoder, replay: Arc::default(), censuses: Arc::default() }
+        Self { node, decoder, censuses: Arc::default() }
     }
 }
 

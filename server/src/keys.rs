@@ -118,6 +118,11 @@ impl Keys {
         }
     }
 
+    /// Nothing is put into this scope any more, until somebody says again whose it is.
+    pub(crate) fn disown(&self, scope: ScopeTag) {
+        self.write().owners.remove(&scope);
+    }
+
     /// Destroys all keys of an owner, durably, and takes no more for it. Returns how many there were.
     pub(crate) fn destroy(&self, owner: &str) -> anyhow::Result<usize> {
         let mut state = self.write();

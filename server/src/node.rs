@@ -23,6 +23,7 @@ use crate::model_folder::LoadedModel;
 use crate::namespaces::Namespaces;
 use crate::policy::PolicyFile;
 use crate::price::PriceFile;
+use crate::replay::Replay;
 use crate::secret::root_secret;
 use crate::sessions::Sessions;
 use crate::staging::Staging;
@@ -63,6 +64,7 @@ pub struct Node {
     pub(crate) staging: Staging,
     pub(crate) policy: Arc<PolicyFile>,
     pub(crate) tenants: Tenants,
+    pub(crate) replay: Replay,
     pub(crate) sessions: Sessions,
     pub(crate) warmups: Warmups,
     pub(crate) live: Arc<Live>,
@@ -103,7 +105,7 @@ impl Node {
             .with_context(|| format!("cannot make the data folder {}", data.display()))?;
         let keys = keys(data, settings.root_key.as_deref())?;
         let sealer = keys.clone().map(|keys| keys as Arc<dyn Sealer>);
-        let store = Store::open_sealed(&data.join("store"), settings.store.clone(), sealer)
+        let store = Store::open_sealed(&data.join("store"), settings.store.clone(), sealer.clone())
             .with_context(|| format!("cannot open the data folder {}", data.display()))?;
         let secret = root_secret(data)?;
         let store = Arc::new(store);
@@ -114,6 +116,7 @@ impl Node {
         let control = Arc::new(Control::open(&data.join("control"))?);
         let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
         let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), keys, &store)?;
+        let replay = Replay::open(&data.join("replay"), sealer, |tenant| tenants.reminded(tenant));
         let cluster = settings.cluster.clone().unwrap_or_else(|| tenants.deployment());
         let ledger = Ledger::open(&data.join("ledger"), settings.ledger, &cluster)?;
         if let Some(gap) = ledger.gap() {
@@ -138,6 +141,7 @@ impl Node {
             staging: Staging::default(),
             policy,
             tenants,
+            replay,
             sessions,
             warmups,
             live: Arc::default(),

@@ -7,7 +7,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Instant;
 
 use anyhow::Context;
 use esker_prefix::{RootSecret, ScopeKey, ScopeKind, ScopeTag};
@@ -21,10 +22,9 @@ use crate::control::{Control, Table};
 use crate::keys::Keys;
 use crate::policy::{PolicyFile, TenantPolicy};
 use crate::principal::{Principal, Role, TenantId, is_name};
+use crate::replay::Owner;
+use crate::users::{self, Busy, MAX_USERS, Users};
 use crate::writers::{Place, Sight, Writers};
-
-/// Users of one tenant that are told apart; each is a scope to erase.
-const MAX_USERS: usize = 100_000;
 
 /// All tenants of a node.
 pub(crate) struct Tenants {
@@ -32,6 +32,7 @@ pub(crate) struct Tenants {
     policy: Arc<PolicyFile>,
     control: Arc<Control>,
     keys: Option<Arc<Keys>>,
+    store: Arc<Store>,
     writers: Writers,
     known: RwLock<HashMap<TenantId, Arc<Tenant>>>,
 }
@@ -39,18 +40,26 @@ pub(crate) struct Tenants {
 /// One of them.
 pub(crate) struct Tenant {
     id: TenantId,
-    record: Mutex<Record>,
+    state: Mutex<State>,
     in_flight: AtomicU64,
     rates: Mutex<Rates>,
 }
 
-/// What is written down of a tenant.
+#[derive(Default)]
+struct State {
+    record: Record,
+    /// Users that stored something in this epoch.
+    users: Users,
+}
+
+/// What is written down of a tenant. Its users have rows of their own (users.rs).
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Record {
     epoch: u32,
-    /// Users that stored something in this epoch.
+    /// Where earlier builds had all users of this epoch.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     users: BTreeSet<String>,
-    /// Epochs given up whose records may not all be gone.
+    /// Epochs given up whose records may not all be gone, with the users that earlier builds had here.
     erasing: Vec<(u32, BTreeSet<String>)>,
 }
 
@@ -74,17 +83,33 @@ impl Tenants {
         policy: Arc<PolicyFile>,
         control: Arc<Control>,
         keys: Option<Arc<Keys>>,
-        store: &Store,
+        store: &Arc<Store>,
     ) -> anyhow::Result<Self> {
         let writers = Writers::open(Arc::clone(&control))?;
-        let tenants = Self { root, policy, control, keys, writers, known: RwLock::default() };
-        for (name, record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
-            let unfinished = !record.erasing.is_empty();
-            let tenant = tenants.insert(TenantId(name), record);
-            if unfinished {
-                tracing::warn!(tenant = %tenant.id, "an erasure that was cut short is finished");
-                tenants.finish_erasing(&tenant, store)?;
+        let store = Arc::clone(store);
+        let tenants = Self { root, policy, control, keys, store, writers, known: RwLock::default() };
+        for (name, mut record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
+            let id = TenantId(name);
+            if !record.users.is_empty() {
+                for user in &std::mem::take(&mut record.users) {
+                    tenants.control.put(Table::Users, &users::row(&id, record.epoch, user), &())?;
+                }
+                tenants.control.put(Table::Tenants, &id.0, &record)?;
             }
+            tenants.insert(id, record);
+        }
+        for (row, ()) in tenants.control.scan::<()>(Table::Users, "", "", usize::MAX)? {
+            let Some((id, epoch, user)) = users::of_row(&row) else { continue };
+            let tenant = tenants.get(&id);
+            let mut state = tenant.state();
+            if state.record.epoch == epoch {
+                state.users.add(user, tenants.private_at(&id, user, epoch).tag());
+            }
+        }
+        let known: Vec<Arc<Tenant>> = tenants.known().values().cloned().collect();
+        for tenant in known.iter().filter(|tenant| !tenant.state().record.erasing.is_empty()) {
+            tracing::warn!(tenant = %tenant.id, "an erasure that was cut short is finished");
+            tenants.finish_erasing(tenant, &tenants.store)?;
         }
         Ok(tenants)
     }
@@ -95,28 +120,40 @@ impl Tenants {
     }
 
     pub(crate) fn get(&self, id: &TenantId) -> Arc<Tenant> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        let known = self.known().get(id).cloned();
         known.unwrap_or_else(|| self.insert(id.clone(), Record::default()))
     }
 
     fn insert(&self, id: TenantId, record: Record) -> Arc<Tenant> {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let new = || {
-            let record = Mutex::new(record);
-            Arc::new(Tenant { id: id.clone(), record, in_flight: AtomicU64::new(0), rates: Mutex::default() })
+            let state = Mutex::new(State { record, users: Users::default() });
+            Arc::new(Tenant { id: id.clone(), state, in_flight: AtomicU64::new(0), rates: Mutex::default() })
         };
         Arc::clone(known.entry(id.clone()).or_insert_with(new))
     }
 
+    fn known(&self) -> RwLockReadGuard<'_, HashMap<TenantId, Arc<Tenant>>> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Every tenant of the policy and every one that stored something, by name.
     pub(crate) fn names(&self) -> BTreeSet<TenantId> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known();
         known.keys().cloned().chain(self.policy.now().tenants.keys().cloned()).collect()
     }
 
     /// The tenant's part of the policy; of one that is not in it, nothing is allowed beyond the default.
     pub(crate) fn rules(&self, tenant: &TenantId) -> TenantPolicy {
         self.policy.now().tenants.get(tenant).cloned().unwrap_or_default()
+    }
+
+    /// Who is reminded of what is sampled for a tenant from now on.
+    pub(crate) fn reminded(&self, tenant: &TenantId) -> Owner {
+        let epoch = self.get(tenant).epoch();
+        let key = self.private_at(tenant, "", epoch);
+        let scope = self.owned(key, || private_owner(tenant, epoch)).tag();
+        Owner { tenant: tenant.clone(), epoch, scope }
     }
 
     /// The scopes that a principal may read, in the order in which they are asked.
@@ -138,18 +175,20 @@ impl Tenants {
     }
 
     /// Where a principal may write by this name of a scope. A scope or a writer that is new is written down first, so that it can be
-    /// erased.
+    /// erased; RESOURCE_EXHAUSTED where there is no room for more of them.
     pub(crate) fn writable(
         &self,
         principal: &Principal,
         user: &str,
         scope: v1::Scope,
     ) -> Result<Place, Status> {
+        let mut noted = None;
         let key = match scope {
             v1::Scope::Unspecified | v1::Scope::Private => {
                 principal.require(Role::Writer)?;
-                let key = self.private(&principal.tenant, user)?;
-                self.note(&principal.tenant, user)?;
+                check_user(user)?;
+                let (key, busy) = self.note(&principal.tenant, user)?;
+                noted = busy;
                 key
             }
             v1::Scope::Org => {
@@ -163,10 +202,10 @@ impl Tenants {
         };
         let writer = self.writers.number(principal).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "a writer was not written down");
-            Status::unavailable("the node cannot write what it must not forget; its log says why")
+            unwritten()
         })?;
         let (sight, trusted) = (self.sight(&principal.tenant), principal.roles.has(Role::Publisher));
-        Ok(Place { key, writer, sight, trusted })
+        Ok(Place { key, writer, sight, trusted, _user: noted })
     }
 
     /// Takes back all that an account has put, in whatever scope. Returns how many objects went; `None` if it never put anything.
@@ -199,14 +238,8 @@ impl Tenants {
     }
 
     fn private(&self, tenant: &TenantId, user: &str) -> Result<ScopeKey, Status> {
-        if !user.is_empty() && !is_name(user) {
-            return Err(Status::invalid_argument(
-                "`user` must be 1 to 128 ASCII letters, digits, '-', '_', '.', '@' or ':'",
-            ));
-        }
-        let tenant = self.get(tenant);
-        let epoch = tenant.record().epoch;
-        Ok(self.owned(self.private_at(&tenant.id, user, epoch), || private_owner(&tenant.id, epoch)))
+        check_user(user)?;
+        Ok(self.private_at(tenant, user, self.get(tenant).epoch()))
     }
 
     /// '/' is in no name, so a user's scope is never another tenant's.
@@ -225,7 +258,7 @@ impl Tenants {
         self.owned(ScopeKey::derive(&self.root, ScopeKind::Public, "public", 0), || "public".into())
     }
 
-    /// Tells the keeper of the keys whose scope this is.
+    /// Tells the keeper of the keys whose scope this is. Of scopes that are only read it need not know.
     fn owned(&self, key: ScopeKey, owner: impl Fn() -> String) -> ScopeKey {
         if let Some(keys) = &self.keys {
             keys.own(key.tag(), &owner());
@@ -249,40 +282,62 @@ impl Tenants {
         tag.0[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Writes a user down before anything is stored for it.
-    fn note(&self, tenant: &TenantId, user: &str) -> Result<(), Status> {
+    /// The scope of a user, who is written down before anything is stored for it.
+    fn note(&self, tenant: &TenantId, user: &str) -> Result<(ScopeKey, Option<Busy>), Status> {
         let tenant = self.get(tenant);
-        let mut record = tenant.record();
-        if user.is_empty() || record.users.contains(user) {
-            return Ok(());
+        let mut state = tenant.state();
+        let State { record, users } = &mut *state;
+        let key = self.private_at(&tenant.id, user, record.epoch);
+        let busy = if user.is_empty() {
+            None
+        } else if let Some(busy) = users.busy(user) {
+            Some(busy)
+        } else {
+            if users.is_full() {
+                self.make_room(&tenant.id, record.epoch, users)?;
+            }
+            let row = users::row(&tenant.id, record.epoch, user);
+            self.control.put(Table::Users, &row, &()).map_err(|error| {
+                tracing::error!(error = format!("{error:#}"), "a user was not written down");
+                unwritten()
+            })?;
+            users.add(user, key.tag());
+            users.busy(user)
+        };
+        let epoch = record.epoch;
+        Ok((self.owned(key, || private_owner(&tenant.id, epoch)), busy))
+    }
+
+    /// Forgets the users of a tenant of whom nothing is stored any more.
+    fn make_room(&self, tenant: &TenantId, epoch: u32, users: &mut Users) -> Result<(), Status> {
+        let idle = users.idle(Instant::now(), |scope| self.store.scope_bytes(scope) > 0);
+        if idle.is_empty() {
+            return Err(over("users", MAX_USERS as u64, MAX_USERS as u64, users::LOOK_INTERVAL_MS));
         }
-        if record.users.len() >= MAX_USERS {
-            return Err(exhausted(format!("this tenant has {MAX_USERS} users, the limit"), 60_000));
+        let rows: Vec<String> = idle.iter().map(|user| users::row(tenant, epoch, user)).collect();
+        self.control.delete_all(Table::Users, &rows).map_err(|error| {
+            tracing::error!(error = format!("{error:#}"), "users could not be forgotten");
+            unwritten()
+        })?;
+        for scope in idle.iter().filter_map(|user| users.remove(user)) {
+            self.keys.iter().for_each(|keys| keys.disown(scope));
         }
-        let mut with = record.clone();
-        with.users.insert(user.to_owned());
-        self.save(&tenant.id, &with)?;
-        *record = with;
         Ok(())
     }
 
     fn save(&self, tenant: &TenantId, record: &Record) -> Result<(), Status> {
         self.control.put(Table::Tenants, &tenant.0, record).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "a tenant's record was not written");
-            Status::unavailable("the node cannot write what it must not forget; its log says why")
+            unwritten()
         })
     }
 
     /// The private scopes of a tenant.
     pub(crate) fn scopes(&self, tenant: &TenantId) -> Vec<ScopeTag> {
         let tenant = self.get(tenant);
-        let record = tenant.record().clone();
-        self.tags(&tenant.id, record.epoch, &record.users)
-    }
-
-    fn tags(&self, tenant: &TenantId, epoch: u32, users: &BTreeSet<String>) -> Vec<ScopeTag> {
-        let names = std::iter::once("").chain(users.iter().map(String::as_str));
-        names.map(|user| self.private_at(tenant, user, epoch).tag()).collect()
+        let state = tenant.state();
+        let own = self.private_at(&tenant.id, "", state.record.epoch).tag();
+        std::iter::once(own).chain(state.users.all().map(|(_, scope)| scope)).collect()
     }
 
     /// Whose each scope is, for people.
@@ -293,11 +348,10 @@ impl Tenants {
                 let key = ScopeKey::derive(&self.root, ScopeKind::Org, &org, 0);
                 owners.insert(key.tag(), format!("org {org}"));
             }
-            let record = self.get(&id).record().clone();
-            owners.insert(self.private_at(&id, "", record.epoch).tag(), id.0.clone());
-            for user in &record.users {
-                owners.insert(self.private_at(&id, user, record.epoch).tag(), format!("{id}/{user}"));
-            }
+            let tenant = self.get(&id);
+            let state = tenant.state();
+            owners.insert(self.private_at(&id, "", state.record.epoch).tag(), id.0.clone());
+            owners.extend(state.users.all().map(|(user, scope)| (scope, format!("{id}/{user}"))));
         }
         owners
     }
@@ -323,12 +377,12 @@ impl Tenants {
             Status::unavailable("the key could not be destroyed: try again; the node's log says why")
         })?;
         {
-            let mut record = tenant.record();
-            let mut next = record.clone();
-            next.erasing.push((record.epoch, std::mem::take(&mut next.users)));
+            let mut state = tenant.state();
+            let mut next = state.record.clone();
+            next.erasing.push((next.epoch, BTreeSet::new()));
             next.epoch += 1;
             self.save(&tenant.id, &next)?;
-            *record = next;
+            *state = State { record: next, users: Users::default() };
         }
         stop()?;
         self.finish_erasing(&tenant, store).map_err(|error| {
@@ -346,13 +400,19 @@ impl Tenants {
     }
 
     fn finish_erasing(&self, tenant: &Tenant, store: &Store) -> anyhow::Result<(u64, Vec<u32>)> {
-        let erasing = tenant.record().erasing.clone();
-        let (mut objects, mut epochs) = (0, Vec::new());
+        let erasing = tenant.state().record.erasing.clone();
+        let (mut objects, mut epochs, mut rows) = (0, Vec::new(), Vec::new());
         for (epoch, users) in &erasing {
             // First the keys: from here on nothing of it can be read, whatever becomes of the rest.
             self.destroy_key(tenant, *epoch)?;
-            for tag in self.tags(&tenant.id, *epoch, users) {
-                objects += store.erase(Erase::Scope(tag)).context("a scope cannot be erased")?;
+            let noted =
+                self.control.scan::<()>(Table::Users, &users::row(&tenant.id, *epoch, ""), "", usize::MAX)?;
+            rows.extend(noted.into_iter().map(|(row, ())| row));
+            let noted = rows.iter().filter_map(|row| users::of_row(row)).filter(|(_, of, _)| of == epoch);
+            let names = noted.map(|(_, _, user)| user).chain(users.iter().map(String::as_str));
+            for user in std::iter::once("").chain(names) {
+                let scope = self.private_at(&tenant.id, user, *epoch).tag();
+                objects += store.erase(Erase::Scope(scope)).context("a scope cannot be erased")?;
             }
             epochs.push(*epoch);
         }
@@ -360,9 +420,10 @@ impl Tenants {
         for writer in self.writers.of(&tenant.id).iter() {
             objects += store.erase(Erase::Writer(*writer)).context("a writer cannot be erased")?;
         }
-        let mut record = tenant.record();
-        record.erasing.retain(|(epoch, _)| !epochs.contains(epoch));
-        self.control.put(Table::Tenants, &tenant.id.0, &*record)?;
+        self.control.delete_all(Table::Users, &rows)?;
+        let mut state = tenant.state();
+        state.record.erasing.retain(|(epoch, _)| !epochs.contains(epoch));
+        self.control.put(Table::Tenants, &tenant.id.0, &state.record)?;
         Ok((objects, epochs))
     }
 
@@ -410,11 +471,11 @@ impl Tenant {
     }
 
     pub(crate) fn epoch(&self) -> u32 {
-        self.record().epoch
+        self.state().record.epoch
     }
 
-    fn record(&self) -> std::sync::MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -446,6 +507,17 @@ fn charge(
     }
 }
 
+fn check_user(user: &str) -> Result<(), Status> {
+    if user.is_empty() || is_name(user) {
+        return Ok(());
+    }
+    Err(Status::invalid_argument("`user` must be 1 to 128 ASCII letters, digits, '-', '_', '.', '@' or ':'"))
+}
+
+fn unwritten() -> Status {
+    Status::unavailable("the node cannot write what it must not forget; its log says why")
+}
+
 fn no_org() -> Status {
     Status::permission_denied("the operator's policy joins this tenant to no org")
 }
@@ -475,3 +547,6 @@ pub(crate) fn exhausted(text: impl Into<String>, retry_after_ms: u64) -> Status 
     status.metadata_mut().insert("grpc-retry-pushback-ms", retry_after_ms.into());
     status
 }
+
+#[cfg(test)]
+mod tests;

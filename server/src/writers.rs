@@ -16,6 +16,7 @@ use esker_store::{Found, Store};
 
 use crate::control::{Control, Table};
 use crate::principal::{Principal, TenantId};
+use crate::users::Busy;
 
 /// Accounts that are told apart.
 const MAX_WRITERS: usize = 1_000_000;
@@ -42,6 +43,8 @@ pub(crate) struct Place {
     pub(crate) sight: Sight,
     /// Its word is enough for everyone.
     pub(crate) trusted: bool,
+    /// The user whose scope it is, who is not forgotten meanwhile.
+    pub(crate) _user: Option<Busy>,
 }
 
 /// What a tenant finds of what is stored under names that it can make.
@@ -121,7 +124,7 @@ impl Place {
     /// A scope of one tenant, and nobody who was named.
     pub(crate) fn unshared(key: ScopeKey) -> Self {
         let sight = Sight { org: None, own: Arc::default() };
-        Self { key, writer: WriterId::UNNAMED, sight, trusted: false }
+        Self { key, writer: WriterId::UNNAMED, sight, trusted: false, _user: None }
     }
 
     /// Whether several tenants write here.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use esker_store::{AGE_BOUNDS_S, Amount, StoreStat};
+use esker_store::{AGE_BOUNDS_S, Amount, StoreSettings, StoreStat, TtlClass};
 use indicatif::{HumanBytes, HumanDuration};
 use serde_json::{Map, Value, json};
 
@@ -49,42 +49,64 @@ fn amplification(found: &StoreStat) -> f64 {
     }
 }
 
-/// The groups of objects, each with its title and its rows.
-fn groups(found: &StoreStat) -> [(&'static str, Vec<(String, Amount)>); 4] {
+/// Objects by one of their properties.
+struct Group {
+    title: &'static str,
+    rows: Vec<(String, Amount)>,
+    /// Whether the store tells how often they were hit.
+    tells_hits: bool,
+}
+
+fn groups(found: &StoreStat) -> [Group; 4] {
     let age = |(bound, amount): (u32, Amount)| {
         let name = if bound == u32::MAX { "older".into() } else { format!("below {} h", bound / 3600) };
         (name, amount)
     };
+    let group = |title, rows| Group { title, rows, tells_hits: true };
     [
-        ("namespaces", found.namespaces.iter().map(|(id, amount)| (hex(&id.0), *amount)).collect()),
-        ("scopes", found.scopes.iter().map(|(tag, amount)| (hex(&tag.0), *amount)).collect()),
-        ("classes", found.classes.iter().map(|(class, amount)| (class.0.to_string(), *amount)).collect()),
-        ("ages", AGE_BOUNDS_S.into_iter().zip(found.ages).map(age).collect()),
+        group("namespaces", found.namespaces.iter().map(|(id, amount)| (hex(&id.0), *amount)).collect()),
+        group("scopes", found.scopes.iter().map(|(tag, amount)| (hex(&tag.0), *amount)).collect()),
+        group("classes", found.classes.iter().map(|(class, amount)| (class_name(*class), *amount)).collect()),
+        Group {
+            title: "ages",
+            rows: AGE_BOUNDS_S.into_iter().zip(found.ages).map(age).collect(),
+            tells_hits: false,
+        },
     ]
+}
+
+/// As requests name it. The times are those of a server, which has no others.
+fn class_name(class: TtlClass) -> String {
+    let minutes = |ttl: &std::time::Duration| ttl.as_secs() / 60;
+    match StoreSettings::default().ttl_classes.get(usize::from(class.0)).map(minutes) {
+        _ if class == TtlClass::PERMANENT => "permanent".into(),
+        Some(minutes) if minutes.is_multiple_of(60) => format!("{}h", minutes / 60),
+        Some(minutes) => format!("{minutes}m"),
+        None => format!("class {}", class.0),
+    }
+}
+
+/// One row of text.
+fn line(name: &str, amount: &Amount, tells_hits: bool) -> String {
+    let (raw, stored) =
+        (HumanBytes(amount.raw_bytes).to_string(), HumanBytes(amount.stored_bytes).to_string());
+    let (tokens, objects, ratio) = (amount.tokens, amount.objects, ratio(amount));
+    let row = format!(
+        "{name:<64} {tokens:>12} tokens {objects:>9} objects {raw:>12} raw {stored:>12} stored {ratio:>6.2}x"
+    );
+    let (hits, of) = (amount.hits.count, amount.hits.tokens);
+    if tells_hits { format!("{row} {hits:>9} hits of {of:>12} tokens") } else { row }
 }
 
 fn tell(found: &StoreStat) -> anyhow::Result<()> {
     if found.in_use {
         say!("in use: this is how it was a moment ago; the server itself counts bytes written and read");
     }
-    let line = |name: &str, amount: &Amount| -> anyhow::Result<()> {
-        let (raw, stored) =
-            (HumanBytes(amount.raw_bytes).to_string(), HumanBytes(amount.stored_bytes).to_string());
-        say!(
-            "{name:<64} {:>12} tokens {:>9} objects {raw:>12} raw {stored:>12} stored {:>6.2}x {:>9} hits of {:>12} tokens",
-            amount.tokens,
-            amount.objects,
-            ratio(amount),
-            amount.hits.count,
-            amount.hits.tokens
-        );
-        Ok(())
-    };
-    line("all", &found.total)?;
-    for (title, rows) in groups(found) {
+    say!("{}", line("all", &found.total, true));
+    for Group { title, rows, tells_hits } in groups(found) {
         say!("{title}");
         for (name, amount) in rows.iter().filter(|(_, amount)| amount.objects > 0) {
-            line(&format!("  {name}"), amount)?;
+            say!("{}", line(&format!("  {name}"), amount, tells_hits));
         }
     }
     say!("leases: {}", found.leases.len());
@@ -119,16 +141,21 @@ fn tell(found: &StoreStat) -> anyhow::Result<()> {
 }
 
 fn to_json(found: &StoreStat) -> Value {
-    let amount = |amount: &Amount| {
-        json!({"tokens": amount.tokens, "objects": amount.objects, "raw_bytes": amount.raw_bytes,
-               "stored_bytes": amount.stored_bytes, "compression_ratio": ratio(amount),
-               "hits": amount.hits.count, "hit_tokens": amount.hits.tokens})
+    let amount = |amount: &Amount, tells_hits: bool| {
+        let mut fields = json!({"tokens": amount.tokens, "objects": amount.objects, "raw_bytes": amount.raw_bytes,
+                                "stored_bytes": amount.stored_bytes, "compression_ratio": ratio(amount)});
+        if tells_hits {
+            fields["hits"] = amount.hits.count.into();
+            fields["hit_tokens"] = amount.hits.tokens.into();
+        }
+        fields
     };
     let mut whole = Map::new();
     whole.insert("in_use".into(), found.in_use.into());
-    whole.insert("total".into(), amount(&found.total));
-    for (title, rows) in groups(found) {
-        let rows: Map<String, Value> = rows.iter().map(|(name, of)| (name.clone(), amount(of))).collect();
+    whole.insert("total".into(), amount(&found.total, true));
+    for Group { title, rows, tells_hits } in groups(found) {
+        let rows: Map<String, Value> =
+            rows.iter().map(|(name, of)| (name.clone(), amount(of, tells_hits))).collect();
         whole.insert(title.into(), rows.into());
     }
     let leases = found
@@ -150,4 +177,38 @@ fn to_json(found: &StoreStat) -> Value {
     whole.insert("index_bytes".into(), found.index_bytes.into());
     whole.insert("table_bytes".into(), found.table_bytes.into());
     whole.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_have_their_names_and_ages_tell_no_hits() {
+        let some = Amount { objects: 3, tokens: 384, ..Amount::default() };
+        let classes = [TtlClass(0), TtlClass(1), TtlClass(2), TtlClass(3), TtlClass::PERMANENT, TtlClass(9)];
+        let found = StoreStat {
+            classes: classes.into_iter().map(|class| (class, some)).collect(),
+            ages: [some; AGE_BOUNDS_S.len()],
+            ..StoreStat::default()
+        };
+        let json = to_json(&found);
+        let names: Vec<&String> = json["classes"].as_object().unwrap().keys().collect();
+        assert!(
+            ["5m", "1h", "24h", "72h", "permanent", "class 9"]
+                .iter()
+                .all(|name| json["classes"][name]["hits"] == 0),
+            "{names:?}"
+        );
+        assert_eq!((names.len(), &json["total"]["hit_tokens"]), (6, &json!(0)));
+        for (name, age) in json["ages"].as_object().unwrap() {
+            assert_eq!(
+                (&age["tokens"], age.get("hits"), age.get("hit_tokens")),
+                (&json!(384), None, None),
+                "{name}"
+            );
+        }
+        assert!(line("24h", &some, true).ends_with("0 hits of            0 tokens"));
+        assert!(!line("older", &some, false).contains("hits"));
+    }
 }

@@ -14,13 +14,15 @@ use crate::ledger::head::Head;
 use crate::ledger::index::{account_key, name_value};
 use crate::ledger::segment::SegmentHeader;
 use crate::ledger::sums::Account;
+use crate::principal::TenantId;
+use crate::replay::{Owner, Replay};
 
 /// Of each target.
 const MUTATIONS: usize = 8_000;
 
 type Target = fn(&[u8]) -> bool;
 
-const TARGETS: [(&str, Target); 16] = [
+const TARGETS: [(&str, Target); 17] = [
     ("zmtp", zmtp),
     ("ledger_frame", ledger_frame),
     ("ledger_head", ledger_head),
@@ -37,6 +39,7 @@ const TARGETS: [(&str, Target); 16] = [
     ("warmup_prompts", warmup_prompts),
     ("warmup_job", warmup_job),
     ("sink_answer", sink_answer),
+    ("replay_file", replay_file),
 ];
 
 #[test]
@@ -135,6 +138,17 @@ fn write(corpus: &Path) {
     let header =
         SegmentHeader { number: 2, first_sequence: 9, chain: [3; 32], previous: 1, previous_end: 4104 };
     save("ledger_head", "segment", &header.encode());
+
+    let dir = tempfile::tempdir().unwrap();
+    let (path, scope) = (dir.path().join("replay"), esker_prefix::ScopeTag([0; 16]));
+    let owner = |tenant: &TenantId| Owner { tenant: tenant.clone(), epoch: 0, scope };
+    let replay = Replay::open(&path, None, owner);
+    for (number, text) in ["<tool_call>{\"name\": \"f\"}</tool_call>", "one more", ""].into_iter().enumerate()
+    {
+        replay.remember_call(&owner(&TenantId("acme".into())), &number.to_string(), text);
+    }
+    drop(replay);
+    save("replay_file", "file", &std::fs::read(&path).unwrap());
 
     let account = Account {
         hour_unix_s: 1_795_003_200,

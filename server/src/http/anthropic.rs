@@ -19,6 +19,7 @@ use super::{Site, body, sse};
 use crate::chat_template::conversation::{Conversation, Message, Role, ToolCall};
 use crate::chat_template::tool_call;
 use crate::principal::Principal;
+use crate::replay::Owner;
 
 #[derive(Deserialize)]
 struct Asked {
@@ -240,7 +241,8 @@ pub(super) async fn count_tokens(
         let mut asked: Asked = body::json(request).await?;
         asked.check()?;
         engine_of(&site, &asked.model)?;
-        Ok(prompt(&site, &principal, asked.conversation()?).await?.len())
+        let owner = site.node.tenants.reminded(&principal.tenant);
+        Ok(prompt(&site, &owner, asked.conversation()?).await?.len())
     };
     let count = count.await.map_err(|failure: Failure| failure.shaped(Shape::Anthropic))?;
     Ok(Json(json!({"input_tokens": count})))
@@ -256,8 +258,9 @@ async fn answer(site: Site, principal: Principal, request: Request) -> Result<Re
     let offered = !conversation.tools.is_empty();
     let mut stops = asked.stop_sequences.clone();
     stops.extend(engine.loaded.template.stops());
+    let owner = site.node.tenants.reminded(&principal.tenant);
     let ask = Ask {
-        prompt: prompt(&site, &principal, conversation).await?,
+        prompt: prompt(&site, &owner, conversation).await?,
         max_tokens: Some(max_tokens),
         temperature: asked.temperature,
         top_p: asked.top_p,
@@ -273,10 +276,10 @@ async fn answer(site: Site, principal: Principal, request: Request) -> Result<Re
         ttl,
         block_tokens,
         offered,
-        tenant: principal.tenant.clone(),
+        owner: owner.clone(),
         site: site.clone(),
     };
-    let completion = Completion::start(&site, principal, ask).await?;
+    let completion = Completion::start(&site, principal, owner, ask).await?;
     if asked.stream {
         return Ok(sse::response(|events| write(events, completion, reply)));
     }
@@ -295,7 +298,7 @@ struct Reply {
     ttl: v1::TtlClass,
     block_tokens: u64,
     offered: bool,
-    tenant: crate::principal::TenantId,
+    owner: Owner,
     site: Site,
 }
 
@@ -325,7 +328,7 @@ impl Reply {
         for (at, call) in calls.into_iter().enumerate() {
             let id = format!("toolu_{:016x}", random());
             if at == 0 {
-                self.site.replay.remember_call(&self.tenant, &id, &ended.text);
+                self.site.node.replay.remember_call(&self.owner, &id, &ended.text);
             }
             content.push(json!({"type": "tool_use", "id": id, "name": call.name, "input": call.arguments}));
         }

@@ -14,6 +14,7 @@ use super::Site;
 use super::failure::Failure;
 use crate::node::Engine;
 use crate::principal::Principal;
+use crate::replay::Owner;
 
 /// New tokens where the caller does not say.
 pub(super) const DEFAULT_NEW_TOKENS: u32 = 256;
@@ -39,7 +40,7 @@ pub(super) struct Ask {
 /// A completion under way. Dropping it stops the decoder.
 pub(super) struct Completion {
     site: Site,
-    principal: Principal,
+    owner: Owner,
     replies: ReceiverStream<Result<v1::GenerateReply, Status>>,
     prompt: Vec<TokenId>,
     text: String,
@@ -76,7 +77,12 @@ impl Ask {
 }
 
 impl Completion {
-    pub(super) async fn start(site: &Site, principal: Principal, ask: Ask) -> Result<Self, Failure> {
+    pub(super) async fn start(
+        site: &Site,
+        principal: Principal,
+        owner: Owner,
+        ask: Ask,
+    ) -> Result<Self, Failure> {
         ask.check()?;
         // The wire has 0 for "not set", here it means what it says.
         let max_new_tokens = ask.max_tokens.unwrap_or(DEFAULT_NEW_TOKENS);
@@ -97,10 +103,10 @@ impl Completion {
             ..Default::default()
         };
         let mut request = Request::new(message);
-        request.extensions_mut().insert(principal.clone());
+        request.extensions_mut().insert(principal);
         let replies = site.decoder.generate(request).await?.into_inner();
         let (text, sampled) = (String::new(), Vec::new());
-        Ok(Self { site: site.clone(), principal, replies, prompt: ask.prompt, text, sampled })
+        Ok(Self { site: site.clone(), owner, replies, prompt: ask.prompt, text, sampled })
     }
 
     /// `None` after the end.
@@ -139,9 +145,8 @@ impl Completion {
 
     fn remember(&self) -> Result<(), Failure> {
         let engine = engine(&self.site)?;
-        let (tenant, tokenizer) = (&self.principal.tenant, &engine.loaded.tokenizer);
-        let remembered =
-            self.site.replay.remember(tenant, tokenizer, &self.prompt, &self.text, &self.sampled);
+        let (replay, tokenizer) = (&self.site.node.replay, &engine.loaded.tokenizer);
+        let remembered = replay.remember(&self.owner, tokenizer, &self.prompt, &self.text, &self.sampled);
         remembered.map_err(|error| Failure::broken(error.to_string()))
     }
 }

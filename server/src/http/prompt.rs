@@ -7,27 +7,27 @@ use super::Site;
 use super::completion::engine;
 use super::failure::Failure;
 use crate::chat_template::conversation::Conversation;
-use crate::principal::Principal;
+use crate::replay::Owner;
 
 /// See the module. On a thread of its own: a long conversation takes a while to tokenize.
 pub(super) async fn prompt(
     site: &Site,
-    principal: &Principal,
+    owner: &Owner,
     conversation: Conversation,
 ) -> Result<Vec<TokenId>, Failure> {
-    let (site, tenant) = (site.clone(), principal.tenant.clone());
+    let (site, owner) = (site.clone(), owner.clone());
     let mut conversation = conversation;
     let work = tokio::task::spawn_blocking(move || {
         let unusable = |error: &dyn std::fmt::Display| Failure::invalid(error.to_string()).about("messages");
         let engine = engine(&site)?;
-        site.replay.recall_calls(&tenant, &mut conversation);
+        site.node.replay.recall_calls(&owner, &mut conversation);
         let parts = engine.loaded.template.render(&conversation).map_err(|refused| unusable(&refused))?;
         let bytes: usize = parts.iter().map(|part| part.as_str().len()).sum();
         if bytes > MAX_TEXT_BYTES {
             let long = format!("the conversation has {bytes} bytes of text, the limit is {MAX_TEXT_BYTES}");
             return Err(Failure::invalid(long).about("messages"));
         }
-        site.replay.tokens(&tenant, &engine.loaded.tokenizer, &parts).map_err(|error| unusable(&error))
+        site.node.replay.tokens(&owner, &engine.loaded.tokenizer, &parts).map_err(|error| unusable(&error))
     });
     work.await.map_err(|error| {
         tracing::error!(%error, "a prompt could not be made");

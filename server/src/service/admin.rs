@@ -42,6 +42,9 @@ impl v1::admin_server::Admin for AdminService {
                 node.warmups.erase(&tenant)
             });
             node.events.cleared(&scopes);
+            // Also where the records are not all gone yet: this cannot be asked for again.
+            let forgotten = node.replay.forget(&tenant, node.tenants.get(&tenant).epoch());
+            let erased = erased.and_then(|erased| forgotten.then_some(erased).ok_or_else(unforgotten));
             let result = if erased.is_ok() { "ok" } else { "unfinished" };
             let objects = erased.as_ref().map_or(0, |(objects, _)| *objects);
             node.audit.record(&Event::new(&principal, "erase-tenant", tenant.0, result).count(objects));
@@ -105,4 +108,10 @@ impl v1::admin_server::Admin for AdminService {
         })
         .await
     }
+}
+
+fn unforgotten() -> Status {
+    Status::unavailable(
+        "the records are gone; what was remembered of answers goes when the node starts again",
+    )
 }

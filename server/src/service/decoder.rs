@@ -12,7 +12,7 @@ use esker_proto::v1::{self, generate_reply, generate_request};
 use esker_proto::{MAX_TEXT_BYTES, WireError, check_tokens};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::bill::{Bill, Served};
 use super::put::ttl_class;
@@ -24,6 +24,7 @@ use crate::node::{Engine, Node};
 use crate::principal::{Principal, Role, principal_of};
 use crate::tenants::exhausted;
 use crate::traces::Call;
+use crate::writers::Place;
 
 /// Generations that compute at a time: each uses every core by itself.
 const RUNNING: usize = 2;
@@ -59,14 +60,7 @@ impl DecoderService {
     fn job(&self, principal: &Principal, request: v1::GenerateRequest) -> Result<Job, Status> {
         let engine = self.engine()?;
         let class = ttl_class(request.ttl());
-        // Who stores as much as it may is answered all the same.
-        let tenant = self.node.tenants.of(principal);
-        let stores = principal.roles.has(Role::Writer)
-            && self.node.tenants.admit_stored(&self.node.store, &tenant).is_ok();
-        let place = match stores {
-            true => self.node.tenants.writable(principal, &request.user, v1::Scope::Private)?,
-            false => self.node.tenants.own_place(principal, &request.user)?,
-        };
+        let (place, stores) = self.place(principal, &request.user)?;
         let prompt = match request.prompt.ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
             generate_request::Prompt::Tokens(tokens) => check_tokens(tokens.ids).map_err(from_wire)?,
             generate_request::Prompt::Text(text) => tokenize(engine, &text)?,
@@ -105,6 +99,24 @@ impl DecoderService {
                 bytes => Some(bytes),
             },
         })
+    }
+
+    /// Where a generation looks and stores, and whether it stores. For want of room for one more user, or of a drive that can be
+    /// written, nobody goes without an answer.
+    fn place(&self, principal: &Principal, user: &str) -> Result<(Place, bool), Status> {
+        let tenants = &self.node.tenants;
+        if principal.roles.has(Role::Writer) {
+            // Who stores as much as it may is answered all the same.
+            let admitted = tenants.admit_stored(&self.node.store, &tenants.of(principal));
+            match admitted.and_then(|()| tenants.writable(principal, user, v1::Scope::Private)) {
+                Ok(place) => return Ok((place, true)),
+                Err(refused) if matches!(refused.code(), Code::ResourceExhausted | Code::Unavailable) => {
+                    tracing::debug!(tenant = %principal.tenant, reason = refused.message(), "an answer is not stored");
+                }
+                Err(refused) => return Err(refused),
+            }
+        }
+        Ok((tenants.own_place(principal, user)?, false))
     }
 }
 
@@ -309,5 +321,52 @@ fn usage(account: &Account, record: &v1::UsageRecord) -> v1::GenerateUsage {
         rest_of_text: account.rest_of_text.clone(),
         stop_sequence: account.stop_sequence.clone().unwrap_or_default(),
         finish_reason: if account.stopped { v1::FinishReason::Stop } else { v1::FinishReason::Length }.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use esker_decoder::KvFormat;
+    use esker_store::StoreSettings;
+    use tokio_stream::StreamExt;
+    use v1::decoder_server::Decoder;
+
+    use super::*;
+    use crate::bundled;
+    use crate::node::NodeSettings;
+    use crate::users::MAX_USERS;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_finds_no_room_is_answered_and_nothing_is_stored() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
+        let settings = NodeSettings { data: dir.path().to_owned(), store, ..NodeSettings::default() };
+        let node = Node::open(&settings, Some(bundled::load(KvFormat::Bf16, 128).unwrap())).unwrap();
+        let service = DecoderService::new(Arc::new(node));
+        let stores = async |user: &str| {
+            let prompt = Some(generate_request::Prompt::Text("In the beginning ".repeat(60)));
+            let message =
+                v1::GenerateRequest { prompt, max_new_tokens: 1, user: user.into(), ..Default::default() };
+            let mut request = Request::new(message);
+            request.extensions_mut().insert(Principal::local());
+            let mut replies = service.generate(request).await.unwrap().into_inner();
+            let (mut stores, mut ended) = (None, false);
+            while let Some(reply) = replies.next().await {
+                match reply.unwrap().event {
+                    Some(generate_reply::Event::Prompt(done)) => stores = Some(done.stores),
+                    Some(generate_reply::Event::Usage(_)) => ended = true,
+                    _ => {}
+                }
+            }
+            assert!(ended, "{user:?} had no answer");
+            stores.unwrap()
+        };
+        assert!(stores("first").await);
+        for number in 1..MAX_USERS {
+            let tenants = &service.node.tenants;
+            tenants.writable(&Principal::local(), &format!("user{number}"), v1::Scope::Private).unwrap();
+        }
+        assert!(!stores("too-many").await);
+        assert!(stores("first").await && stores("").await);
     }
 }

@@ -14,6 +14,7 @@ use crate::http::failure::Failure;
 use crate::http::prompt::prompt;
 use crate::http::{Site, body, sse};
 use crate::principal::Principal;
+use crate::replay::Owner;
 
 #[derive(Deserialize)]
 struct Asked {
@@ -161,12 +162,13 @@ pub(in crate::http) async fn chat(
     let tools = !conversation.tools.is_empty();
     let (stream, with_usage) = (asked.common.stream, asked.common.wants_usage());
     let mut ask = asked.common.ask()?;
-    ask.prompt = prompt(&site, &principal, conversation).await?;
+    let owner = site.node.tenants.reminded(&principal.tenant);
+    ask.prompt = prompt(&site, &owner, conversation).await?;
     ask.stops.extend(engine.loaded.template.stops());
     let head =
         head(if stream { "chat.completion.chunk" } else { "chat.completion" }, &new_id("chatcmpl"), &site);
-    let completion = Completion::start(&site, principal.clone(), ask).await?;
-    let calls = Calls { site, principal, offered: tools };
+    let completion = Completion::start(&site, principal, owner.clone(), ask).await?;
+    let calls = Calls { site, owner, offered: tools };
     if stream {
         return Ok(sse::response(|events| write(events, completion, head, with_usage, calls)));
     }
@@ -180,7 +182,7 @@ pub(in crate::http) async fn chat(
 /// Finds the calls in what was written, where tools were offered.
 struct Calls {
     site: Site,
-    principal: Principal,
+    owner: Owner,
     offered: bool,
 }
 
@@ -195,7 +197,7 @@ impl Calls {
         for function in functions {
             let id = format!("call_{:016x}", random());
             if calls.is_empty() {
-                self.site.replay.remember_call(&self.principal.tenant, &id, text);
+                self.site.node.replay.remember_call(&self.owner, &id, text);
             }
             let function = json!({"name": function.name, "arguments": function.arguments.to_string()});
             calls.push(json!({"id": id, "type": "function", "function": function}));

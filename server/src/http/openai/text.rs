@@ -101,7 +101,8 @@ pub(in crate::http) async fn completions(
     ask.prompt = prompt;
     ask.max_tokens = ask.max_tokens.or(Some(DEFAULT_NEW_TOKENS));
     let head = head("text_completion", &new_id("cmpl"), &site);
-    let completion = Completion::start(&site, principal, ask).await?;
+    let owner = site.node.tenants.reminded(&principal.tenant);
+    let completion = Completion::start(&site, principal, owner, ask).await?;
     if stream {
         return Ok(sse::response(|events| write(events, completion, head, with_usage)));
     }
