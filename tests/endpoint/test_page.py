@@ -12,7 +12,8 @@ import openai
 
 from node import DOCUMENT, MODEL, NodeTest, stored
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NAMES = ["chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"]
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
@@ -89,7 +90,7 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@unittest.skipUnless(CHROMIUM, "there is no chromium here")
+@unittest.skipUnless(CHROMIUM, f"there is none of {', '.join(NAMES)} here, and .ci/setup-page could install none")
 class Page(NodeTest):
     @classmethod
     def setUpClass(cls):
