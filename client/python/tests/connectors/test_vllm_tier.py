@@ -247,7 +247,7 @@ def test_behind_a_hole_all_are_misses(node: Node, engines: list[Engine]) -> None
 
 
 def windowed(window_chunks: int) -> types.SimpleNamespace:
-    """A second group with a window, as vLLM 0.33 says it."""
+    """A second group with a window, of which the configuration says how long it is."""
     made = spec()
     made.config.groups[0].sliding_window_size_in_chunks = None
     made.config.groups[1].sliding_window_size_in_chunks = window_chunks

@@ -49,8 +49,8 @@ class _Group:
 class Groups:
     """The engine's groups, by the number in their keys.
 
-    vLLM 0.33 says of a group whether it has a window, and how long it is. Of older releases it is seen from how they ask: history
-    from the front, windows from the end.
+    Where the engine's configuration does not say of a group whether it has a window, and how long it is, it is seen from how the engine
+    asks: for history from the front, for windows from the end.
     """
 
     def __init__(self, groups: Iterable[Any], blocks_per_chunk: int) -> None:
