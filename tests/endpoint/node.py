@@ -48,6 +48,8 @@ class NodeTest(unittest.TestCase):
     def setUpClass(cls):
         cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.node = Node(cls.folder, *cls.options)
+        # Also where the rest of a set-up fails, and nothing is torn down.
+        cls.addClassCleanup(lambda: cls.node.process.poll() is None and cls.node.stop(kill=True))
 
     @classmethod
     def tearDownClass(cls):
