@@ -4,11 +4,14 @@ import contextlib
 import os
 import pathlib
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# This tree's own client.
+sys.path.insert(0, str(ROOT / "client/python/src"))
 DOCUMENT = (ROOT / "engine/decoder/model/demo/document.txt").read_text()
 MODEL = "esker-kjv-austen-8m"
 BLOCK = 128
@@ -45,6 +48,8 @@ class NodeTest(unittest.TestCase):
     def setUpClass(cls):
         cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.node = Node(cls.folder, *cls.options)
+        # Also where the rest of a set-up fails, and nothing is torn down.
+        cls.addClassCleanup(lambda: cls.node.process.poll() is None and cls.node.stop(kill=True))
 
     @classmethod
     def tearDownClass(cls):

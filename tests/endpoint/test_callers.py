@@ -1,45 +1,20 @@
 """Who may call: tokens of a policy, given as each library gives its key."""
 
-import base64
-import json
-import pathlib
 import tempfile
-import time
 
 import anthropic
 import httpx2 as httpx
-import jwt
 import openai
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from node import DOCUMENT, MODEL, NodeTest, stored
-
-KEY = Ed25519PrivateKey.generate()
-PUBLIC = base64.urlsafe_b64encode(KEY.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).rstrip(b"=").decode()
-POLICY = """
-[jwt]
-jwks = "jwks.json"
-audience = "esker"
-[tenants.acme]
-[tenants.apex]
-"""
-
-
-def token(tenant, *roles, life_s=600):
-    now = int(time.time())
-    claims = {"tenant": tenant, "roles": roles, "sub": "test", "aud": "esker", "iat": now, "exp": now + life_s}
-    return jwt.encode(claims, KEY, algorithm="EdDSA", headers={"kid": "k1"})
+from tokens import policy, token
 
 
 class Callers(NodeTest):
     @classmethod
     def setUpClass(cls):
-        folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        keys = {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": PUBLIC, "kid": "k1", "alg": "EdDSA"}]}
-        (folder / "jwks.json").write_text(json.dumps(keys))
-        (folder / "policy.toml").write_text(POLICY)
-        cls.options = ("--policy", str(folder / "policy.toml"))
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.options = ("--policy", policy(folder, "[tenants.acme]\n[tenants.apex]\n"))
         super().setUpClass()
 
     def chat(self, key):

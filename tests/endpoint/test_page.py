@@ -1,95 +1,29 @@
-"""The page at `/` in headless Chromium: it shows the node's figures, is walked by keyboard, names its parts, and fits a phone."""
+"""The page at `/` in headless Chromium: it shows the node's figures, is walked by keyboard, names its parts, and fits a phone.
 
-import json
+$ESKER_SCREENSHOTS is a folder for what it looked like, light and dark.
+"""
+
 import os
-import shutil
-import subprocess
+import pathlib
 import tempfile
 import time
 import unittest
 
 import openai
 
-from node import DOCUMENT, MODEL, NodeTest, stored
+from browser import CHROMIUM, NAMES, Browser
+from node import BLOCK, DOCUMENT, MODEL, Node, NodeTest, stored
+from tokens import policy, token
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+import esker  # node.py says where it is
 
-
-class Browser:
-    """Chromium over its debugging pipe: messages in JSON, each ended by a zero byte."""
-
-    def __init__(self, width, dark=False):
-        self.folder = tempfile.mkdtemp()
-        to_read, self.write = os.pipe()
-        self.read, to_write = os.pipe()
-
-        def pipes():
-            # As file descriptors 3 and 4, whatever numbers they had.
-            spare = [os.dup(to_read), os.dup(to_write)]
-            os.dup2(spare[0], 3)
-            os.dup2(spare[1], 4)
-
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
-        command += [f"--user-data-dir={self.folder}", f"--window-size={width},1200"]
-        command += ["--blink-settings=preferredColorScheme=0"] if dark else []
-        null = subprocess.DEVNULL
-        self.process = subprocess.Popen(
-            command, preexec_fn=pipes, close_fds=False, stdin=null, stdout=null, stderr=null
-        )
-        os.close(to_read)
-        os.close(to_write)
-        self.number, self.rest, self.session = 0, b"", None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-
-    def call(self, method, **params):
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        os.write(self.write, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self.rest:
-                more = os.read(self.read, 1 << 16)
-                if not more:
-                    raise RuntimeError("the browser is gone")
-                self.rest += more
-            text, self.rest = self.rest.split(b"\0", 1)
-            reply = json.loads(text)
-            if reply.get("id") == self.number:
-                if "error" in reply:
-                    raise RuntimeError(f"{method}: {reply['error']}")
-                return reply["result"]
-
-    def evaluate(self, script):
-        done = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in done:
-            raise RuntimeError(done["exceptionDetails"])
-        return done["result"].get("value")
-
-    def open(self, url, wanted):
-        self.call("Page.navigate", url=url)
-        until = time.monotonic() + 20
-        while not self.evaluate(wanted):
-            if time.monotonic() > until:
-                raise RuntimeError(f"{wanted} did not come: {self.evaluate('document.body.innerText')}")
-            time.sleep(0.1)
-
-    def press(self, key):
-        for kind in ["rawKeyDown", "keyUp"]:
-            code = {"Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}[key]
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(20)
-        os.close(self.write)
-        os.close(self.read)
-        # Its helpers may still write there for a moment.
-        shutil.rmtree(self.folder, ignore_errors=True)
+SCREENSHOTS = os.environ.get("ESKER_SCREENSHOTS")
+needs_chromium = unittest.skipUnless(
+    CHROMIUM, f"there is none of {', '.join(NAMES)} here, and .ci/setup-page could install none"
+)
 
 
-@unittest.skipUnless(CHROMIUM, "there is no chromium here")
+@needs_chromium
 class Page(NodeTest):
     @classmethod
     def setUpClass(cls):
@@ -161,3 +95,136 @@ class Page(NodeTest):
     def test_a_phone_shows_it_without_moving_sideways(self):
         browser = self.browse(width=500)
         self.assertLessEqual(browser.evaluate("document.documentElement.scrollWidth - innerWidth"), 0)
+
+
+TENANTS = """
+[tenants.acme]
+stored_bytes = 200_000_000
+[tenants.globex]
+stored_bytes = 50_000_000_000
+[tenants.operators]
+"""
+PRICES = """
+currency = "USD"
+hit = 28_000
+miss = 280_000
+write = { ttl_24h = 70_000 }
+completion = 420_000
+"""
+PAGES = esker.Layout.opaque("pages", 128, [65_536])
+
+
+@needs_chromium
+class Monday(NodeTest):
+    """A node to which things have happened: with tenants and prices, a session, warm-up jobs, a refusal and a damaged record."""
+
+    @classmethod
+    def setUpClass(cls):
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        prices = pathlib.Path(folder, "prices.toml")
+        prices.write_text(PRICES)
+        cls.options = ("--policy", policy(folder, TENANTS), "--prices", str(prices), "--codec", "raw", "--scrub-mb-per-s", "0")
+        super().setUpClass()
+        cls.acme = token("acme", "reader", "writer", "pinner", account="engine")
+        cls.reader = token("globex", "reader", account="dashboard")
+        with cls.client(cls.acme) as client:
+            content = os.urandom(65_536)
+            namespace = cls.pages(client)
+            client.put(namespace, [esker.Object(128, content)], engine_hashes=[b"page"], unchained=True)
+            text = DOCUMENT[:6000]
+            tokens = client.tokenize(text)
+            client.generate(tokens, max_new_tokens=2, user="ada")
+            described = client.describe()
+            own = esker.Namespace(described.namespace, described.layout)
+            until = time.monotonic() + 20
+            while client.lookup(own, tokens, grant=False, user="ada").tokens < len(tokens) // BLOCK * BLOCK:
+                assert time.monotonic() < until, "what was generated was not stored"
+                time.sleep(0.1)
+            client.open_session("ticket-4711", own, tokens, keep_s=4 * 3600, user="ada")
+            client.warm_up("morning", [DOCUMENT[:2000], DOCUMENT[3000:6000]])
+            done = [job.state for job in client.watch_warmup("morning", timeout_s=60)][-1]
+            assert done is esker.WarmupState.DONE, done
+        # One byte of the record is another now.
+        cls.node.stop()
+        assert damage(pathlib.Path(cls.folder, "data"), content[1000:1064]) == 1
+        cls.node = Node(cls.folder, *cls.options)
+        with cls.client(cls.acme) as client:
+            namespace = cls.pages(client)
+            found = client.lookup(namespace, engine_hashes=[b"page"], unchained=True)
+            assert not client.fetch(namespace, found.grant, blocks=[0]).whole
+            client.warm_up("nightly", [DOCUMENT[:9000]], max_tokens=100)
+            list(client.watch_warmup("nightly", timeout_s=60))
+        with cls.client(cls.reader) as client:
+            try:
+                client.warm_up("not-mine", ["text"])
+                raise AssertionError("a reader may not warm up")
+            except esker.EskerError:
+                pass
+        for key, end in [(cls.acme, "Who is there? "), (cls.acme, "Who is there? "), (cls.acme, "Nobody at all. ")]:
+            with openai.OpenAI(base_url=f"{cls.node.http}/v1", api_key=key, max_retries=0) as client:
+                messages = [{"role": "system", "content": DOCUMENT[:6000]}, {"role": "user", "content": end * 40}]
+                client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2, temperature=0)
+                stored()
+
+    @classmethod
+    def client(cls, bearer):
+        return esker.Client(cls.node.grpc, credentials=esker.Credentials(token=bearer))
+
+    @staticmethod
+    def pages(client):
+        return client.register_namespace(weights=b"w" * 32, tokenizer=b"t" * 32, layout=PAGES)
+
+    def browse(self, width=1280, dark=False):
+        """Signs in as an operator does, and waits for the last part."""
+        browser = Browser(width, dark)
+        self.addCleanup(browser.close)
+        browser.open(self.node.http, "document.querySelector('#token') !== null")
+        browser.evaluate("document.querySelector('#token').focus()")
+        browser.type(token("operators", "admin"))
+        browser.evaluate("document.querySelector('form button').click()")
+        browser.wait("document.querySelectorAll('[role=treeitem]').length > 1")
+        return browser
+
+    def card(self, browser, title):
+        return browser.evaluate(
+            f"[...document.querySelectorAll('section')].find(e => e.querySelector('h2').innerText === '{title}').innerText"
+        )
+
+    def test_each_part_says_what_happened(self):
+        browser = self.browse()
+        wanted = {
+            "Sessions": ["ticket-4711", "acme", "ada", "3 h"],
+            "Warm-up jobs": ["morning", "done", "2 of 2 prompts", "nightly"],
+            "Recent refusals and damage": ["refusal", "SubmitWarmup", "globex", "damage"],
+            "Tenants": ["acme", "globex", "Saved", "USD", "of 200 MB"],
+        }
+        for title, parts in wanted.items():
+            text = self.card(browser, title)
+            for part in parts:
+                self.assertIn(part, text, title)
+        text = browser.evaluate("document.body.innerText")
+        for part in ["1 record found damaged", "1 request refused", "Saved for tenants"]:
+            self.assertIn(part, text)
+
+    def test_it_is_seen_light_and_dark_wide_and_narrow(self):
+        folder = SCREENSHOTS or self.enterContext(tempfile.TemporaryDirectory())
+        for name, width, dark in [("light", 1280, False), ("dark", 1280, True), ("phone", 500, False)]:
+            browser = self.browse(width, dark)
+            path = pathlib.Path(folder, f"page-{name}.png")
+            browser.screenshot(path)
+            self.assertTrue(path.read_bytes().startswith(b"\x89PNG"))
+            self.assertLessEqual(browser.evaluate("document.documentElement.scrollWidth - innerWidth"), 0, name)
+
+
+def damage(folder, needle):
+    """Flips a byte where these bytes are stored; how often they were found. The node must not run."""
+    found = 0
+    for path in folder.rglob("*.seg*"):
+        content = path.read_bytes()
+        at = content.find(needle)
+        if at >= 0:
+            with path.open("r+b") as file:
+                file.seek(at)
+                file.write(bytes([needle[0] ^ 0xFF]))
+            found += 1
+    return found

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import esker
 from esker import Kind, Object, Outcome
+from esker.aio import MAX_BLOCKING
 from esker.buffers import flat
 from layouts import DSA, WINDOWED, blocks, fill, state
 from support import Node, within
@@ -255,3 +259,36 @@ def test_asyncio_client_has_the_same_calls(node: Node) -> None:
     asyncio.run(work())
     sync = {name for name in vars(esker.Client) if not name.startswith("_")}
     assert sync == {name for name in vars(esker.AsyncClient) if not name.startswith("_")}
+
+
+def test_the_asyncio_client_has_threads_of_its_own_and_ends_them(node: Node) -> None:
+    """Who fills the loop's own threads does not hold its puts up."""
+    wait = threading.Event()
+
+    def threads() -> int:
+        return sum(thread.name.startswith("esker-aio") for thread in threading.enumerate())
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        held = loop.run_in_executor(None, wait.wait)
+        try:
+            async with esker.AsyncClient(node.address) as client:
+                namespace = await client.register_namespace(weights=b"a" * 32, tokenizer=b"t" * 32, layout=DSA)
+                puts = [client.put(namespace, blocks(DSA, 1, salt=at), tokens=[at] * 200) for at in range(3 * MAX_BLOCKING)]
+                results = await asyncio.wait_for(asyncio.gather(*puts), 30)
+                assert all(result[0].stored for result in results)
+                assert 0 < threads() <= MAX_BLOCKING
+                last = asyncio.ensure_future(client.put(namespace, blocks(DSA, 4), tokens=list(range(600))))
+                await asyncio.sleep(0)
+            # It ended with the client, one way or the other: nobody waits for ever.
+            with contextlib.suppress(esker.EskerError, ValueError):
+                await asyncio.wait_for(last, 30)
+            with pytest.raises(RuntimeError, match="after shutdown"):
+                await client.put(namespace, blocks(DSA, 1), tokens=[1] * 200)
+        finally:
+            wait.set()
+            await held
+
+    asyncio.run(work())
+    assert within(10, lambda: threads() == 0)

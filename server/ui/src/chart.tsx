@@ -79,8 +79,11 @@ export function Chart({ title, times, series, top, log, show, empty }: Props) {
       : `${times[point]}: ${series
           .map((one) => `${one.name} ${one.values[point] === null ? "–" : show(one.values[point]!)}`)
           .join(", ")}`;
-  const marks = count < 2 ? [] : [0, 0.25, 0.5, 0.75, 1].map((part) => Math.round(part * (count - 1)));
-  const labels = width < 420 ? [marks[0], marks[2], marks[4]] : marks;
+  const spread = width < 420 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1];
+  // Of few points some have one time, and each is written once.
+  const labels = (count === 0 ? [] : spread.map((part) => Math.round(part * (count - 1)))).filter(
+    (index, place, all) => place === 0 || times[index] !== times[all[place - 1]],
+  );
 
   return (
     <figure class="chart">
@@ -121,7 +124,7 @@ export function Chart({ title, times, series, top, log, show, empty }: Props) {
               key={index}
               x={x(index)}
               y={HEIGHT - 5}
-              text-anchor={place === 0 ? "start" : place === labels.length - 1 ? "end" : "middle"}
+              text-anchor={labels.length === 1 ? "middle" : place === 0 ? "start" : place === labels.length - 1 ? "end" : "middle"}
             >
               {times[index]}
             </text>

@@ -254,32 +254,34 @@ export function Warmups({ seen }: { seen: Overview }) {
     return <p class="nothing">No warm-up job. One computes and stores prefixes before traffic asks for them.</p>;
   }
   return (
-    <table>
-      <thead>
-        <tr>
-          <th scope="col">Job</th>
-          <th scope="col">State</th>
-          <th scope="col" class="grow">Progress</th>
-        </tr>
-      </thead>
-      <tbody>
-        {seen.warmups.map((one) => (
-          <tr key={`${one.tenant}/${one.job}`}>
-            <th scope="row">
-              {one.job} <small>{one.tenant}</small>
-            </th>
-            <td>{one.state}</td>
-            <td>
-              <Meter part={one.tokens_done} of={one.tokens} />
-              <small>
-                {exact(one.prompts_done)} of {plural(one.prompts, "prompt")}
-                {one.reason && `; ${one.reason}`}
-              </small>
-            </td>
+    <div class="scroll" tabIndex={0} role="group" aria-label="Warm-up jobs">
+      <table>
+        <thead>
+          <tr>
+            <th scope="col">Job</th>
+            <th scope="col">State</th>
+            <th scope="col" class="grow">Progress</th>
           </tr>
-        ))}
-      </tbody>
-    </table>
+        </thead>
+        <tbody>
+          {seen.warmups.map((one) => (
+            <tr key={`${one.tenant}/${one.job}`}>
+              <th scope="row">
+                {one.job} <small>{one.tenant}</small>
+              </th>
+              <td>{one.state}</td>
+              <td>
+                <Meter part={one.tokens_done} of={one.tokens} />
+                <small class="note">
+                  {exact(one.prompts_done)} of {plural(one.prompts, "prompt")}
+                  {one.reason && `; ${one.reason}`}
+                </small>
+              </td>
+            </tr>
+          ))}
+        </tbody>
+      </table>
+    </div>
   );
 }
 

@@ -16,7 +16,10 @@ function scaled(value: number, step: number, units: string[]): string {
 export const bytes = (value: number) => scaled(value, 1000, ["B", "kB", "MB", "GB", "TB", "PB"]);
 export const count = (value: number) =>
   value < 10_000 ? whole.format(value) : scaled(value, 1000, ["", "k", "M", "bn", "tn"]);
-export const money = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 }).format;
+const cents = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+// What is less than a cent is not nothing.
+export const money = (value: number) =>
+  value !== 0 && Math.abs(value) < 0.005 ? (value > 0 ? "< 0.01" : "> -0.01") : cents.format(value);
 export const exact = (value: number) => whole.format(value);
 
 export function percent(part: number, of: number): string {

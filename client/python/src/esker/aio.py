@@ -7,9 +7,11 @@ comes back.
 from __future__ import annotations
 
 import asyncio
+import functools
 import types
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Union
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, Union
 
 import grpc
 import grpc.aio
@@ -41,6 +43,11 @@ from .errors import from_rpc
 from .layout import Layout
 from .wire import message
 
+#: Puts, and fetches through shared memory, that are under way at a time; more of them wait.
+MAX_BLOCKING = 8
+
+_T = TypeVar("_T")
+
 
 class AsyncClient:
     """A connection to one node.
@@ -67,6 +74,8 @@ class AsyncClient:
         self._stubs: dict[tuple[str, str], Any] = {}
         #: Puts, and payload through shared memory, go through it on threads: the loop never waits for them. It connects when used.
         self._blocking = Client(address, credentials=credentials, timeout_s=timeout_s)
+        #: Threads of its own: the loop's are few, and everybody's.
+        self._threads = ThreadPoolExecutor(MAX_BLOCKING, thread_name_prefix="esker-aio")
         self._is_local = bool(local_path(address))
 
     async def __aenter__(self) -> "AsyncClient":
@@ -80,6 +89,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the connection; calls in flight end with an error."""
         self._blocking.close()
+        # Those that still wait find the connection closed.
+        self._threads.shutdown(wait=False)
         await self._channel.close()
 
     # The prefix cache
@@ -142,7 +153,7 @@ class AsyncClient:
         may hold parts. Damage shortens the answer and is listed in ``Fetched.missing``; it never raises.
         """
         if self._is_local:
-            return await asyncio.to_thread(
+            return await self._on_thread(
                 self._blocking.fetch,
                 namespace,
                 grant,
@@ -176,7 +187,7 @@ class AsyncClient:
     ) -> list[Put]:
         """Stores objects of one prefix, parents first. One result per object: a refusal is a result too."""
         # On a thread: of a stream that the node ends while it is written to, grpc.aio loses why.
-        return await asyncio.to_thread(
+        return await self._on_thread(
             self._blocking.put,
             namespace,
             objects,
@@ -357,6 +368,10 @@ class AsyncClient:
         return completing.finish()
 
     # How calls are made
+
+    async def _on_thread(self, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, functools.partial(call, *arguments, **options))
 
     def _stub(self, method: Method, shape: str) -> Any:
         stub = self._stubs.get((method.path, shape))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class Need(enum.Enum):
@@ -56,15 +56,25 @@ def resume_points(groups: Sequence[Presence], block_tokens: int, limit_tokens: i
 
     A rank must give all of them, never only the greatest: what all ranks have in common may be shorter than each one's best.
     """
+    return list(_descending(groups, block_tokens, limit_tokens))[::-1]
+
+
+def best_point(groups: Sequence[Presence], block_tokens: int, limit_tokens: int) -> int:
+    """The greatest of them, or 0: for who has all ranks' state in one place."""
+    return next(_descending(groups, block_tokens, limit_tokens), 0)
+
+
+def _descending(groups: Sequence[Presence], block_tokens: int, limit_tokens: int) -> Iterator[int]:
     required = [group for group in groups if group.required]
     if not required:
-        return []
+        return
     for group in required:
         if group.need is Need.HISTORY:
             limit_tokens = min(limit_tokens, group.closed_tokens())
     rest = [group for group in required if group.need is not Need.HISTORY]
-    lengths = range(block_tokens, limit_tokens + 1, block_tokens)
-    return [tokens for tokens in lengths if all(group.supports(tokens) for group in rest)]
+    for tokens in range(limit_tokens // block_tokens * block_tokens, 0, -block_tokens):
+        if all(group.supports(tokens) for group in rest):
+            yield tokens
 
 
 def common(ranks: Sequence[Sequence[int]]) -> list[int]:

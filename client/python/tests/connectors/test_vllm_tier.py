@@ -109,6 +109,34 @@ def _slots(load_store_spec: object) -> list[int]:
     return [int(slot) for slot in (load_store_spec.chunk_ids if ids is None else ids)]  # type: ignore[attr-defined]
 
 
+CHUNK_TOKENS = 32
+
+
+def verdicts(engine: Engine, request: str, *asked: list[OffloadKey]) -> set[OffloadKey]:
+    """The keys that the tier calls hits, asked as vLLM's scheduler asks: group after group, each key with its place in the prompt,
+    history from the front and windows (lists that run backwards) from the end."""
+    context = ReqContext(req_id=request)
+    for keys in asked:
+        for one in keys:
+            context.set_offload_key_position(one, (int.from_bytes(one[:4], "big") + 1) * CHUNK_TOKENS)
+    engine.tier.on_new_request(context)
+
+    def answers() -> dict[OffloadKey, LookupResult] | None:
+        given = {one: engine.tier.lookup(one, context) for keys in asked for one in keys}
+        engine.tier.on_schedule_end(ScheduleEndContext((), ()))
+        return None if LookupResult.RETRY in given.values() else given
+
+    given = within(20, answers)
+    # A verdict stays.
+    assert answers() == given
+    return {one for one, answer in given.items() if answer is LookupResult.HIT}
+
+
+def put(engine: Engine, *keys: OffloadKey) -> None:
+    """Stores chunks, whatever they hold."""
+    assert all(engine.tier._stores.put({one: memoryview(os.urandom(ROW)) for one in keys}).values())
+
+
 def key(at: int, group: int = 0) -> OffloadKey:
     return OffloadKey(at.to_bytes(4, "big") * 8 + group.to_bytes(4, "big"))
 
@@ -190,6 +218,99 @@ def test_a_chunk_that_is_damaged_fails_alone_and_is_not_asked_again(node: Node, 
         assert engine.memory[slot].tobytes() == data[one]
     engine.tier.on_schedule_end(ScheduleEndContext((), ()))
     assert within(10, lambda: engine.tier.lookup(key(1), context) is LookupResult.MISS)
+
+
+def chunks(group: int, *at: int) -> list[OffloadKey]:
+    return [key(one, group) for one in at]
+
+
+def test_a_hit_lies_inside_the_longest_prefix_that_all_groups_have(node: Node, engines: list[Engine]) -> None:
+    engine = Engine(node)
+    engines.append(engine)
+    put(engine, *chunks(0, *range(10)), *chunks(1, *range(4)))
+    asked = chunks(0, *range(10)), chunks(1, *range(10))
+    assert verdicts(engine, "a", *asked) == {*chunks(0, 0, 1, 2, 3), *chunks(1, 0, 1, 2, 3)}
+    # Alone, the first group is whole: it is the other that ends it.
+    assert verdicts(engine, "b", asked[0]) == set(asked[0])
+    # What the engine or the tier above has is not asked for, and is no hole.
+    assert verdicts(engine, "c", chunks(0, 2, 3, 4, 5), chunks(1, 2, 3, 4, 5)) == {*chunks(0, 2, 3), *chunks(1, 2, 3)}
+
+
+def test_behind_a_hole_all_are_misses(node: Node, engines: list[Engine]) -> None:
+    engine = Engine(node)
+    engines.append(engine)
+    put(engine, *chunks(0, 0, 1, 3, 4, 5), *chunks(1, *range(6)))
+    asked = chunks(0, *range(6)), chunks(1, *range(6))
+    assert verdicts(engine, "a", *asked) == {*chunks(0, 0, 1), *chunks(1, 0, 1)}
+    put(engine, key(2))
+    assert verdicts(engine, "b", *asked) == {*asked[0], *asked[1]}
+
+
+def windowed(window_chunks: int) -> types.SimpleNamespace:
+    """A second group with a window, of which the configuration says how long it is."""
+    made = spec()
+    made.config.groups[0].sliding_window_size_in_chunks = None
+    made.config.groups[1].sliding_window_size_in_chunks = window_chunks
+    return made
+
+
+def test_a_window_is_needed_where_the_prefix_ends_and_nowhere_else(node: Node, engines: list[Engine]) -> None:
+    engine = Engine(node, offloading=windowed(2))
+    engines.append(engine)
+    # The window is whole before 4 chunks; before 10 one is missing, before 7 all but one.
+    put(engine, *chunks(0, *range(10)), *chunks(1, 0, 2, 3, 6, 9))
+    asked = chunks(0, *range(10)), chunks(1, *reversed(range(10)))
+    assert verdicts(engine, "a", *asked) == {*chunks(0, *range(4)), *chunks(1, 2, 3)}
+    put(engine, key(8, 1))
+    assert verdicts(engine, "b", *asked) == {*chunks(0, *range(10)), *chunks(1, 8, 9)}
+
+
+def test_a_window_that_the_engine_says_nothing_of_is_seen_from_how_it_asks(node: Node, engines: list[Engine]) -> None:
+    engine = Engine(node)
+    engines.append(engine)
+    put(engine, *chunks(0, *range(10)), *chunks(1, 2, 3))
+    asked = chunks(0, *range(10)), chunks(1, *reversed(range(10)))
+    assert verdicts(engine, "a", *asked) == {*chunks(0, *range(4)), *chunks(1, 2, 3)}
+    # The control: asked from the front it is history, with a hole at its start.
+    assert verdicts(engine, "b", chunks(0, *range(10)), chunks(1, *range(10))) == set()
+
+
+def test_what_is_asked_later_is_judged_by_what_was_answered(node: Node, engines: list[Engine]) -> None:
+    engine = Engine(node)
+    engines.append(engine)
+    put(engine, *chunks(0, *range(6)), *chunks(1, *range(3)))
+    context = ReqContext(req_id="r")
+    for one in chunks(0, *range(6)) + chunks(1, *range(6)):
+        context.set_offload_key_position(one, (int.from_bytes(one[:4], "big") + 1) * CHUNK_TOKENS)
+
+    def ask(keys: list[OffloadKey]) -> list[bool]:
+        def answers() -> list[LookupResult] | None:
+            given = [engine.tier.lookup(one, context) for one in keys]
+            engine.tier.on_schedule_end(ScheduleEndContext((), ()))
+            return None if LookupResult.RETRY in given else given
+
+        return [answer is LookupResult.HIT for answer in within(20, answers)]
+
+    assert ask(chunks(0, *range(6))) == [True] * 6
+    assert ask(chunks(1, *range(6))) == [True] * 3 + [False] * 3
+    assert ask(chunks(0, *range(6))) == [True] * 6, "verdicts stay"
+
+
+def test_a_lookup_never_waits(node: Node, engines: list[Engine]) -> None:
+    """Under the scheduler's lock: neither for the node nor for other requests that are judged."""
+    engine = Engine(node)
+    engines.append(engine)
+    put(engine, *chunks(0, *range(4)))
+    slow = engine.tier._stores.exists
+    engine.tier._stores.exists = lambda keys: time.sleep(1) or slow(keys)  # type: ignore[method-assign,func-returns-value]
+    context = ReqContext(req_id="r")
+    started = time.monotonic()
+    with engine.tier._judging:
+        for _ in range(50):
+            assert engine.tier.lookup(key(0), context) is LookupResult.RETRY
+            engine.tier.on_schedule_end(ScheduleEndContext((), ()))
+    assert time.monotonic() - started < 0.5
+    assert within(10, lambda: engine.tier.lookup(key(0), context) is LookupResult.HIT)
 
 
 def test_a_replicated_layout_stores_one_copy(node: Node, engines: list[Engine]) -> None:

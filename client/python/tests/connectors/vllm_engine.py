@@ -106,8 +106,18 @@ def main() -> None:
     )
     worker = get_kv_transfer_group()._worker if has_kv_transfer_group() else None
     tampering = [False]
+    # Of each page: its bytes in the engine's memory when it was saved, and the block that it was loaded into.
+    saved: dict[str, str] = {}
+    loaded: dict[str, tuple[int, int]] = {}
+
+    def name(group: int, page: bytes) -> str:
+        return f"{group}/{page.hex()}"
+
+    def digest(page) -> str:  # type: ignore[no-untyped-def]
+        return hashlib.blake2b(page.numpy().tobytes(), digest_size=16).hexdigest()
+
     if worker is not None:
-        scatter = worker._scatter
+        scatter, save, load = worker._scatter, worker._save, worker._load
 
         def scattered(group, chunks):  # type: ignore[no-untyped-def]
             if tampering[0]:
@@ -115,7 +125,16 @@ def main() -> None:
                     chunk.view(dtype=torch.float32).mul_(-1)
             scatter(group, chunks)
 
-        worker._scatter = scattered
+        def saving(pages, chunks, size):  # type: ignore[no-untyped-def]
+            saved.update((name(pages.group, pages.hashes[page]), digest(chunk)) for page, chunk in chunks.items())
+            save(pages, chunks, size)
+
+        def loading(asked):  # type: ignore[no-untyped-def]
+            for pages in asked.pages:
+                loaded.update((name(pages.group, pages.hashes[page]), (pages.group, block)) for page, block in pages.blocks.items())
+            load(asked)
+
+        worker._scatter, worker._save, worker._load = scattered, saving, loading
 
     def generate(prompt: list[int], count: int) -> dict:
         sampling = SamplingParams(temperature=0.0, max_tokens=count, logprobs=5, detokenize=False, ignore_eos=True)
@@ -124,25 +143,23 @@ def main() -> None:
         logprobs = [{str(token): item.logprob for token, item in step.items()} for step in chosen.logprobs]
         return {"tokens": list(chosen.token_ids), "logprobs": logprobs, "cached": output.num_cached_tokens}
 
-    def pages() -> list[str]:
-        """Digests of every page of KV that is not empty."""
-        digests = []
-        for name, table in sorted(worker._pages.items()):
-            for block in range(1, table.shape[0]):
-                page = table[block]
-                if bool(page.any()):
-                    digests.append(hashlib.blake2b(page.numpy().tobytes(), digest_size=16, person=name[-16:].encode()).hexdigest())
-        return digests
+    def restored() -> dict[str, str]:
+        """Pages that the last generation loaded, as they lie in the engine's memory now."""
+        groups = worker._shape.groups
+        return {page: digest(worker._gather(groups[group], block)) for page, (group, block) in loaded.items()}
 
     def answer(request: dict):  # type: ignore[no-untyped-def]
         op = request["op"]
         if op == "generate":
+            loaded.clear()
             return generate(request["prompt"], request["count"])
         if op == "flush":
             worker._saving.submit(lambda: None).result(timeout=60)
             return True
-        if op == "pages":
-            return pages()
+        if op == "saved":
+            return saved
+        if op == "restored":
+            return restored()
         if op == "metrics":
             return [
                 {"name": metric.name, "labels": dict(metric.labels), "value": getattr(metric, "value", None)}

@@ -5,7 +5,8 @@ Loaded out of tree: ``{"type": "EskerTier", "module_path": "esker.connectors.vll
 Invariants:
 - Every method returns at once: the scheduler holds its lock. Questions of a step go out together when the step ends; a question
   that is not answered in twice the lookup's time-out is a miss, so nothing is asked for ever.
-- A verdict of a request does not change while the request lives, except that what failed to load becomes a miss for all.
+- A hit lies inside the longest prefix that can be restored, over all groups asked about: see vllm_verdicts.py. A verdict of a request
+  does not change while the request lives, except that what failed to load becomes a miss for all.
 - Each job is reported once, whatever happened. A partly loaded chunk is never reported as loaded.
 - A slot is read only while its job is not reported: a store that has waited too long fails, so that slow storage does not hold
   the CPU tier.
@@ -35,6 +36,7 @@ from vllm.v1.kv_offload.tiering.base import (
 from ..chunks import ChunkStore
 from .identity import identity, tokenizer_digest, weights_revision
 from .settings import Settings
+from .vllm_verdicts import Groups, Verdicts
 
 log = logging.getLogger("esker")
 
@@ -75,10 +77,14 @@ class EskerTier(SecondaryTierManager):
         self._finished: list[JobResult] = []
         self._failed_keys: set[OffloadKey] = set()
         self._silent = False
-        #: By request: verdicts, and when those that are asked give up.
-        self._verdicts: dict[str, dict[OffloadKey, bool]] = {}
+        config = offloading_spec.config
+        self._groups = Groups(config.groups, config.cache.blocks_per_chunk)
+        #: By request: verdicts, when those that are asked give up, and what the next batch asks, each key with its end in the prompt.
+        self._verdicts: dict[str, Verdicts] = {}
         self._asked: dict[str, dict[OffloadKey, float]] = {}
-        self._batch: dict[str, list[OffloadKey]] = {}
+        self._batch: dict[str, list[tuple[OffloadKey, int | None]]] = {}
+        # Held while verdicts are worked out, which the scheduler never waits for.
+        self._judging = threading.Lock()
         events = enable_kv_events and offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[OffloadingEvent] | None = [] if events else None
 
@@ -99,8 +105,10 @@ class EskerTier(SecondaryTierManager):
             return LookupResult.MISS
         request = req_context.req_id
         with self._lock:
-            verdicts = self._verdicts.setdefault(request, {})
-            verdict = verdicts.get(key)
+            verdicts = self._verdicts.get(request)
+            if verdicts is None:
+                verdicts = self._verdicts[request] = Verdicts(self._groups)
+            verdict = verdicts.of(key)
             if verdict is not None:
                 return LookupResult.HIT if verdict else LookupResult.MISS
             asked = self._asked.setdefault(request, {})
@@ -108,10 +116,10 @@ class EskerTier(SecondaryTierManager):
             now = time.monotonic()
             if deadline is None:
                 asked[key] = now + 2 * self._settings.lookup_timeout_s
-                self._batch.setdefault(request, []).append(key)
+                self._batch.setdefault(request, []).append((key, _end(key, req_context)))
                 return LookupResult.RETRY
             if now >= deadline:
-                verdicts[key] = False
+                verdicts.give({key: False})
                 return LookupResult.MISS
         return LookupResult.RETRY
 
@@ -121,19 +129,22 @@ class EskerTier(SecondaryTierManager):
         if batch:
             self._threads.submit(self._ask, batch)
 
-    def _ask(self, batch: Mapping[str, list[OffloadKey]]) -> None:
-        keys = list(dict.fromkeys(key for of_request in batch.values() for key in of_request))
-        present = dict.fromkeys(keys, False)
+    def _ask(self, batch: Mapping[str, list[tuple[OffloadKey, int | None]]]) -> None:
+        keys = list(dict.fromkeys(key for asked in batch.values() for key, _ in asked))
+        present: set[OffloadKey] = set()
         try:
-            present.update(self._stores.exists(keys))
+            present.update(key for key, there in self._stores.exists(keys).items() if there)
         except Exception as error:  # noqa: BLE001: a miss
             log.warning("esker: a lookup failed and counts as a miss: %s", error)
-        with self._lock:
-            for request, of_request in batch.items():
-                verdicts = self._verdicts.get(request)
+        with self._judging:
+            for request, asked in batch.items():
+                with self._lock:
+                    verdicts = self._verdicts.get(request)
+                    present -= self._failed_keys
                 if verdicts is not None:
-                    for key in of_request:
-                        verdicts.setdefault(key, present[key] and key not in self._failed_keys)
+                    judged = verdicts.judge(asked, present)
+                    with self._lock:
+                        verdicts.give({key: hit and key not in self._failed_keys for key, hit in judged.items()})
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         with self._lock:
@@ -191,7 +202,7 @@ class EskerTier(SecondaryTierManager):
             failed = set(keys) - set(done)
             self._failed_keys |= failed
             for verdicts in self._verdicts.values():
-                verdicts.update(dict.fromkeys(failed & verdicts.keys(), False))
+                verdicts.refuse(failed)
             partly = tuple(done) if done and not success else None
             result = JobResult(job.job_id, success, successful_keys=partly, transfer_time=seconds, transfer_bytes=size)
         self._finished.append(result)
@@ -314,6 +325,12 @@ class Stores:
                     **self._settings.store_options(),
                 )
             return store
+
+
+def _end(key: OffloadKey, req_context: ReqContext) -> int | None:
+    """Where in the prompt a key's chunk ends, in tokens. Older releases do not say."""
+    position = getattr(req_context, "get_offload_key_position", None)
+    return position(key) if position is not None else None
 
 
 def _by_group(keys: Iterable[OffloadKey]) -> dict[int, list[OffloadKey]]:
