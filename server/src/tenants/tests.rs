@@ -67,7 +67,7 @@ fn users_that_an_earlier_build_wrote_down_stay_and_are_erased() {
     write(&tenants, "anne").unwrap();
     write(&tenants, "dora").unwrap();
     assert_eq!(rows(&tenants), 3);
-    let (_, epochs) = tenants.erase(&tenants.store, &local()).unwrap();
+    let (_, epochs) = tenants.erase(&tenants.store, &local(), || Ok(())).unwrap();
     assert_eq!((epochs, rows(&tenants), tenants.scopes(&local()).len()), (vec![2], 0, 1));
     write(&tenants, "anne").unwrap();
     drop(tenants);
