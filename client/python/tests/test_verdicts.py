@@ -32,12 +32,14 @@ def test_hits_are_the_greatest_length_that_every_group_supports(rng: random.Rand
         present = {key(group, at) for group, of in enumerate(chunks) for at, have in enumerate(of) if have}
         hits = {one for one, hit in Verdicts(groups).judge(asked, present).items() if hit}
 
+        limit = max((end for _, end in asked), default=0)
+
         def supports(group: int, tokens: int) -> bool:
             size, window = sizes[group], windows[group]
             first = 0 if window is None else max(0, tokens - window * size) // size
-            return all(have is not False for have in chunks[group][first : -(-tokens // size)])
+            needed = range(first, -(-tokens // size))
+            return all(chunks[group][at] is not False and (at + 1) * size <= limit for at in needed)
 
-        limit = max((end for _, end in asked), default=0)
         step = min(sizes)
         asking = {int.from_bytes(one[-4:], "big") for one, _ in asked}
         best = max([0, *(tokens for tokens in range(step, limit + 1, step) if all(supports(group, tokens) for group in asking))])

@@ -6,7 +6,7 @@ import os
 import time
 import types
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -112,23 +112,30 @@ def _slots(load_store_spec: object) -> list[int]:
 CHUNK_TOKENS = 32
 
 
-def verdicts(engine: Engine, request: str, *asked: list[OffloadKey]) -> set[OffloadKey]:
-    """The keys that the tier calls hits, asked as vLLM's scheduler asks: group after group, each key with its place in the prompt,
-    history from the front and windows (lists that run backwards) from the end."""
+def verdicts(
+    engine: Engine,
+    request: str,
+    *asked: list[OffloadKey],
+    sizes: Sequence[int] = (1, 1),
+    ends: Mapping[OffloadKey, int] | None = None,
+) -> set[OffloadKey]:
+    """The keys that the tier calls hits, asked as vLLM's scheduler asks: group after group, history from the front and windows (lists
+    that run backwards) from the end. Keys say where they end in the prompt, by the sizes of groups in chunks, or as `ends` has it."""
     context = ReqContext(req_id=request)
-    for keys in asked:
+    for size, keys in zip(sizes, asked):
         for one in keys:
-            context.set_offload_key_position(one, (int.from_bytes(one[:4], "big") + 1) * CHUNK_TOKENS)
+            end = (int.from_bytes(one[:4], "big") + 1) * CHUNK_TOKENS * size
+            context.set_offload_key_position(one, ends[one] if ends else end)
     engine.tier.on_new_request(context)
 
-    def answers() -> dict[OffloadKey, LookupResult] | None:
+    def answers() -> list[dict[OffloadKey, LookupResult]]:
         given = {one: engine.tier.lookup(one, context) for keys in asked for one in keys}
         engine.tier.on_schedule_end(ScheduleEndContext((), ()))
-        return None if LookupResult.RETRY in given.values() else given
+        return [] if LookupResult.RETRY in given.values() else [given]
 
-    given = within(20, answers)
+    (given,) = within(20, answers)
     # A verdict stays.
-    assert answers() == given
+    assert answers() == [given]
     return {one for one, answer in given.items() if answer is LookupResult.HIT}
 
 

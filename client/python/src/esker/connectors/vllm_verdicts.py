@@ -5,7 +5,8 @@ for nothing, and a window is needed only where the prefix ends. So keys are plac
 
 Invariants:
 - A verdict never changes, except that what failed to load becomes a miss.
-- What was not asked counts as present: the engine does not ask for what it has itself, or what a tier above this one has.
+- What was not asked counts as present: the engine does not ask for what it has itself, or what a tier above this one has. Beyond the
+  end of all that was asked there are no whole chunks.
 - What is asked later is judged by the longest prefix that the verdicts given so far allow.
 - A key that the engine does not place, or not at the end of a chunk, is judged alone: the engine weighs it itself.
 """
@@ -130,7 +131,7 @@ class Verdicts:
         presence = []
         for number, group in groups.items():
             keys = self._chunks[number]
-            there = [True] * -(-limit // group.chunk_tokens)
+            there = [True] * (limit // group.chunk_tokens)
             for chunk, key in keys.items():
                 given = self._given.get(key)
                 there[chunk] = key in present if given is None else given
