@@ -178,7 +178,8 @@ impl Shared {
 
     /// What is done every few seconds. What fails keeps nothing else from being done.
     pub(crate) fn keep_house(self: &Arc<Self>) {
-        let steps: [(&str, fn(&Self) -> Result<()>); 4] = [
+        type Step = fn(&Shared) -> Result<()>;
+        let steps: [(&str, Step); 4] = [
             ("expiry", Self::expire),
             ("the clock", |shared| shared.time.save()),
             ("the counts of hits", Self::save_hits),
