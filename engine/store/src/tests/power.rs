@@ -132,7 +132,7 @@ fn run(cuts: u64, control: bool) -> Option<Tally> {
     let mut random = Random::new(figures::seed());
     let watchdog = Watchdog::start(PATIENCE);
     let mut tally = Tally::default();
-    while tally.cuts < cuts && !(control && !tally.verdict.lost.is_empty()) {
+    while tally.cuts < cuts && (!control || tally.verdict.lost.is_empty()) {
         let drive = Arc::new(Drive::new(blank.clone()));
         let mut journal = Journal::default();
         for cut in 0..CUTS_OF_DRIVE.min(cuts - tally.cuts) {
