@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(staging.of(&tenant("b")).planes(id(1)), [true, false]);
         // What waits whole waits for each of them, too.
         let object = |byte| {
-            let spec = esker_prefix::PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes: 1 };
+            let spec = esker_prefix::PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes: 4 };
             PutObject {
                 id: id(3),
                 parent: Some(id(2)),
