@@ -276,7 +276,7 @@ mod tests {
                 planes: vec![esker_store::PutPlane {
                     spec,
                     shape: None,
-                    bytes: Bytes::from(vec![byte as u8]),
+                    bytes: Bytes::copy_from_slice(&u32::to_le_bytes(byte)),
                 }],
             }
         };
