@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use esker_prefix::ObjectKind;
+use xxhash_rust::xxh3::xxh3_64;
 
 const PAGE: usize = 4096;
 const FIXED_BYTES: usize = 256;
@@ -74,11 +75,12 @@ pub fn pass(data: &Path, seconds: u64) -> Result<()> {
     let path = data.join("store/clock");
     let text = std::fs::read_to_string(&path)?;
     let fields: Vec<&str> = text.split_whitespace().collect();
-    let [magic, version, store_s, boot, since_s] = fields[..] else {
+    let [magic, version, store_s, boot, since_s, _] = fields[..] else {
         anyhow::bail!("{} has another form: {text}", path.display())
     };
     let store_s = store_s.parse::<u64>()? + seconds;
-    Ok(std::fs::write(&path, format!("{magic} {version} {store_s} {boot} {since_s}\n"))?)
+    let said = format!("{magic} {version} {store_s} {boot} {since_s}");
+    Ok(std::fs::write(&path, format!("{said} {:016x}\n", xxh3_64(said.as_bytes())))?)
 }
 
 /// Copies the files of a folder, which others may keep read-only.
