@@ -384,11 +384,12 @@ impl Tenants {
             self.save(&tenant.id, &next)?;
             *state = State { record: next, users: Users::default() };
         }
-        stop()?;
-        self.finish_erasing(&tenant, store).map_err(|error| {
+        let stopped = stop();
+        let erased = self.finish_erasing(&tenant, store).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "an erasure could not be finished");
             Status::unavailable("the keys are given up; the records go when the node can write again")
-        })
+        });
+        stopped.and(erased)
     }
 
     fn destroy_key(&self, tenant: &Tenant, epoch: u32) -> anyhow::Result<()> {

@@ -41,11 +41,14 @@ impl Sampler {
     pub(crate) fn tick(&self, node: &Node) {
         let now = Instant::now();
         let mut now_unix_s = unix_s();
+        let mut counted_to = now;
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match *last {
             Some((at, _)) if now.duration_since(at) < SAMPLE => return,
             Some((at, since_unix_s)) => {
                 let passed_s = now.duration_since(at).as_secs();
+                // What is left of a second counts next time.
+                counted_to = at + Duration::from_secs(passed_s);
                 now_unix_s = follow(since_unix_s.saturating_add(passed_s), since_unix_s, now_unix_s);
                 if passed_s <= MAX_SAMPLE_S {
                     let held = held(node);
@@ -54,7 +57,7 @@ impl Sampler {
             }
             None => {}
         }
-        *last = Some((now, now_unix_s));
+        *last = Some((counted_to, now_unix_s));
         drop(last);
         close_hours(&node.ledger, now_unix_s);
     }
