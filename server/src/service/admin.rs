@@ -42,7 +42,7 @@ impl v1::admin_server::Admin for AdminService {
                 node.warmups.erase(&tenant)
             });
             node.events.cleared(&scopes);
-            // Also where the records are not all gone yet: this cannot be asked for again.
+            // Also where the records are not all gone yet: the keys are.
             let forgotten = node.replay.forget(&tenant, node.tenants.get(&tenant).epoch());
             let erased = erased.and_then(|erased| forgotten.then_some(erased).ok_or_else(unforgotten));
             let result = if erased.is_ok() { "ok" } else { "unfinished" };
