@@ -76,22 +76,21 @@ fn what_was_acknowledged_survives_a_power_cut() {
         return;
     };
     let verdict = &tally.verdict;
-    figures::report(
-        "power_cuts",
+    let report: [&[(&str, u64)]; 3] = [
         &[
             ("cuts", tally.cuts),
             ("acknowledged", tally.acked),
             ("leased", tally.leased),
             ("erased", tally.erased),
-            ("lost", verdict.lost.len() as u64),
-            ("wrong", verdict.wrong.len() as u64),
-            ("back", verdict.back.len() as u64),
-            ("unleased", verdict.unleased.len() as u64),
+        ],
+        &verdict.figures(),
+        &[
             ("sectors_forgotten", tally.forgotten_sectors),
             ("reopen_ms_max", tally.reopen_ms_max),
             ("seconds", start.elapsed().as_secs()),
         ],
-    );
+    ];
+    figures::report("power_cuts", &report.concat());
     assert!(verdict.holds(), "{verdict:?}");
     let enough = tally.acked > tally.cuts && tally.leased > tally.cuts / 2 && tally.erased > tally.cuts / 2;
     assert!(enough, "too little was done to prove anything");

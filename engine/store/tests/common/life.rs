@@ -115,7 +115,13 @@ impl Verdict {
     }
 
     pub fn holds(&self) -> bool {
-        [&self.lost, &self.wrong, &self.back, &self.unleased].into_iter().all(BTreeSet::is_empty)
+        self.figures().iter().all(|(_, count)| *count == 0)
+    }
+
+    /// For a report.
+    pub fn figures(&self) -> [(&'static str, u64); 4] {
+        [("lost", &self.lost), ("wrong", &self.wrong), ("back", &self.back), ("unleased", &self.unleased)]
+            .map(|(what, numbers)| (what, numbers.len() as u64))
     }
 }
 
