@@ -3,7 +3,8 @@
 //! A fetch plans its reads in the order of delivery, joins neighbours, keeps several in flight, has them verified by the
 //! store's threads, and yields the planes in order. Whole objects take one read each or less, since header and planes
 //! are contiguous, but for the start of the first, which is read alone; a selection of planes, or the order by plane,
-//! reads the headers of all objects first. Small records in the order by plane are read once and kept till their last plane.
+//! reads the headers of all objects first. Small records in the order by plane are read once, give the planes that lead as they
+//! come, and are kept till their last plane. The drive is asked for a few mebibytes at a time, so that the first come first.
 //!
 //! Invariants: a plane is yielded only after it passed `verify.rs`; an object that fails yields one miss and nothing
 //! after it; a bad read is repeated once per object; dropping the fetch frees everything, what is in flight as it completes.
@@ -34,6 +35,8 @@ use verifying::{Arrival, Context, Job, Route, Step, Taken, Target};
 
 /// Records up to this length, on average, are read once and kept where planes come by rank.
 const SMALL_RECORD_BYTES: usize = 64 << 10;
+/// Bytes that the drive is asked for at a time: more of them come no faster, and all of them later.
+pub(crate) const READ_BYTES_AT_ONCE: usize = 4 << 20;
 /// Share of the bytes that all fetches may have in flight of which one may keep so much: the half.
 const KEPT_SHARE: usize = 2;
 
@@ -72,6 +75,14 @@ pub enum FetchOrder {
 }
 
 impl FetchOrder {
+    /// Whether a plane is among the first of its object.
+    fn leads(&self, plane: usize) -> bool {
+        match self {
+            Self::ByObject | Self::ByPlane => plane == 0,
+            Self::ByRank(ranks) => ranks.get(plane) == ranks.iter().min(),
+        }
+    }
+
     /// Where a part of an object stands, lowest first.
     fn key(&self, item: &Item) -> (u16, Part, usize) {
         match (self, item.part) {
@@ -112,7 +123,6 @@ pub enum FetchEvent {
 pub struct Fetch {
     shared: Arc<Shared>,
     context: Arc<Context>,
-    order: FetchOrder,
     deadline: Option<Instant>,
     phase: Phase,
     started: Instant,
@@ -132,6 +142,8 @@ pub struct Fetch {
     current: Vec<Taken>,
     /// Bytes of both.
     held_bytes: usize,
+    /// Bytes that the drive has been asked for and has not brought.
+    asked_bytes: usize,
     next_tag: u64,
     reply: Sender<Arrival>,
     arrivals: Receiver<Arrival>,
@@ -183,7 +195,7 @@ impl Fetch {
         let context = Arc::new(Context {
             targets: objects.into_iter().map(target).collect(),
             planes,
-            one_of_head: order != FetchOrder::ByObject,
+            order,
             keeps,
             pool: Arc::clone(&shared.pool),
             skip_verification: shared.settings.skips_verification(),
@@ -203,7 +215,6 @@ impl Fetch {
         let mut fetch = Self {
             shared,
             context,
-            order,
             deadline,
             phase: match whole {
                 true if large => Phase::Head,
@@ -219,6 +230,7 @@ impl Fetch {
             kept: Vec::new(),
             current: Vec::new(),
             held_bytes: 0,
+            asked_bytes: 0,
             next_tag: 0,
             reply,
             arrivals,
@@ -251,9 +263,14 @@ impl Fetch {
         self.held_bytes
     }
 
+    #[cfg(test)]
+    pub(crate) fn asked_bytes(&self) -> usize {
+        self.asked_bytes
+    }
+
     /// Whether the first plane of all objects comes first and is read along with the header.
     fn reads_heads(&self) -> bool {
-        self.order != FetchOrder::ByObject && self.context.planes == PlaneSelection::All
+        self.context.order != FetchOrder::ByObject && self.context.planes == PlaneSelection::All
     }
 
     fn plan(&mut self, items: Vec<Item>) {
@@ -275,7 +292,9 @@ impl Fetch {
         while let Some(read) = self.planned.front() {
             let bytes = read.len_bytes();
             let idle = self.in_flight.is_empty() && self.current.is_empty();
-            let fits = self.held_bytes + bytes <= self.shared.settings.fetch_window_bytes;
+            let asks = read.kept.is_none() && self.asked_bytes > 0;
+            let fits = self.held_bytes + bytes <= self.shared.settings.fetch_window_bytes
+                && !(asks && self.asked_bytes + bytes > READ_BYTES_AT_ONCE);
             if !fits && !idle {
                 return;
             }
@@ -307,6 +326,7 @@ impl Fetch {
                 let start = read.range.start;
                 let mut op = Op::read(segment.file, start, buf, tag, &self.route(read, threads));
                 op.permit = Some(permit);
+                self.asked_bytes += len_bytes;
                 self.shared.disk.submit(op);
                 None
             }
@@ -326,6 +346,39 @@ impl Fetch {
         Taken { tag, steps, read_bytes: 0, kept: None, _permit: Some(permit) }
     }
 
+    /// Notes a read that is there, or will be once it is verified.
+    fn note(&mut self, arrival: Arrival) {
+        let mut taken = match arrival {
+            Arrival::Brought(bytes) => {
+                self.asked_bytes -= bytes;
+                return;
+            }
+            Arrival::Taken(taken) => taken,
+            Arrival::Read(job) => {
+                self.asked_bytes -= job.read_bytes();
+                job.take()
+            }
+        };
+        self.shared.counters.read_bytes.add(taken.read_bytes as u64);
+        self.kept.extend(taken.kept.take());
+        let position = self.in_flight.iter().position(|read| read.tag == taken.tag);
+        if let Some(position) = position {
+            self.in_flight[position].arrived = Some(taken);
+        }
+    }
+
+    /// Notes what has come meanwhile, and has the drive go on.
+    fn keep_up(&mut self) {
+        let mut noted = false;
+        while let Ok(arrival) = self.arrivals.try_recv() {
+            self.note(arrival);
+            noted = true;
+        }
+        if noted {
+            self.top_up();
+        }
+    }
+
     /// Waits for the oldest read. `false` if the deadline came first.
     fn await_oldest(&mut self) -> bool {
         while let Some(oldest) = self.in_flight.front_mut() {
@@ -339,17 +392,9 @@ impl Fetch {
                     self.arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok()
                 }
             };
-            let mut taken = match arrival {
-                Some(Arrival::Taken(taken)) => taken,
-                Some(Arrival::Read(job)) => job.take(),
-                None => return false,
-            };
-            self.shared.counters.read_bytes.add(taken.read_bytes as u64);
-            self.kept.extend(taken.kept.take());
-            let position = self.in_flight.iter().position(|read| read.tag == taken.tag);
-            if let Some(position) = position {
-                self.in_flight[position].arrived = Some(taken);
-            }
+            let Some(arrival) = arrival else { return false };
+            self.note(arrival);
+            self.top_up();
         }
         true
     }
@@ -470,9 +515,9 @@ impl Fetch {
                 if self.reads_heads() {
                     items.retain(behind_head);
                 }
-                if self.order != FetchOrder::ByObject {
+                if self.context.order != FetchOrder::ByObject {
                     // Stable: planes of one rank and object stay as they lie in the record.
-                    items.sort_by_key(|item| self.order.key(item));
+                    items.sort_by_key(|item| self.context.order.key(item));
                 }
             }
             Phase::Records | Phase::Planes | Phase::Over => {
@@ -490,6 +535,7 @@ impl Iterator for Fetch {
     type Item = FetchEvent;
 
     fn next(&mut self) -> Option<FetchEvent> {
+        self.keep_up();
         loop {
             if let Some(miss) = self.misses.pop_front() {
                 return Some(miss);

@@ -254,6 +254,12 @@ impl<'a> Resumption<'a> {
             order: FetchOrder::ByRank(model.layout().plane_ranks(ObjectKind::Block).into()),
             deadline: Some(Instant::now() + RESTORE_DEADLINE),
         };
+        // Small, and needed first: behind the rows it would wait for most of them.
+        let state = plan.state.map(|state| {
+            let end = state.tokens;
+            let planes = whole_object(node, state, trail.planes(ObjectKind::State, end), offer);
+            planes.and_then(|planes| trail.state(end, planes).ok())
+        });
         let (complete, layers) = channel();
         let (over, room) = (Arc::clone(&resumed.over), prompt.len());
         let is_parked = pool.is_some();
@@ -297,10 +303,7 @@ impl<'a> Resumption<'a> {
                 sequence.expect_parked(model, parked, last, Box::new(arrivals))?;
             }
         }
-        if let Some(state) = plan.state {
-            let end = state.tokens;
-            let planes = whole_object(node, state, trail.planes(ObjectKind::State, end), offer);
-            let state = planes.and_then(|planes| trail.state(end, planes).ok());
+        if let Some(state) = state {
             let restored = state.map(|state| sequence.restore_state(model, &state));
             if !matches!(restored, Some(Ok(()))) {
                 // Another state, or a replay, is chosen anew.

@@ -15,7 +15,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::plan::{Item, Kept, Part, Read};
-use super::{FetchEvent, PlaneSelection};
+use super::{FetchEvent, FetchOrder, PlaneSelection};
 use crate::breaker::Breaker;
 use crate::io::{BufferPool, Completion, Deliver, Permit};
 use crate::latency::LatencyCounter;
@@ -28,8 +28,7 @@ use crate::{Found, MissKind, verify};
 pub(super) struct Context {
     pub(super) targets: Vec<Target>,
     pub(super) planes: PlaneSelection,
-    /// Of a record's start that is read alone only the first plane is given: others that lie in it come in their turn.
-    pub(super) one_of_head: bool,
+    pub(super) order: FetchOrder,
     /// Whole records are read, and kept until all their planes have had their turn.
     pub(super) keeps: bool,
     pub(super) pool: Arc<BufferPool>,
@@ -81,6 +80,8 @@ pub(super) struct Route {
 
 /// What a fetch receives.
 pub(super) enum Arrival {
+    /// So many bytes are here, and with those who verify them.
+    Brought(usize),
     Read(Job),
     Taken(Taken),
 }
@@ -133,7 +134,10 @@ impl Deliver for Route {
         self.context.read_us.add(self.submitted.elapsed());
         let job = Job { route: self.clone(), source: Source::Disk(completion) };
         let _ = match &self.threads {
-            Some(threads) => threads.send(job).map_err(drop),
+            Some(threads) => {
+                let _ = self.fetch.send(Arrival::Brought(job.read_bytes()));
+                threads.send(job).map_err(drop)
+            }
             None => self.fetch.send(Arrival::Read(job)).map_err(drop),
         };
     }
@@ -143,6 +147,11 @@ impl Job {
     /// Of what an earlier read left.
     pub(super) fn of_kept(route: Route, tag: u64, permit: Permit) -> Self {
         Self { route, source: Source::Kept(tag, permit) }
+    }
+
+    /// Bytes that the drive was asked for.
+    pub(super) fn read_bytes(&self) -> usize {
+        self.route.read.len_bytes()
     }
 
     /// Proves and decodes what was read.
@@ -222,10 +231,14 @@ impl Context {
         }
     }
 
-    /// Whether a plane is given from the start of its record.
+    /// Whether a plane is given from the start of its record: of a start that is read alone the first at most, where others that
+    /// lie in it come in their turn; of a record that is kept those that lead.
     pub(super) fn in_head(&self, target: &Target, header: &RecordHeader, plane: usize) -> bool {
+        if self.keeps {
+            return self.order.leads(plane);
+        }
         let end = header.planes[plane].range().end;
-        end <= target.found.located.head_bytes as usize && !(self.one_of_head && plane > 0)
+        end <= target.found.located.head_bytes as usize && (self.order == FetchOrder::ByObject || plane == 0)
     }
 
     fn header(&self, object: usize, piece: Piece<'_>) -> Result<Step, MissKind> {
