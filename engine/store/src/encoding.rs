@@ -70,12 +70,16 @@ impl Hashed {
         SCRATCH.with_borrow_mut(|scratch| -> Result<()> {
             for (plane, &digest) in self.object.planes.iter().zip(&self.digests) {
                 let raw = &plane.bytes[..];
-                let codec = zstd_level.map_or(Codec::Raw, |level| scratch.compress(plane, level));
-                let stored = if codec == Codec::Raw { raw } else { &scratch.out[..] };
                 let offset = record::plane_offset(end);
                 record[end..offset].fill(0);
-                end = offset + stored.len() + tag_bytes;
-                record[offset..end - tag_bytes].copy_from_slice(stored);
+                // What is before takes no more than it would uncompressed: there is room for all of it.
+                let room = &mut record[offset..offset + raw.len()];
+                let compressed = zstd_level.and_then(|level| scratch.compress(plane, level, room));
+                let (codec, stored_bytes) = compressed.unwrap_or_else(|| {
+                    room.copy_from_slice(raw);
+                    (Codec::Raw, raw.len())
+                });
+                end = offset + stored_bytes + tag_bytes;
                 let mut laid = Plane {
                     group: plane.spec.group,
                     first_layer: plane.spec.first_layer,
@@ -143,11 +147,10 @@ fn max_record_bytes(object: &PutObject, sealed: bool) -> usize {
     crate::io::page_ceil(end)
 }
 
-/// A compressor and its output, kept per thread: making one costs more than compressing a small plane.
+/// A compressor, kept per thread: making one costs more than compressing a small plane.
 #[derive(Default)]
 struct Scratch {
     compressor: Option<(i32, zstd::bulk::Compressor<'static>)>,
-    out: Vec<u8>,
 }
 
 thread_local! {
@@ -155,33 +158,24 @@ thread_local! {
 }
 
 impl Scratch {
-    /// Compresses into `out`, by columns where the shape is known. `Raw` if that is not worth it.
-    fn compress(&mut self, plane: &PutPlane, level: i32) -> Codec {
+    /// Compresses into `out`, as long as the plane, by columns where the shape is known. Gives the length; `None` if it is not
+    /// worth it, and `out` holds anything then.
+    fn compress(&mut self, plane: &PutPlane, level: i32, out: &mut [u8]) -> Option<(Codec, usize)> {
         let raw = &plane.bytes[..];
         let (codec, stored) = match &plane.shape {
-            Some(shape) => {
-                self.out.resize(raw.len(), 0);
-                (Codec::Columns, codec::encode(shape, raw, &mut self.out))
-            }
-            None => (Codec::Zstd, self.zstd(raw, level)),
+            Some(shape) => (Codec::Columns, codec::encode(shape, raw, out)?),
+            None => (Codec::Zstd, self.zstd(raw, level, out)?),
         };
-        match stored.filter(|&stored| stored > 0 && stored * 100 <= raw.len() * WORTH_COMPRESSING_PERCENT) {
-            Some(stored) => {
-                self.out.truncate(stored);
-                codec
-            }
-            None => Codec::Raw,
-        }
+        let worth = stored > 0 && stored * 100 <= raw.len() * WORTH_COMPRESSING_PERCENT;
+        worth.then_some((codec, stored))
     }
 
-    fn zstd(&mut self, raw: &[u8], level: i32) -> Option<usize> {
+    fn zstd(&mut self, raw: &[u8], level: i32, out: &mut [u8]) -> Option<usize> {
         if self.compressor.as_ref().is_none_or(|(made_for, _)| *made_for != level) {
             self.compressor = zstd::bulk::Compressor::new(level).ok().map(|compressor| (level, compressor));
         }
         let (_, compressor) = self.compressor.as_mut()?;
-        self.out.clear();
-        self.out.reserve(raw.len() + 512);
         // If the output does not fit, it did not shrink.
-        compressor.compress_to_buffer(raw, &mut self.out).ok()
+        compressor.compress_to_buffer(raw, out).ok()
     }
 }
