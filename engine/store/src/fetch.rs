@@ -36,7 +36,7 @@ use verifying::{Arrival, Context, Job, Route, Step, Taken, Target};
 /// Records up to this length, on average, are read once and kept where planes come by rank.
 const SMALL_RECORD_BYTES: usize = 64 << 10;
 /// Bytes that the drive is asked for at a time: more of them come no faster, and all of them later.
-pub(crate) const READ_BYTES_AT_ONCE: usize = 4 << 20;
+pub(crate) const READ_BYTES_AT_ONCE: usize = 8 << 20;
 /// Share of the bytes that all fetches may have in flight of which one may keep so much: the half.
 const KEPT_SHARE: usize = 2;
 
