@@ -95,11 +95,6 @@ pub fn warmup_job(bytes: &[u8]) -> bool {
     crate::warmups::job::hear(bytes)
 }
 
-/// What a usage sink answers.
-pub fn sink_answer(bytes: &[u8]) -> bool {
-    crate::usage::sink::hear(bytes)
-}
-
 /// The file of answers that are remembered.
 pub fn replay_file(bytes: &[u8]) -> bool {
     crate::replay::hear(bytes)

@@ -643,7 +643,8 @@ fn sink(requests: usize) -> Result<(String, std::thread::JoinHandle<Vec<String>>
                 let read = stream.read(&mut buffer).unwrap_or(0);
                 text += &String::from_utf8_lossy(&buffer[..read]);
                 let whole = text.split_once("\r\n\r\n").is_some_and(|(head, body)| {
-                    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+                    let head = head.to_ascii_lowercase();
+                    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
                     length
                         .and_then(|length| length.parse::<usize>().ok())
                         .is_some_and(|length| body.len() >= length)
@@ -679,7 +680,7 @@ async fn usage_goes_to_a_file_and_to_an_http_sink_by_itself() -> Result<()> {
         if target.starts_with("http") {
             let bodies = tokio::task::spawn_blocking(|| thread.join()).await?.expect("the sink ended well");
             assert!(
-                bodies.iter().all(|body| body.contains("Authorization: Bearer secret\r\n")),
+                bodies.iter().all(|body| body.contains("authorization: Bearer secret\r\n")),
                 "{bodies:?}"
             );
             let events = |body: &str| {

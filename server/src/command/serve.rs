@@ -116,12 +116,15 @@ pub struct Args {
     /// Space for the billing ledger, in MiB; when it is full, billable work stops [default: what the disk has]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(32..))]
     ledger_mib: Option<u64>,
-    /// Send usage records to this file, as JSON lines, or to this http:// address, as CloudEvents in batches
+    /// Send usage records to this file, as JSON lines, or to this https:// or http:// address, as CloudEvents in batches
     #[arg(long, value_name = "FILE|URL")]
     usage_sink: Option<String>,
     /// File with the bearer token for --usage-sink; read each time it is used
     #[arg(long, value_name = "FILE", requires = "usage_sink")]
     usage_sink_token: Option<PathBuf>,
+    /// Certificates, as PEM, that vouch for an https:// sink [default: the public authorities]
+    #[arg(long, value_name = "FILE", requires = "usage_sink")]
+    usage_sink_ca: Option<PathBuf>,
     /// Send again what may have reached the sink more than 23 hours ago; it may have forgotten it and count it twice
     #[arg(long, requires = "usage_sink")]
     usage_sink_resend: bool,
@@ -255,6 +258,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             usage_sink: args.usage_sink.clone().map(|target| SinkSettings {
                 target,
                 token: args.usage_sink_token.clone(),
+                ca: args.usage_sink_ca.clone(),
                 resend: args.usage_sink_resend,
             }),
             prices: args.prices.clone(),

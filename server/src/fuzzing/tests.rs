@@ -22,7 +22,7 @@ const MUTATIONS: usize = 8_000;
 
 type Target = fn(&[u8]) -> bool;
 
-const TARGETS: [(&str, Target); 17] = [
+const TARGETS: [(&str, Target); 16] = [
     ("zmtp", zmtp),
     ("ledger_frame", ledger_frame),
     ("ledger_head", ledger_head),
@@ -38,7 +38,6 @@ const TARGETS: [(&str, Target); 17] = [
     ("certificate", certificate),
     ("warmup_prompts", warmup_prompts),
     ("warmup_job", warmup_job),
-    ("sink_answer", sink_answer),
     ("replay_file", replay_file),
 ];
 

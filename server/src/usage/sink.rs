@@ -5,17 +5,19 @@
 //! what was first sent longer ago than [`RESEND_WINDOW_MS`] is not sent again unless an operator says so, since it might count
 //! twice. At damage in the ledger the export halts.
 
-use std::io::{self, BufRead, BufReader, Write};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use http::Uri;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use ureq::Agent;
+use ureq::tls::{PemItem, RootCerts, TlsConfig};
 
 use super::event::cloud_event;
 use crate::audit::{Audit, Event};
@@ -30,18 +32,18 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Between two looks for new records.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
-/// Longest wait for the sink to connect, to take, or to answer.
-const IO_TIMEOUT: Duration = Duration::from_secs(20);
-/// Longest answer that is read; of a longer one the status has come long before.
-const MAX_ANSWER_BYTES: u64 = 64 << 10;
+/// Longest wait for the sink to take a batch and to answer.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where events go and how.
 #[derive(Clone, Debug)]
 pub struct SinkSettings {
-    /// `http://HOST[:PORT]/PATH`, or the path of a file.
+    /// `https://HOST[:PORT]/PATH`, the same with `http`, or the path of a file.
     pub target: String,
     /// File with a bearer token for it.
     pub token: Option<PathBuf>,
+    /// File with the certificates, as PEM, that vouch for it instead of the public authorities.
+    pub ca: Option<PathBuf>,
     /// Send again what may have been delivered so long ago that the sink has forgotten it.
     pub resend: bool,
 }
@@ -285,51 +287,61 @@ impl Sink for FileSink {
     }
 }
 
-/// CloudEvents' batched mode over HTTP/1.1, one connection for each batch.
+/// CloudEvents' batched mode.
 pub(crate) struct HttpSink {
-    host: String,
-    address: String,
-    path: String,
+    agent: Agent,
+    target: Uri,
     token: Option<PathBuf>,
 }
 
 impl HttpSink {
     pub(crate) fn new(settings: &SinkSettings) -> anyhow::Result<Self> {
-        let Some(rest) = settings.target.strip_prefix("http://") else {
-            bail!(
-                "the usage sink {} is neither an http:// address nor a file: for https put a local proxy in front of it",
-                settings.target
-            );
-        };
-        let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-        if host.is_empty() || !rest.chars().all(|c| c.is_ascii_graphic()) {
-            bail!("the usage sink {} names no host", settings.target);
+        let named = &settings.target;
+        let target: Uri = named.parse().with_context(|| format!("the usage sink {named} is no address"))?;
+        let (scheme, host) = (target.scheme_str(), target.host());
+        if !matches!(scheme, Some("http" | "https")) || host.is_none_or(str::is_empty) {
+            bail!("the usage sink {named} is neither an https:// or http:// address nor a file");
         }
-        let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-        let address = if has_port { host.to_owned() } else { format!("{host}:80") };
-        Ok(Self { host: host.to_owned(), address, path: format!("/{path}"), token: settings.token.clone() })
+        if scheme == Some("http") && settings.ca.is_some() {
+            bail!("--usage-sink-ca is for https: {named} shows no certificate");
+        }
+        let tls = match &settings.ca {
+            None => TlsConfig::default(),
+            Some(path) => TlsConfig::builder().root_certs(authorities(path)?).build(),
+        };
+        let config = Agent::config_builder()
+            .timeout_global(Some(DELIVERY_TIMEOUT))
+            .tls_config(tls)
+            // What is not answered by the address that was given is not delivered, and a token is for that address alone.
+            .max_redirects(0)
+            .http_status_as_error(false)
+            .user_agent(concat!("esker/", env!("CARGO_PKG_VERSION")));
+        Ok(Self { agent: config.build().into(), target, token: settings.token.clone() })
     }
 
-    fn post(&self, body: &[u8]) -> io::Result<u16> {
-        let mut addresses = self.address.to_socket_addrs()?;
-        let address = addresses.next().ok_or_else(|| io::Error::other("the host has no address"))?;
-        let mut stream = TcpStream::connect_timeout(&address, IO_TIMEOUT)?;
-        stream.set_read_timeout(Some(IO_TIMEOUT))?;
-        stream.set_write_timeout(Some(IO_TIMEOUT))?;
-        let token = match &self.token {
+    fn post(&self, body: &[u8]) -> anyhow::Result<u16> {
+        let mut request = self.agent.post(&self.target).content_type("application/cloudevents-batch+json");
+        if let Some(path) = &self.token {
             // Read each time: tokens are replaced while we run.
-            Some(path) => format!("Authorization: Bearer {}\r\n", std::fs::read_to_string(path)?.trim()),
-            None => String::new(),
-        };
-        let (path, host, len) = (&self.path, &self.host, body.len());
-        write!(
-            stream,
-            "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/cloudevents-batch+json\r\n\
-             Content-Length: {len}\r\n{token}Connection: close\r\n\r\n"
-        )?;
-        stream.write_all(body)?;
-        status_of(BufReader::new(stream))
+            let token = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+            request = request.header("Authorization", format!("Bearer {}", token.trim()));
+        }
+        Ok(request.send(body)?.status().as_u16())
     }
+}
+
+/// The certificates of a PEM file.
+fn authorities(path: &Path) -> anyhow::Result<RootCerts> {
+    let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let certificates = ureq::tls::parse_pem(&pem).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
+        Ok(_) => None,
+        Err(error) => Some(Err(error)),
+    });
+    let certificates = certificates.collect::<Result<Vec<_>, _>>();
+    let certificates = certificates.with_context(|| format!("{} is not PEM", path.display()))?;
+    ensure!(!certificates.is_empty(), "{} has no certificate", path.display());
+    Ok(RootCerts::new_with_certs(&certificates))
 }
 
 impl Sink for HttpSink {
@@ -337,66 +349,119 @@ impl Sink for HttpSink {
         let body = Value::from(events.to_vec()).to_string();
         match self.post(body.as_bytes()) {
             Ok(200..300) => Ok(()),
-            Ok(status) => Err(format!("{} answered {status}", self.host)),
-            Err(error) => Err(format!("{} cannot be reached: {error}", self.host)),
+            Ok(status) => Err(format!("{} answered {status}", self.target)),
+            Err(error) => Err(format!("nothing can be delivered to {}: {error:#}", self.target)),
         }
     }
-}
-
-/// The status of an HTTP/1.1 answer; interim ones are passed over.
-fn status_of(answer: impl BufRead) -> io::Result<u16> {
-    let bad = || io::Error::other("the answer is not HTTP");
-    let mut answer = answer.take(MAX_ANSWER_BYTES);
-    for _ in 0..8 {
-        let mut line = String::new();
-        answer.read_line(&mut line)?;
-        let status =
-            line.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5)?.parse().ok()).ok_or_else(bad)?;
-        if status >= 200 {
-            return Ok(status);
-        }
-        while !line.trim().is_empty() {
-            line.clear();
-            answer.read_line(&mut line)?;
-        }
-    }
-    Err(bad())
-}
-
-/// For fuzzing: what a sink answers. Whether a status is found.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) fn hear(bytes: &[u8]) -> bool {
-    status_of(bytes).is_ok_and(|status| {
-        assert!((200..1000).contains(&status), "no interim status, and of three digits");
-        true
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio_rustls::rustls;
 
-    #[test]
-    fn answers_are_read_and_nonsense_is_an_error() {
-        let status = |text: &str| status_of(text.as_bytes()).ok();
-        assert_eq!(status("HTTP/1.1 204 No Content\r\n\r\n"), Some(204));
-        assert_eq!(status("HTTP/1.0 503 x\r\n"), Some(503));
-        assert_eq!(status("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 202 Accepted\r\n"), Some(202));
-        for bad in ["", "HTTP/2 200", "200", "HTTP/1.1 20", "HTTP/1.1 100 Continue\r\n\r\n"] {
-            assert_eq!(status(bad), None, "{bad:?}");
-        }
+    fn sink(target: &str, ca: Option<&Path>) -> anyhow::Result<HttpSink> {
+        let ca = ca.map(Path::to_owned);
+        HttpSink::new(&SinkSettings { target: target.into(), token: None, ca, resend: false })
     }
 
     #[test]
     fn addresses() {
-        let sink = |target: &str| {
-            HttpSink::new(&SinkSettings { target: target.into(), token: None, resend: false })
-                .map(|sink| (sink.address, sink.path))
-        };
-        assert_eq!(sink("http://h/a/b").unwrap(), ("h:80".into(), "/a/b".into()));
-        assert_eq!(sink("http://h:81").unwrap(), ("h:81".into(), "/".into()));
-        for bad in ["https://h/", "http:///x", "ftp://h", "http://h/a b", "http://h/\r\nX: y"] {
-            assert!(sink(bad).is_err(), "{bad}");
+        for good in ["http://h/a/b", "http://h:81", "https://h/", "https://[::1]:8443/x?y=z"] {
+            assert_eq!(sink(good, None).unwrap().target, *good, "{good}");
         }
+        for bad in ["http:///x", "ftp://h", "http://h/a b", "http://h/\r\nX: y", "https://"] {
+            assert!(sink(bad, None).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_vouches_for_a_sink_is_read_at_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca.pem");
+        let told = |target: &str| format!("{:#}", sink(target, Some(&path)).map(drop).unwrap_err());
+        assert!(told("https://h/").contains("cannot read"));
+        std::fs::write(&path, "no certificate").unwrap();
+        assert!(told("https://h/").ends_with("has no certificate"));
+        assert!(told("http://h/").starts_with("--usage-sink-ca is for https"));
+    }
+
+    /// Answers one request with each status, and gives what was asked; by TLS with a key and its certificate.
+    fn answering(
+        statuses: &'static [&'static str],
+        tls: Option<Arc<rustls::ServerConfig>>,
+    ) -> (u16, JoinHandle<Vec<String>>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let serve = move || {
+            let mut asked = Vec::new();
+            for status in statuses {
+                let (stream, _) = listener.accept().unwrap();
+                let mut stream: Box<dyn ReadWrite> = match &tls {
+                    None => Box::new(stream),
+                    Some(tls) => {
+                        let connection = rustls::ServerConnection::new(Arc::clone(tls)).unwrap();
+                        Box::new(rustls::StreamOwned::new(connection, stream))
+                    }
+                };
+                let (mut text, mut buffer) = (String::new(), [0; 4096]);
+                while !text.contains("]") {
+                    match stream.read(&mut buffer) {
+                        Ok(1..) => text += &String::from_utf8_lossy(&buffer),
+                        // Who does not trust the certificate says nothing.
+                        _ => break,
+                    }
+                }
+                let answer = format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+                let _ = stream.write_all(answer.as_bytes()).and_then(|()| stream.flush());
+                asked.push(text);
+            }
+            asked
+        };
+        (port, std::thread::spawn(serve))
+    }
+
+    trait ReadWrite: io::Read + Write {}
+    impl<T: io::Read + Write> ReadWrite for T {}
+
+    #[test]
+    fn a_status_says_whether_a_batch_was_taken() {
+        let (port, server) =
+            answering(&["204 No Content", "503 Later", "307 Elsewhere\r\nLocation: /b"], None);
+        let mut sink = sink(&format!("http://127.0.0.1:{port}/a"), None).unwrap();
+        let events = [Value::from("event")];
+        assert_eq!(sink.deliver(&events), Ok(()));
+        for status in ["503", "307"] {
+            let refused = sink.deliver(&events).unwrap_err();
+            assert!(refused.ends_with(&format!("/a answered {status}")), "{refused}");
+        }
+        let asked = server.join().unwrap();
+        assert!(
+            asked[0].starts_with("POST /a HTTP/1.1\r\n") && asked[0].contains("[\"event\"]"),
+            "{asked:?}"
+        );
+        let down = sink.deliver(&events).unwrap_err();
+        assert!(down.starts_with("nothing can be delivered to http://127.0.0.1:"), "{down}");
+    }
+
+    #[test]
+    fn over_tls_a_sink_shows_a_certificate_that_is_vouched_for() {
+        let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let ca = dir.path().join("ca.pem");
+        std::fs::write(&ca, signed.cert.pem()).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(signed.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider);
+        let config = config.with_safe_default_protocol_versions().unwrap().with_no_client_auth();
+        let config = config.with_single_cert(vec![signed.cert.der().clone()], key).unwrap();
+        let (port, server) = answering(&["204 No Content", "204 No Content"], Some(Arc::new(config)));
+        let target = format!("https://localhost:{port}/");
+        let events = [Value::from("event")];
+        assert_eq!(sink(&target, Some(&ca)).unwrap().deliver(&events), Ok(()));
+        let refused = sink(&target, None).unwrap().deliver(&events).unwrap_err();
+        assert!(refused.contains("certificate"), "{refused}");
+        let asked = server.join().unwrap();
+        assert_eq!(asked.iter().map(String::is_empty).collect::<Vec<_>>(), [false, true]);
     }
 }
