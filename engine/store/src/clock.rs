@@ -74,7 +74,13 @@ impl StoreTime {
         let path = dir.join("clock");
         let now_s = seconds(clock.since_boot());
         let saved = match fs::read(&path) {
-            Ok(text) => parse(&text),
+            Ok(text) => {
+                let saved = parse(&text);
+                if saved.is_none() {
+                    tracing::warn!(path = %path.display(), "damaged, or of another version: time goes on from the newest record");
+                }
+                saved
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(StoreError::io("reading", &path)(error)),
         };
