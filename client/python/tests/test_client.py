@@ -184,6 +184,31 @@ def test_errors_say_what_to_do(client: esker.Client, node: Node) -> None:
         nobody.describe()
 
 
+def test_a_closed_client_says_that_it_is_closed() -> None:
+    closed = esker.Client("127.0.0.1:1")
+    closed.close()
+    namespace = esker.Namespace(b"n" * 32, DSA)
+    for call in (closed.describe, lambda: closed.put(namespace, blocks(DSA, 1), tokens=list(range(200)))):
+        with pytest.raises(esker.ClientClosed, match="open another one") as error:
+            call()
+        assert not error.value.retry
+    with pytest.raises(esker.ClientClosed):
+        closed.generate("x")
+
+    async def later() -> None:
+        client = esker.AsyncClient("127.0.0.1:1")
+        await client.close()
+        await client.close()
+        with pytest.raises(esker.ClientClosed):
+            await client.describe()
+        with pytest.raises(esker.ClientClosed):
+            await client.put(namespace, blocks(DSA, 1), tokens=list(range(200)))
+        with pytest.raises(esker.ClientClosed):
+            await client.generate("x")
+
+    asyncio.run(later())
+
+
 def test_a_restarted_node_is_found_again_and_has_everything(client: esker.Client, node: Node) -> None:
     namespace = register(client)
     tokens = list(range(600))

@@ -41,6 +41,7 @@ from .calls import Object, Question
 from .client import Client
 from .credentials import Credentials
 from .errors import (
+    ClientClosed,
     Conflict,
     DeadlineExceeded,
     Denied,
@@ -59,6 +60,7 @@ from .layout import Dtype, Field, Group, Kind, Layout, Plane
 __all__ = [
     "AsyncClient",
     "Client",
+    "ClientClosed",
     "Completion",
     "Conflict",
     "Credentials",

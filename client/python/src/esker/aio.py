@@ -39,7 +39,7 @@ from .answers import (
 from .calls import Into, Method, Object, Question
 from .client import DEFAULT_TIMEOUT_S, Client, local_path
 from .credentials import Credentials
-from .errors import from_rpc
+from .errors import ClientClosed, from_rpc
 from .layout import Layout
 from .wire import message
 
@@ -72,6 +72,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(address, channel, options=calls.channel_options(address))
         self._stubs: dict[tuple[str, str], Any] = {}
+        self._closed = False
         #: Puts, and payload through shared memory, go through it on threads: the loop never waits for them. It connects when used.
         self._blocking = Client(address, credentials=credentials, timeout_s=timeout_s)
         #: Threads of its own: the loop's are few, and everybody's.
@@ -87,7 +88,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls in flight end with an error."""
+        """Closes the connection; calls in flight end with an error, later ones with :class:`ClientClosed`."""
+        self._closed = True
         self._blocking.close()
         # Those that still wait find the connection closed.
         self._threads.shutdown(wait=False)
@@ -371,9 +373,13 @@ class AsyncClient:
 
     async def _on_thread(self, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
         loop = asyncio.get_running_loop()
+        if self._closed:
+            raise ClientClosed(self.address)
         return await loop.run_in_executor(self._threads, functools.partial(call, *arguments, **options))
 
     def _stub(self, method: Method, shape: str) -> Any:
+        if self._closed:
+            raise ClientClosed(self.address)
         stub = self._stubs.get((method.path, shape))
         if stub is None:
             make = getattr(self._channel, shape)

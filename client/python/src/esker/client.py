@@ -36,7 +36,7 @@ from .answers import (
 )
 from .calls import Into, Method, Object, Question
 from .credentials import Credentials
-from .errors import EskerError, LimitReached, NodeFailed, NotFound, from_rpc
+from .errors import ClientClosed, EskerError, LimitReached, NodeFailed, NotFound, from_rpc
 from .layout import Kind, Layout
 from .local import Arena, PutRoom, Requests
 from .wire import message
@@ -89,6 +89,7 @@ class Client:
         else:
             self._channel = grpc.secure_channel(address, channel, options=calls.channel_options(address))
         self._stubs: dict[tuple[str, str], Any] = {}
+        self._closed = False
         self._socket = local_path(address) if calls.LOCAL else None
         self._arena: Arena | None = None
         self._attaching = threading.Lock()
@@ -103,7 +104,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; calls in flight end with an error."""
+        """Closes the connection; calls in flight end with an error, later ones with :class:`ClientClosed`."""
+        self._closed = True
         self._detach()
         self._channel.close()
 
@@ -497,6 +499,8 @@ class Client:
     # How calls are made
 
     def _stub(self, method: Method, shape: str) -> Any:
+        if self._closed:
+            raise ClientClosed(self.address)
         stub = self._stubs.get((method.path, shape))
         if stub is None:
             make = getattr(self._channel, shape)

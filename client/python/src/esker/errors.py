@@ -52,6 +52,13 @@ class Unauthenticated(EskerError):
     """The node asks who calls: give ``token=`` or a client certificate."""
 
 
+class ClientClosed(EskerError):
+    """The client was closed before the call: open another one."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(f"{address}: this client is closed: open another one")
+
+
 class Denied(EskerError):
     """The caller is known and may not do this."""
 
