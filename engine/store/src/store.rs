@@ -394,6 +394,11 @@ impl Store {
         self.shared.table.realms()
     }
 
+    /// Bytes of all records that a writer has put, in whatever scope and whoever else has put the same. A sum that is kept.
+    pub fn writer_bytes(&self, writer: WriterId) -> u64 {
+        self.shared.table.writer_bytes(writer)
+    }
+
     /// Bytes of all records of a scope.
     pub fn scope_bytes(&self, scope: ScopeTag) -> u64 {
         self.shared.table.scope_bytes(scope)

@@ -186,7 +186,7 @@ impl Table {
     pub(crate) fn layouts(&self) -> Vec<NamespaceId> {
         let inner = self.read();
         let slots = inner.chunks.iter().flatten().filter(|slot| slot.kind == ObjectKind::Layout as u8);
-        slots.map(|slot| inner.realms.get(slot.realm).0).collect()
+        slots.map(|slot| inner.realms.get(slot.realm).namespace).collect()
     }
 
     /// Adds an object, or moves it to another place: the record it had before is returned. `candidate`: as it was judged
@@ -201,7 +201,7 @@ impl Table {
             page: narrow(usize::try_from(entry.spot.offset / PAGE as u64).unwrap_or(usize::MAX)),
             record_pages: entry.record_pages,
             raw_bytes: u32::try_from(entry.raw_bytes).expect("bounded by the segment"),
-            realm: inner.realms.id_of((entry.namespace, entry.scope, entry.writer)),
+            realm: inner.realms.id_of(Realm::of(entry)),
             planes: entry.planes,
             head_pages: entry.head_pages,
             kind: entry.id.kind as u8,
@@ -284,8 +284,8 @@ impl Table {
         let mut inner = self.write();
         let Some(at) = inner.find(id) else { return false };
         let before = *inner.slot(at);
-        let (namespace, scope, _) = inner.realms.get(before.realm);
-        let realm = inner.realms.id_of((namespace, scope, WriterId::UNNAMED));
+        let of_many = Realm { sole_writer: WriterId::UNNAMED, ..inner.realms.get(before.realm) };
+        let realm = inner.realms.id_of(of_many);
         inner.realms.subtract(&before);
         let after = Slot { realm, ..before };
         *inner.slot_mut(at) = after;
@@ -392,10 +392,16 @@ impl Table {
         let inner = self.read();
         let realms = inner.realms.all.iter().zip(&inner.realms.pages);
         let mut bytes: BTreeMap<(NamespaceId, ScopeTag), u64> = BTreeMap::new();
-        for (&(namespace, scope, _), &pages) in realms {
+        for (&Realm { namespace, scope, .. }, &pages) in realms {
             *bytes.entry((namespace, scope)).or_default() += pages * PAGE as u64;
         }
         bytes.into_iter().map(|((namespace, scope), bytes)| (namespace, scope, bytes)).collect()
+    }
+
+    /// Bytes of the records that a writer has put, whoever else has put the same.
+    pub(crate) fn writer_bytes(&self, writer: WriterId) -> u64 {
+        let inner = self.read();
+        inner.realms.writers.get(&writer).copied().unwrap_or(0) * PAGE as u64
     }
 
     /// Bytes of the records of a scope.
@@ -549,7 +555,7 @@ impl Inner {
 
     fn seen(&self, at: u32) -> Seen {
         let slot = self.slot(at);
-        let (namespace, scope, _) = self.realms.get(slot.realm);
+        let Realm { namespace, scope, .. } = self.realms.get(slot.realm);
         Seen {
             slot: at,
             parent: self.retention.parent(at),
@@ -567,7 +573,7 @@ impl Inner {
 
     fn located(&self, at: u32) -> Located {
         let slot = self.slot(at);
-        let (namespace, scope, sole_writer) = self.realms.get(slot.realm);
+        let Realm { namespace, scope, sole_writer, .. } = self.realms.get(slot.realm);
         Located {
             spot: slot.spot(),
             checksum: slot.checksum,
@@ -621,16 +627,33 @@ impl Located {
     }
 }
 
-/// Namespace, scope, and whose word alone something is.
-type Realm = (NamespaceId, ScopeTag, WriterId);
+/// What records have in common: where they belong, and whose word they are.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Realm {
+    namespace: NamespaceId,
+    scope: ScopeTag,
+    /// `UNNAMED` once another writer has put the same.
+    sole_writer: WriterId,
+    /// Who has put the record; `UNNAMED` for what the store writes about itself, an erasure of what a writer has put among them.
+    writer: WriterId,
+}
 
-/// Realms, each kept once: there are few, and 52 bytes for every block would be many.
+impl Realm {
+    fn of(entry: &Entry) -> Self {
+        let Entry { namespace, scope, writer, .. } = *entry;
+        let own = if is_own(entry.id) { WriterId::UNNAMED } else { writer };
+        Self { namespace, scope, sole_writer: writer, writer: own }
+    }
+}
+
+/// Realms, each kept once: there are few, and 56 bytes for every block would be many.
 #[derive(Default)]
 struct Realms {
     all: Vec<Realm>,
-    /// Pages of the records of each, and of each scope.
+    /// Pages of the records of each, of each scope, and of each writer.
     pages: Vec<u64>,
     scopes: HashMap<ScopeTag, u64>,
+    writers: HashMap<WriterId, u64>,
     ids: HashMap<Realm, u32>,
 }
 
@@ -650,18 +673,25 @@ impl Realms {
     fn add(&mut self, slot: &Slot) {
         let pages = u64::from(slot.record_pages);
         self.pages[slot.realm as usize] += pages;
-        *self.scopes.entry(self.get(slot.realm).1).or_default() += pages;
+        let Realm { scope, writer, .. } = self.get(slot.realm);
+        *self.scopes.entry(scope).or_default() += pages;
+        *self.writers.entry(writer).or_default() += pages;
     }
 
     fn subtract(&mut self, slot: &Slot) {
         let pages = u64::from(slot.record_pages);
         self.pages[slot.realm as usize] -= pages;
-        let scope = self.get(slot.realm).1;
-        if let Some(all) = self.scopes.get_mut(&scope) {
-            *all -= pages;
-            if *all == 0 {
-                self.scopes.remove(&scope);
-            }
+        let Realm { scope, writer, .. } = self.get(slot.realm);
+        take(&mut self.scopes, scope, pages);
+        take(&mut self.writers, writer, pages);
+    }
+}
+
+fn take<K: Eq + std::hash::Hash>(sums: &mut HashMap<K, u64>, of: K, pages: u64) {
+    if let Some(sum) = sums.get_mut(&of) {
+        *sum -= pages;
+        if *sum == 0 {
+            sums.remove(&of);
         }
     }
 }

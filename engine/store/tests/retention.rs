@@ -409,9 +409,17 @@ fn a_writers_word_can_be_taken_back_and_others_can_vouch_for_it() {
     store.vouch(&[id(1), id(4), id(77)]).unwrap();
     let stored_bytes: u64 = store.realms().iter().map(|(_, _, bytes)| bytes).sum();
     assert_eq!(store.scope_bytes(objects[0].scope), stored_bytes);
+    // What a writer has put stays its own, whoever vouches for it.
+    let bytes_of = |store: &Store, part: &[PutObject]| {
+        store.get(&ids(part)).into_iter().flatten().map(|found| found.stored_bytes).sum::<u64>()
+    };
+    let by_writer = |store: &Store| [one, two].map(|writer| store.writer_bytes(writer));
+    let expected = [bytes_of(&store, &objects[..3]), bytes_of(&store, &objects[3..])];
+    assert_eq!(by_writer(&store), expected);
     drop(store);
     let store = open();
     assert_eq!(writers(&store), [1, 0, 1, 2, 0, 2]);
+    assert_eq!(by_writer(&store), expected);
     drop(store);
     drop_index(dir.path());
     let store = open();
@@ -419,6 +427,7 @@ fn a_writers_word_can_be_taken_back_and_others_can_vouch_for_it() {
     // Vouched for or not: the bytes are those of whose word counts for nothing any more.
     store.vouch(&[id(1)]).unwrap();
     assert_eq!(store.erase(Erase::Writer(one)).unwrap(), 3);
+    assert_eq!(by_writer(&store), [0, expected[1]]);
     let left = |store: &Store| {
         let left = store.get(&ids(&objects)).into_iter().map(|found| Some(found?.sole_writer.0));
         left.collect::<Vec<_>>()
