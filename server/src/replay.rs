@@ -54,6 +54,8 @@ pub(crate) struct Owner {
 pub(crate) struct Replay {
     table: Arc<Mutex<Table>>,
     keeper: Option<Keeper>,
+    /// There may be a file all the same, which this process can neither read nor write.
+    shut_out: bool,
 }
 
 #[derive(Default)]
@@ -104,7 +106,7 @@ impl Replay {
             Ok(opened) => opened,
             Err(error) => {
                 tracing::warn!(%error, path = %path.display(), "answers are not remembered beyond this process");
-                return Self::default();
+                return Self { shut_out: true, ..Self::default() };
             }
         };
         let mut table = Table::default();
@@ -123,13 +125,21 @@ impl Replay {
             // Nobody waits for it.
             keeper.rewrite();
         }
-        Self { table, keeper }
+        Self { table, shut_out: keeper.is_none(), keeper }
     }
 
     /// Forgets all of a tenant that was sampled before `epoch`, on the drive as well. Whether it did.
     pub(crate) fn forget(&self, tenant: &TenantId, epoch: u32) -> bool {
         self.table().forget(tenant, epoch);
-        self.keeper.as_ref().is_none_or(|keeper| keeper.rewrite().recv().unwrap_or(false))
+        match &self.keeper {
+            Some(keeper) => keeper.rewrite().recv().unwrap_or(false),
+            None => !self.shut_out,
+        }
+    }
+
+    /// Whether the file cannot be used: answers are remembered until this process ends.
+    pub(crate) fn is_shut_out(&self) -> bool {
+        self.shut_out
     }
 
     /// Gives calls of tools the text in which this node sampled them, if they are those calls still.
@@ -525,6 +535,21 @@ mod tests {
         drop(table);
         replay.remember_call(&a, "large", &"x".repeat(MAX_BYTES));
         assert!(replay.get(&call_key(&a, "large")).is_none());
+    }
+
+    #[test]
+    fn nothing_is_said_to_be_forgotten_in_a_file_that_cannot_be_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("replay");
+        std::fs::create_dir(&path).unwrap();
+        let replay = reopen(&path, None);
+        replay.remember_call(&tenant("a"), "call_1", SAMPLED);
+        assert!(replay.is_shut_out() && !replay.forget(&tenant("a").tenant, 1));
+        assert!(replay.get(&call_key(&tenant("a"), "call_1")).is_none(), "in memory it is");
+        drop(replay);
+        std::fs::remove_dir(&path).unwrap();
+        let replay = reopen(&path, None);
+        assert!(!replay.is_shut_out() && replay.forget(&tenant("a").tenant, 1));
     }
 
     /// A folder, and how its file is opened; tenant "gone" is in its epoch 1.

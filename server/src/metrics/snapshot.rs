@@ -25,6 +25,7 @@ pub(super) struct Snapshot {
     sessions: u64,
     write_behind_bytes: u64,
     audit_left_out: u64,
+    replay_shut_out: u64,
     ledger: Ledger,
 }
 
@@ -79,6 +80,7 @@ impl Snapshot {
                 .as_ref()
                 .map_or(0, |engine| engine.write_behind.waiting_bytes() as u64),
             audit_left_out: node.audit.left_out(),
+            replay_shut_out: node.replay.is_shut_out().into(),
             ledger: Ledger::take(node),
         }
     }
@@ -224,6 +226,11 @@ impl Collector for Snapshot {
             "audit_left_out",
             "Refusals that were counted and not written down, as there were too many",
             self.audit_left_out,
+        )?;
+        page.gauge(
+            "replay_shut_out",
+            "1 where the file of sampled answers cannot be used: they are remembered until the node ends",
+            self.replay_shut_out,
         )?;
 
         let ledger = &self.ledger;

@@ -144,8 +144,7 @@ impl ReplayFile {
         file.sync_all()?;
         fs::rename(draft, &self.path)?;
         (self.file, self.len_bytes) = (file, len_bytes);
-        let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty());
-        File::open(dir.unwrap_or(Path::new(".")))?.sync_all()
+        self.sync_name()
     }
 
     /// Leaves nothing in it, durably.
@@ -153,7 +152,14 @@ impl ReplayFile {
         self.file.set_len(0)?;
         self.file.write_all(&head())?;
         self.len_bytes = HEAD_BYTES as u64;
-        self.file.sync_all()
+        self.file.sync_all()?;
+        // A file that was to take its place may have done so not quite: the old one must not come back.
+        self.sync_name()
+    }
+
+    fn sync_name(&self) -> io::Result<()> {
+        let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        File::open(dir.unwrap_or(Path::new(".")))?.sync_all()
     }
 }
 
