@@ -1,7 +1,9 @@
 //! Byte-seconds: how much each tenant stores and pins, sampled, summed by UTC hour, and closed into one record for each hour.
 //!
 //! A record states the whole hour, so sending it again overwrites and never adds. A sample counts for the time since the one
-//! before it, split where an hour ends; time in which the node did not run counts for nobody.
+//! before it, split where an hour ends; time in which the node did not run counts for nobody. Nor does time in which the machine
+//! sleeps: `Instant` stands still meanwhile. Behind more than [`MAX_SKEW_S`] of sleep the wall clock is far off, and hours are those
+//! of the machine's own count until the node starts again.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
