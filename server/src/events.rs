@@ -142,11 +142,14 @@ impl Events {
         }
     }
 
-    /// Everything of these scopes is erased.
+    /// Everything of these scopes is erased: what their logs tell of its content, too, and nothing comes behind that.
     pub(crate) fn cleared(&self, scopes: &[ScopeTag]) {
         let event = v1::kv_event::Event::AllBlocksCleared(v1::AllBlocksCleared {});
         let mut logs = self.logs();
-        scopes.iter().for_each(|&scope| logs.push(scope, event.clone()));
+        for &scope in scopes {
+            logs.clear(scope);
+            logs.push(scope, event.clone());
+        }
         drop(logs);
         self.grew.send_replace(());
     }
@@ -245,6 +248,9 @@ impl Logs {
         }
         let next = self.floor;
         let log = self.scopes.entry(scope).or_insert_with(|| Log { next, ..Log::default() });
+        if log.cleared {
+            return;
+        }
         log.next += 1;
         log.cleared |= matches!(event, v1::kv_event::Event::AllBlocksCleared(_));
         log.events.push_back(Logged { at: now(), event });
@@ -263,6 +269,16 @@ impl Logs {
         if self.order.len() > 2 * MAX_EVENTS {
             let scopes = &self.scopes;
             self.order.retain(|(scope, number)| scopes.get(scope).is_some_and(|log| log.oldest() <= *number));
+        }
+    }
+
+    /// Keeps nothing of a scope that tells what was stored in it, nor what is older. Numbers are not given again.
+    fn clear(&mut self, scope: ScopeTag) {
+        if let Some(log) = self.scopes.get_mut(&scope) {
+            let told = |logged: &Logged| matches!(logged.event, v1::kv_event::Event::BlockStored(_));
+            let end = log.events.iter().rposition(told).map_or(0, |last| last + 1);
+            self.kept -= log.events.drain(..end).len();
+            log.events.shrink_to_fit();
         }
     }
 
