@@ -18,6 +18,7 @@ use esker_decoder::{DecoderError, Logits, LogitsOut, Residency, Sampler, Sequenc
 use esker_prefix::TokenId;
 use esker_store::{MissKind, StoreError, TtlClass};
 
+use crate::gate::Erased;
 use crate::node::{Engine, Node};
 use crate::writers::Place;
 pub(crate) use speculation::Guessing;
@@ -137,6 +138,9 @@ pub(crate) enum GenerateError {
     /// The listener is gone; nobody is left to tell.
     #[error("cancelled by the client")]
     Cancelled,
+    /// Nothing is stored for a tenant that is erased.
+    #[error(transparent)]
+    Erased(#[from] Erased),
 }
 
 /// Runs a job to its end on the calling thread. `emit` says `Break` when nobody listens any more.

@@ -7,6 +7,7 @@
 mod access;
 mod audit;
 mod auth;
+mod author;
 pub mod bundled;
 mod chat_template;
 pub mod command;
@@ -14,6 +15,7 @@ mod control;
 mod events;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod gate;
 mod generate;
 mod grant;
 mod history;

@@ -11,10 +11,10 @@
 //!
 //! [tenants.acme]
 //! org = "research"                      # tenants of one org share what they write to it; default: none
-//! stored_bytes = 500_000_000_000        # every limit may be left out: none
+//! stored_bytes = 500_000_000_000        # of what its accounts have put, in any scope. Every limit may be left out: none
 //! leased_byte_hours = 2_000_000_000_000 # bytes times hours that all sessions together may hold
 //! bytes_in_flight = 268_435_456
-//! puts_per_s = 2_000                    # objects
+//! puts_per_s = 2_000                    # objects that are not stored yet
 //! hashes_per_s = 5_000_000              # blocks looked up
 //! sessions = 10_000
 //! warmups = 100

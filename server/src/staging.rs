@@ -2,16 +2,19 @@
 //!
 //! Two things wait here: objects that lack planes, because an engine sends each group of its state apart; and objects put before
 //! what they continue, such as the state of a boundary whose block is still on its way. Nothing that waits is found by a lookup,
-//! survives a crash, or was acknowledged as stored. Memory is bounded, for all and for each tenant; so is the wait.
+//! survives a crash, or was acknowledged as stored. Memory is bounded, for all and for each tenant, also where objects have many
+//! planes of few bytes; so is the wait.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use esker_prefix::ObjectId;
-use esker_store::{PutObject, Store};
+use esker_store::PutObject;
 
+use crate::author::Author;
+use crate::node::Node;
 use crate::principal::TenantId;
 
 /// How long a part waits for the rest.
@@ -19,6 +22,11 @@ pub(crate) const WAIT: Duration = Duration::from_secs(60);
 /// Bytes that wait at most, and of one tenant.
 const MAX_BYTES: usize = 64 << 20;
 const MAX_TENANT_BYTES: usize = MAX_BYTES / 2;
+/// What an object that waits takes besides its bytes, and each of its planes, whether it is there or not.
+const OBJECT_BYTES: usize = 512;
+const PLANE_BYTES: usize = 128;
+/// A plane shorter than this is kept as a copy: it would keep the whole message that it came in.
+const COPIED_BYTES: usize = 16 << 10;
 
 /// See the module.
 #[derive(Default)]
@@ -49,7 +57,7 @@ pub(crate) struct OfTenant<'s> {
 }
 
 struct Orphan {
-    tenant: TenantId,
+    author: Arc<Author>,
     object: PutObject,
     until: Instant,
 }
@@ -57,6 +65,8 @@ struct Orphan {
 /// Nothing more may wait.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Full {
+    /// Of the tenant's own; or else of all tenants'.
+    pub(crate) of_tenant: bool,
     pub(crate) limit_bytes: usize,
     pub(crate) used_bytes: usize,
 }
@@ -76,7 +86,9 @@ impl Staging {
         let key = (tenant.clone(), id);
         let known = table.parts.get(&key).is_some_and(|parts| parts.planes[plane].is_some());
         if !known {
-            table.take_room(tenant, bytes.len())?;
+            let new_bytes = if table.parts.contains_key(&key) { 0 } else { object_bytes(planes) };
+            table.take_room(tenant, bytes.len() + new_bytes)?;
+            let bytes = if bytes.len() < COPIED_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes };
             let new = || Parts { planes: vec![None; planes], until: now + WAIT };
             table.parts.entry(key.clone()).or_insert_with(new).planes[plane] = Some(bytes);
         }
@@ -87,47 +99,55 @@ impl Staging {
     }
 
     /// Keeps a whole object until what it continues is stored.
-    pub(crate) fn park(&self, tenant: &TenantId, object: PutObject, now: Instant) -> Result<(), Full> {
+    pub(crate) fn park(&self, author: &Arc<Author>, object: PutObject, now: Instant) -> Result<(), Full> {
         let Some(parent) = object.parent else { return Ok(()) };
+        let tenant = &author.principal.tenant;
         let mut table = self.table();
-        let same = |known: &Orphan| known.object.id == object.id && known.tenant == *tenant;
+        let same = |known: &Orphan| known.object.id == object.id && known.tenant() == tenant;
         let known = table.orphans.get(&parent).is_some_and(|known| known.iter().any(same));
         if !known {
             table.take_room(tenant, bytes_of(&object))?;
-            let orphan = Orphan { tenant: tenant.clone(), object, until: now + WAIT };
+            let orphan = Orphan { author: Arc::clone(author), object, until: now + WAIT };
             table.orphans.entry(parent).or_default().push(orphan);
         }
         Ok(())
     }
 
     /// What waited for one of these to be stored.
-    fn adopt(&self, parents: impl IntoIterator<Item = ObjectId>) -> Vec<PutObject> {
+    fn adopt(&self, parents: impl IntoIterator<Item = ObjectId>) -> Vec<Orphan> {
         let mut table = self.table();
         if table.orphans.is_empty() {
             return Vec::new();
         }
-        let mut adopted = Vec::new();
-        for orphan in
-            parents.into_iter().flat_map(|parent| table.orphans.remove(&parent)).flatten().collect::<Vec<_>>()
-        {
-            table.give_room(&orphan.tenant, bytes_of(&orphan.object));
-            adopted.push(orphan.object);
+        let adopted: Vec<Orphan> =
+            parents.into_iter().filter_map(|parent| table.orphans.remove(&parent)).flatten().collect();
+        for orphan in &adopted {
+            table.give_room(orphan.tenant(), bytes_of(&orphan.object));
         }
         adopted
     }
 
-    /// Stores what waited for these, which are stored, and what waited for that.
-    pub(crate) fn follow(&self, store: &Store, stored: impl IntoIterator<Item = ObjectId>) {
+    /// Stores what waited for these, which are stored, and what waited for that, each on the word of who put it.
+    pub(crate) fn follow(&self, node: &Node, stored: impl IntoIterator<Item = ObjectId>) {
         let mut next = self.adopt(stored);
         while !next.is_empty() {
-            let ids: Vec<ObjectId> = next.iter().map(|object| object.id).collect();
-            let results = store.put(next);
-            for error in results.iter().filter_map(|result| result.as_ref().err()) {
-                tracing::warn!(%error, "an object that had waited was not stored");
+            let mut stored = Vec::new();
+            let mut rest = next.into_iter().peekable();
+            while let Some(first) = rest.next() {
+                let Orphan { author, object, .. } = first;
+                let mut objects = vec![object];
+                while let Some(more) = rest.next_if(|more| Arc::ptr_eq(&more.author, &author)) {
+                    objects.push(more.object);
+                }
+                stored.extend(put(node, &author, objects));
             }
-            next =
-                self.adopt(ids.into_iter().zip(results).filter_map(|(id, result)| result.ok().map(|_| id)));
+            next = self.adopt(stored);
         }
+    }
+
+    /// Lets go all that waits of a tenant's.
+    pub(crate) fn forget(&self, tenant: &TenantId) {
+        self.remove(|of, _| of == tenant);
     }
 
     /// What waits of a tenant's.
@@ -146,27 +166,29 @@ impl Staging {
 
     /// Lets go what has waited for too long.
     pub(crate) fn expire(&self, now: Instant) {
+        let (parts, orphans) = self.remove(|_, until| until <= now);
+        if parts + orphans > 0 {
+            tracing::info!(parts, orphans, "what was put waited in vain for the rest");
+        }
+    }
+
+    /// Lets go what waits of these tenants until then; how many objects that lack planes, and how many whole ones.
+    fn remove(&self, is_over: impl Fn(&TenantId, Instant) -> bool) -> (usize, usize) {
         let mut table = self.table();
-        let late: Vec<Key> =
-            table.parts.iter().filter(|(_, parts)| parts.until <= now).map(|(key, _)| key.clone()).collect();
-        for key in &late {
+        let over = table.parts.iter().filter(|((tenant, _), parts)| is_over(tenant, parts.until));
+        let over: Vec<Key> = over.map(|(key, _)| key.clone()).collect();
+        for key in &over {
             table.remove_parts(key);
         }
         let mut gone = Vec::new();
         table.orphans.retain(|_, waiting| {
-            gone.extend(waiting.extract_if(.., |orphan| orphan.until <= now));
+            gone.extend(waiting.extract_if(.., |orphan| is_over(orphan.tenant(), orphan.until)));
             !waiting.is_empty()
         });
         for orphan in &gone {
-            table.give_room(&orphan.tenant, bytes_of(&orphan.object));
+            table.give_room(orphan.tenant(), bytes_of(&orphan.object));
         }
-        if !late.is_empty() || !gone.is_empty() {
-            tracing::info!(
-                parts = late.len(),
-                orphans = gone.len(),
-                "what was put waited in vain for the rest"
-            );
-        }
+        (over.len(), gone.len())
     }
 
     /// Bytes that wait.
@@ -190,9 +212,11 @@ impl OfTenant<'_> {
 impl Table {
     fn take_room(&mut self, tenant: &TenantId, bytes: usize) -> Result<(), Full> {
         let of_tenant = self.tenants.get(tenant).copied().unwrap_or(0);
-        for (limit_bytes, used_bytes) in [(MAX_TENANT_BYTES, of_tenant), (MAX_BYTES, self.bytes)] {
+        for (is_own, limit_bytes, used_bytes) in
+            [(true, MAX_TENANT_BYTES, of_tenant), (false, MAX_BYTES, self.bytes)]
+        {
             if used_bytes + bytes > limit_bytes {
-                return Err(Full { limit_bytes, used_bytes });
+                return Err(Full { of_tenant: is_own, limit_bytes, used_bytes });
             }
         }
         self.bytes += bytes;
@@ -212,19 +236,46 @@ impl Table {
 
     fn remove_parts(&mut self, key: &Key) -> Option<Parts> {
         let parts = self.parts.remove(key)?;
-        self.give_room(&key.0, parts.planes.iter().flatten().map(Bytes::len).sum());
+        let bytes: usize = parts.planes.iter().flatten().map(Bytes::len).sum();
+        self.give_room(&key.0, bytes + object_bytes(parts.planes.len()));
         Some(parts)
     }
 }
 
+impl Orphan {
+    fn tenant(&self) -> &TenantId {
+        &self.author.principal.tenant
+    }
+}
+
+/// Stores what one author's had waited; what of it is stored now.
+fn put(node: &Node, author: &Author, objects: Vec<PutObject>) -> Vec<ObjectId> {
+    let Ok(_inside) = author.place.pass.enter() else { return Vec::new() };
+    let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
+    let mut results = node.store.put(objects);
+    author.account(node, &ids, &mut results);
+    for error in results.iter().filter_map(|result| result.as_ref().err()) {
+        tracing::warn!(%error, "an object that had waited was not stored");
+    }
+    ids.into_iter().zip(results).filter(|(_, result)| result.is_ok()).map(|(id, _)| id).collect()
+}
+
 fn bytes_of(object: &PutObject) -> usize {
-    object.planes.iter().map(|plane| plane.bytes.len()).sum()
+    let bytes: usize = object.planes.iter().map(|plane| plane.bytes.len()).sum();
+    bytes + object_bytes(object.planes.len())
+}
+
+/// Besides the bytes of its planes.
+fn object_bytes(planes: usize) -> usize {
+    OBJECT_BYTES + planes * PLANE_BYTES
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use esker_prefix::{BlockHash, ObjectKind};
+    use crate::principal::{Principal, Roles};
+    use crate::writers::Place;
+    use esker_prefix::{BlockHash, ObjectKind, RootSecret, ScopeKey, ScopeKind};
 
     fn id(byte: u8) -> ObjectId {
         ObjectId { kind: ObjectKind::Block, hash: BlockHash([byte; 32]) }
@@ -232,6 +283,12 @@ mod tests {
 
     fn tenant(name: &str) -> TenantId {
         TenantId(name.into())
+    }
+
+    fn author(name: &str) -> Arc<Author> {
+        let principal = Principal { tenant: tenant(name), name: "writer".into(), roles: Roles::default() };
+        let key = ScopeKey::derive(&RootSecret::new([7; 32]), ScopeKind::Private, name, 0);
+        Arc::new(Author { principal, place: Place::unshared(key) })
     }
 
     #[test]
@@ -244,7 +301,7 @@ mod tests {
         assert_eq!(add(0, 8), Ok(None));
         assert_eq!(add(2, 9), Ok(None));
         assert_eq!(staging.of(&tenant("a")).planes(id(1)), [true, false, true]);
-        assert_eq!(staging.bytes(), 20);
+        assert_eq!(staging.bytes(), 20 + object_bytes(3));
         let whole = add(1, 6).unwrap().unwrap();
         assert_eq!(whole.iter().map(|plane| plane[0]).collect::<Vec<_>>(), [8, 6, 7]);
         assert_eq!((staging.bytes(), staging.of(&tenant("a")).planes(id(1)).len()), (0, 0));
@@ -281,9 +338,9 @@ mod tests {
             }
         };
         for (name, byte) in [("b", 66), ("a", 1), ("a", 1)] {
-            staging.park(&tenant(name), object(byte), now).unwrap();
+            staging.park(&author(name), object(byte), now).unwrap();
         }
-        let writers: Vec<u32> = staging.adopt([id(2)]).iter().map(|object| object.writer.0).collect();
+        let writers: Vec<u32> = staging.adopt([id(2)]).iter().map(|orphan| orphan.object.writer.0).collect();
         assert_eq!(writers, [66, 1]);
     }
 
@@ -291,16 +348,44 @@ mod tests {
     fn memory_and_time_are_bounded() {
         let staging = Staging::default();
         let now = Instant::now();
-        let some = Bytes::from(vec![0; 16 << 20]);
+        let some = Bytes::from(vec![0; (16 << 20) - object_bytes(2)]);
         let add = |name: &str, byte| staging.add(&tenant(name), id(byte), 2, (0, some.clone()), now);
         assert_eq!((add("a", 1), add("a", 2)), (Ok(None), Ok(None)));
-        assert_eq!(add("a", 3), Err(Full { limit_bytes: MAX_TENANT_BYTES, used_bytes: MAX_TENANT_BYTES }));
+        assert_eq!(
+            add("a", 3),
+            Err(Full { of_tenant: true, limit_bytes: MAX_TENANT_BYTES, used_bytes: MAX_TENANT_BYTES })
+        );
         assert_eq!((add("b", 4), add("b", 5)), (Ok(None), Ok(None)));
-        assert_eq!(add("c", 6), Err(Full { limit_bytes: MAX_BYTES, used_bytes: MAX_BYTES }));
+        assert_eq!(
+            add("c", 6),
+            Err(Full { of_tenant: false, limit_bytes: MAX_BYTES, used_bytes: MAX_BYTES })
+        );
         staging.expire(now + WAIT / 2);
         assert_eq!(staging.bytes(), MAX_BYTES);
         staging.expire(now + WAIT);
         assert_eq!(staging.bytes(), 0);
         assert_eq!(add("c", 6), Ok(None));
+    }
+    #[test]
+    fn what_tiny_planes_take_counts_and_no_plane_keeps_its_message() {
+        let staging = Staging::default();
+        let now = Instant::now();
+        let message = Bytes::from(vec![7; 1 << 20]);
+        let add = |number: u32| {
+            let mut hash = [0; 32];
+            hash[..4].copy_from_slice(&number.to_le_bytes());
+            let id = ObjectId { kind: ObjectKind::Block, hash: BlockHash(hash) };
+            staging.add(&tenant("a"), id, 4096, (0, message.slice(..1)), now)
+        };
+        let refused = (0..1000).find(|&number| add(number).is_err()).expect("4096 planes each, without end");
+        assert!(refused as usize * 4096 * size_of::<Option<Bytes>>() <= MAX_TENANT_BYTES, "{refused} fit");
+        let table = staging.table();
+        let kept = table.parts.values().flat_map(|parts| parts.planes.iter().flatten());
+        assert!(kept.clone().all(|plane| !message.as_ptr_range().contains(&plane.as_ptr())));
+        drop(table);
+        staging.forget(&tenant("b"));
+        assert!(staging.bytes() > 0);
+        staging.forget(&tenant("a"));
+        assert_eq!(staging.bytes(), 0);
     }
 }

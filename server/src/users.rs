@@ -2,7 +2,8 @@
 //!
 //! One row of the control database for each, `TENANT/EPOCH/USER`: a request with a new user writes one row, whatever the others
 //! are. Their number is bounded. A user of whom nothing is stored any more, and for whom nobody is about to store, can be
-//! forgotten: the scope of one who comes again is the same.
+//! forgotten: the scope of one who comes again is the same. Should a record of it be hidden meanwhile, for a read failed, an erasure
+//! of the tenant reaches it all the same: by the account that put it (writers.rs).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

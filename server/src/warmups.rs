@@ -24,7 +24,7 @@ use crate::audit::Event;
 use crate::control::{Control, Table};
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, TenantId};
-use crate::tenants::{full, over};
+use crate::tenants::over;
 pub(crate) use job::{Job, Record, Stage, Submission};
 pub(crate) use run::Runner;
 use run::Turn;
@@ -355,7 +355,8 @@ impl Warmups {
         while jobs.of(tenant).count() >= MAX_JOBS {
             let ended = jobs.of(tenant).filter(|job| job.record.borrow().has_ended());
             let Some(oldest) = ended.min_by_key(|job| job.record.borrow().number).cloned() else {
-                return Err(full("unfinished warm-up jobs", MAX_JOBS as u64, 60_000));
+                let limit = MAX_JOBS as u64;
+                return Err(over("unfinished_warmups", limit, limit, 60_000));
             };
             self.forget(jobs, &oldest)?;
         }

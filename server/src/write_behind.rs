@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use esker_store::{PutObject, PutOutcome, Store};
 
+use crate::gate::Pass;
+
 /// Most raw bytes waiting, 256 MiB. What does not fit is dropped and logged: it costs a later recompute, never a
 /// delay now.
 const MAX_WAITING_BYTES: usize = 256 << 20;
@@ -21,8 +23,15 @@ pub(crate) struct WriteBehind {
     worker: Option<JoinHandle<()>>,
 }
 
-/// An object on its way, its raw bytes, and who counts what becomes of it, with its tokens.
-type Waiting = (PutObject, usize, Option<(Arc<Receipt>, u64)>);
+/// An object on its way.
+struct Waiting {
+    object: PutObject,
+    /// Raw ones.
+    bytes: usize,
+    pass: Pass,
+    /// Who counts what becomes of it, with its tokens.
+    receipt: Option<(Arc<Receipt>, u64)>,
+}
 
 /// Counts the tokens of objects that were stored, for whoever is charged for them.
 #[derive(Default)]
@@ -67,15 +76,15 @@ impl WriteBehind {
 
     /// Takes an object, or drops it when the queue is full. Never blocks. Whether it was taken.
     /// Tokens of the object are counted on the receipt if it is stored.
-    pub(crate) fn offer(&self, object: PutObject, receipt: Option<(Arc<Receipt>, u64)>) -> bool {
+    pub(crate) fn offer(&self, object: PutObject, pass: Pass, receipt: Option<(Arc<Receipt>, u64)>) -> bool {
         let bytes: usize = object.planes.iter().map(|plane| plane.bytes.len()).sum();
         let room = self.waiting_bytes.fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
             Some(waiting + bytes).filter(|&sum| sum <= MAX_WAITING_BYTES)
         });
         let counted = receipt.as_ref().map(|(receipt, _)| Arc::clone(receipt));
         counted.iter().for_each(|receipt| receipt.add(1, 0));
-        let sent = room.is_ok()
-            && self.queue.as_ref().is_some_and(|queue| queue.send((object, bytes, receipt)).is_ok());
+        let waiting = Waiting { object, bytes, pass, receipt };
+        let sent = room.is_ok() && self.queue.as_ref().is_some_and(|queue| queue.send(waiting).is_ok());
         if !sent {
             counted.iter().for_each(|receipt| receipt.add(-1, 0));
             tracing::warn!(
@@ -98,25 +107,37 @@ impl Drop for WriteBehind {
 }
 
 fn run(store: &Store, queue: &Receiver<Waiting>, waiting_bytes: &AtomicUsize) {
-    while let Ok((first, mut bytes, receipt)) = queue.recv() {
-        let (mut batch, mut receipts) = (vec![first], vec![receipt]);
+    while let Ok(first) = queue.recv() {
+        let mut bytes = first.bytes;
+        let mut batch = vec![first];
         while bytes < BATCH_BYTES {
-            let Ok((object, more, receipt)) = queue.try_recv() else { break };
-            batch.push(object);
-            receipts.push(receipt);
-            bytes += more;
+            let Ok(more) = queue.try_recv() else { break };
+            bytes += more.bytes;
+            batch.push(more);
         }
-        for (result, receipt) in store.put(batch).into_iter().zip(receipts) {
-            if let Some((receipt, tokens)) = receipt {
-                receipt.add(-1, if matches!(result, Ok(PutOutcome::Stored)) { tokens } else { 0 });
-            }
-            match result {
-                Ok(PutOutcome::Stored | PutOutcome::Present | PutOutcome::Declined) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "a new block was not stored");
-                }
-            }
-        }
+        store_all(store, batch);
         waiting_bytes.fetch_sub(bytes, Ordering::AcqRel);
+    }
+}
+
+fn store_all(store: &Store, batch: Vec<Waiting>) {
+    let (mut objects, mut passes, mut receipts) = (Vec::new(), Vec::new(), Vec::new());
+    for Waiting { object, pass, receipt, .. } in batch {
+        objects.push(object);
+        passes.push(pass);
+        receipts.push(receipt);
+    }
+    // Of a tenant that is erased nothing is stored any more.
+    let inside: Vec<_> = passes.iter().map(|pass| pass.enter().ok()).collect();
+    let let_in = objects.into_iter().zip(&inside).filter(|(_, inside)| inside.is_some());
+    let mut results = store.put(let_in.map(|(object, _)| object).collect()).into_iter();
+    for (inside, receipt) in inside.iter().zip(receipts) {
+        let result = inside.as_ref().and_then(|_| results.next());
+        if let Some((receipt, tokens)) = receipt {
+            receipt.add(-1, if matches!(result, Some(Ok(PutOutcome::Stored))) { tokens } else { 0 });
+        }
+        if let Some(Err(error)) = result {
+            tracing::warn!(%error, "a new block was not stored");
+        }
     }
 }

@@ -4,8 +4,8 @@
 //! them. What an account has put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`). And in the
 //! scope of an org, which several tenants write, nobody finds what one other tenant alone has put: it may be wrong on purpose, and
 //! that it is there tells what that tenant was asked. It is found by all once two tenants have put the same bytes, or a publisher
-//! has. Until then answers are those of a block that is not stored. One channel is left to a tenant that writes: what it
-//! puts of other bytes under such a name is declined rather than stored.
+//! has. Until then answers are those of a block that is not stored. Two channels are left to a tenant that writes: what it
+//! puts of other bytes under such a name is declined rather than stored, and the same bytes do not count for its `stored_bytes`.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -15,6 +15,7 @@ use esker_prefix::{ObjectId, ScopeKey, ScopeTag, WriterId};
 use esker_store::{Found, Store};
 
 use crate::control::{Control, Table};
+use crate::gate::Pass;
 use crate::principal::{Principal, TenantId};
 use crate::users::Busy;
 
@@ -43,6 +44,8 @@ pub(crate) struct Place {
     pub(crate) sight: Sight,
     /// Its word is enough for everyone.
     pub(crate) trusted: bool,
+    /// Lets in what is stored here, until the tenant is erased.
+    pub(crate) pass: Pass,
     /// The user whose scope it is, who is not forgotten meanwhile.
     pub(crate) _user: Option<Busy>,
 }
@@ -124,7 +127,7 @@ impl Place {
     /// A scope of one tenant, and nobody who was named.
     pub(crate) fn unshared(key: ScopeKey) -> Self {
         let sight = Sight { org: None, own: Arc::default() };
-        Self { key, writer: WriterId::UNNAMED, sight, trusted: false, _user: None }
+        Self { key, writer: WriterId::UNNAMED, sight, trusted: false, pass: Pass::default(), _user: None }
     }
 
     /// Whether several tenants write here.

@@ -213,3 +213,95 @@ async fn what_an_account_has_put_is_taken_back_at_once_and_for_good() -> Result<
     }
     node.kill()
 }
+
+#[tokio::test]
+async fn what_is_put_into_an_orgs_scope_counts_for_who_put_it() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let tenants = "[tenants.alice]\norg = \"research\"\nstored_bytes = 300_000\n\
+                   [tenants.bob]\norg = \"research\"\nstored_bytes = 300_000\n";
+    let node = start(&data, &issuer.policy(tenants)?).await?;
+    let roles = &["reader", "writer", "publisher"];
+    let mut alice = Account::new(&node, &issuer, "alice", "engine", roles)?;
+    let mut bob = Account::new(&node, &issuer, "bob", "engine", roles)?;
+    let layout = flat_layout();
+    let namespace = alice.register(&layout).await?;
+    for (account, scope) in [(&mut alice, v1::Scope::Org), (&mut bob, v1::Scope::Public)] {
+        let mut refused = false;
+        for seed in 0..20 {
+            let prompt = Prompt::new(namespace, &layout, 100 + seed, 4);
+            let put = account.put(&prompt, scope, prompt.blocks(1..=4)).await;
+            refused |= put.is_err_and(|error| error.to_string().contains("stored_bytes"));
+        }
+        ensure!(refused, "{scope:?} counts for nobody");
+    }
+    node.kill()
+}
+
+#[tokio::test]
+async fn a_put_that_is_under_way_leaves_nothing_behind_an_erasure() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let node = start(&data, &issuer.policy(TENANTS)?).await?;
+    let mut alice = Account::new(&node, &issuer, "alice", "engine", WRITER)?;
+    let admin = Account::new(&node, &issuer, "dave", "operator", &["admin"])?;
+    let mut admin = AdminClient::new(admin.channel.clone());
+    let layout = flat_layout();
+    let namespace = alice.register(&layout).await?;
+    let prompt = Prompt::new(namespace, &layout, 5, 4);
+    for scope in [v1::Scope::Private, v1::Scope::Org] {
+        let (steps, received) = tokio::sync::mpsc::channel(64);
+        let received = tokio_stream::wrappers::ReceiverStream::new(received);
+        let mut first = put_steps(&prompt, prompt.blocks(1..=2));
+        if let Some(v1::put_request::Step::Prefix(prefix)) = first.first_mut() {
+            prefix.scope = scope.into();
+        }
+        let rest = put_steps(&prompt, prompt.blocks(3..=4)).split_off(1);
+        for step in first {
+            steps.send(v1::PutRequest { step: Some(step) }).await?;
+        }
+        let mut replies = alice.cache.put(received).await?.into_inner();
+        for _ in 0..2 {
+            let reply = replies.message().await?.context("a reply")?;
+            ensure!(reply.outcome() == v1::Outcome::Stored, "{reply:?}");
+        }
+        let erased = admin.erase_tenant(v1::EraseTenantRequest { tenant: "alice".into() }).await?;
+        ensure!(erased.into_inner().objects == 2);
+        for step in rest {
+            steps.send(v1::PutRequest { step: Some(step) }).await?;
+        }
+        drop(steps);
+        let refused = replies.message().await.err().context("it went on behind the erasure")?;
+        ensure!(refused.code() == Code::Aborted, "{refused}");
+        let tenants = admin.list_tenants(v1::ListTenantsRequest {}).await?.into_inner().tenants;
+        let stored = tenants.iter().find(|tenant| tenant.tenant == "alice").map(|tenant| tenant.stored_bytes);
+        ensure!(stored == Some(0), "{scope:?}: {stored:?}");
+    }
+    // What begins behind it is stored as ever.
+    ensure!(alice.put(&prompt, v1::Scope::Private, prompt.blocks([1])).await? == [v1::Outcome::Stored]);
+    node.kill()
+}
+
+#[tokio::test]
+async fn what_waited_for_its_turn_is_the_word_of_its_tenant_too() -> Result<()> {
+    use v1::Outcome::{Stored, Waiting};
+    let folder = scratch();
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let node = start(&folder.path().join("data"), &issuer.policy(TENANTS)?).await?;
+    let account = |tenant: &str| Account::new(&node, &issuer, tenant, "engine", WRITER);
+    let (mut alice, mut bob, mut carol) = (account("alice")?, account("bob")?, account("carol")?);
+    let layout = esker_tests::staged_layout();
+    let namespace = alice.register(&layout).await?;
+    let prompt = Prompt::new(namespace, &layout, 5, 2);
+    let org = v1::Scope::Org;
+    let all = || prompt.blocks(1..=2).into_iter().chain([prompt.state(2)]).collect::<Vec<_>>();
+    alice.put(&prompt, org, all()).await?;
+    // Its state comes before its blocks.
+    assert_eq!(bob.put(&prompt, org, vec![prompt.state(2)]).await?, [Waiting]);
+    assert_eq!(bob.put(&prompt, org, prompt.blocks(1..=2)).await?, [Stored; 2]);
+    let found = carol.lookup(&prompt).await?;
+    ensure!(!found.resume_points.is_empty(), "the state stays hidden though two have put it: {found:?}");
+    node.kill()
+}

@@ -10,6 +10,7 @@ use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, StateObj
 use esker_store::{Found, PutObject, Store, TtlClass};
 
 use super::GenerateError;
+use crate::gate::{Erased, Inside};
 use crate::lookup::Tails;
 use crate::node::Engine;
 use crate::write_behind::Receipt;
@@ -212,6 +213,11 @@ impl<'a> Trail<'a> {
         all.map(|found| found.filter(|found| self.place.sight.sees(found))).collect()
     }
 
+    /// Held while something is stored here.
+    pub(super) fn enter(&self) -> Result<Inside<'_>, Erased> {
+        self.place.pass.enter()
+    }
+
     /// What was put with success is not the word of somebody else alone any more.
     pub(super) fn vouch(&self, store: &Store, put: &[ObjectId]) -> Result<(), GenerateError> {
         Ok(self.place.vouch(store, put)?)
@@ -219,7 +225,7 @@ impl<'a> Trail<'a> {
 
     /// A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.
     fn offer(&mut self, object: PutObject, receipt: Option<(Arc<Receipt>, u64)>) {
-        if !self.engine.write_behind.offer(object, receipt) {
+        if !self.engine.write_behind.offer(object, self.place.pass.clone(), receipt) {
             self.stored = usize::MAX;
             self.states.clear();
         }

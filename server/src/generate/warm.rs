@@ -160,6 +160,7 @@ fn put(node: &Node, trail: &mut Trail<'_>, sequence: &Sequence) -> Result<Option
         objects.push(object);
     }
     let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
+    let _inside = trail.enter()?;
     let outcomes = node.store.put(objects).into_iter().collect::<Result<Vec<_>, _>>()?;
     if outcomes.contains(&PutOutcome::Declined) {
         return Ok(None);

@@ -36,12 +36,15 @@ impl v1::admin_server::Admin for AdminService {
         let node = self.node.clone();
         blocking(move || {
             let tenant = TenantId(tenant);
-            let scopes = node.tenants.scopes(&tenant);
+            let (scopes, epoch) = (node.tenants.scopes(&tenant), node.tenants.get(&tenant).epoch());
             let erased = node.tenants.erase(&node.store, &tenant, || {
+                node.staging.forget(&tenant);
                 node.sessions.close_all(&node, &tenant)?;
                 node.warmups.erase(&tenant)
             });
-            node.events.cleared(&scopes);
+            if node.tenants.get(&tenant).epoch() != epoch {
+                node.events.cleared(&scopes);
+            }
             // Also where the records are not all gone yet: the keys are.
             let forgotten = node.replay.forget(&tenant, node.tenants.get(&tenant).epoch());
             let erased = erased.and_then(|erased| forgotten.then_some(erased).ok_or_else(unforgotten));

@@ -15,6 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
 use super::bill::{Bill, Served};
+use super::cache::blocking;
 use super::put::ttl_class;
 use super::status::{from_generate, from_wire};
 use crate::generate::{Account, Event, GenerateError, Job, RestoreMode, generate};
@@ -147,7 +148,9 @@ impl v1::decoder_server::Decoder for DecoderService {
         let engine = self.engine()?;
         let model = &engine.loaded.model;
         // Not what others store: it would tell whether a put of another tenant's text found it there.
-        let store_bytes = self.node.tenants.stored_bytes(&self.node.store, &principal.tenant);
+        let node = Arc::clone(&self.node);
+        let store_bytes =
+            blocking(move || Ok(node.tenants.private_bytes(&node.store, &principal.tenant))).await?;
         Ok(Response::new(v1::DescribeReply {
             store_bytes,
             model: engine.loaded.name.clone(),

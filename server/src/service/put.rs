@@ -19,14 +19,15 @@ use tonic::{Status, Streaming};
 
 use super::admission::{Admission, PUT_MEMORY_BYTES};
 use super::cache::layout;
-use super::status::{from_join, from_store, from_wire};
+use super::status::{from_gate, from_join, from_store, from_wire};
 use crate::audit::Event;
+use crate::author::Author;
+use crate::gate::Erased;
 use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
 use crate::staging::WAIT;
-use crate::tenants::{InFlight, Tenant, full};
-use crate::writers::Place;
+use crate::tenants::{InFlight, Tenant, full, over};
 
 /// A client that sends nothing, or takes no results, for this long is let go.
 const IDLE_PROGRESS: Duration = Duration::from_secs(30);
@@ -52,7 +53,7 @@ impl Numbered {
 }
 
 /// What became of a batch: `None` for an object that waits in its turn.
-type Stored = Vec<Result<Option<PutOutcome>, StoreError>>;
+type Stored = Result<Vec<Result<Option<PutOutcome>, StoreError>>, Erased>;
 
 /// What the caller named the prefix by: one of the two.
 #[derive(Default)]
@@ -87,12 +88,6 @@ pub(super) struct Put {
     last_name: Mutex<Option<(ObjectKind, u64, Name)>>,
     /// What this put has sent to a scope of several tenants.
     sent: Mutex<HashSet<ObjectId>>,
-}
-
-/// Who puts, and where.
-struct Author {
-    principal: Principal,
-    place: Place,
 }
 
 /// What a put may use, until its last batch is stored: also if the client has left by then.
@@ -311,8 +306,15 @@ impl Put {
         let id = ObjectId { kind, hash: self.name(kind, tokens)?.hash };
         let planes = self.layout.planes_count(kind, tokens);
         let tenant = self.tenant.id();
+        let _inside = self.author.place.pass.enter().map_err(from_gate)?;
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
-        let added = added.map_err(|over| full("staged bytes", over.limit_bytes as u64, 1_000))?;
+        let added = added.map_err(|no_room| {
+            let (limit, used) = (no_room.limit_bytes as u64, no_room.used_bytes as u64);
+            match no_room.of_tenant {
+                true => over("staged_bytes", limit, used, 1_000),
+                false => full("staged bytes", limit, 1_000),
+            }
+        })?;
         match added {
             Some(planes) => {
                 open.remove(&(kind, tokens));
@@ -429,7 +431,7 @@ impl Put {
             return Ok(());
         }
         self.node.tenants.admit_stored(&self.node.store, &self.tenant)?;
-        self.node.tenants.charge_puts(&self.tenant, objects.len())?;
+        self.node.tenants.charge_puts(&self.tenant, self.new_objects(&objects))?;
         let bytes = objects.iter().map(Numbered::bytes).sum::<usize>();
         while commits.is_full(bytes, self.committing_bytes) {
             self.answer_next(commits, answers).await?;
@@ -461,6 +463,14 @@ impl Put {
         }
         commits.under_way.push_back(batch);
         Ok(())
+    }
+
+    /// How many of these are not stored yet, as whoever puts them can tell. What is costs no rate: a put that was refused half-way
+    /// gets further when it is sent again.
+    fn new_objects(&self, objects: &[Numbered]) -> usize {
+        let ids: Vec<ObjectId> = objects.iter().map(|object| object.object.id).collect();
+        let found = self.node.store.get(&ids).into_iter().flatten();
+        ids.len() - found.filter(|found| self.author.place.sight.sees(found)).count()
     }
 
     /// Which of these continue what is not there for whoever puts them: the word of another tenant alone, which this put has not
@@ -504,7 +514,7 @@ impl Put {
             Some(over) => over,
             None => batch.storing.await,
         };
-        let results = over.map_err(|e| from_join(&e))?;
+        let results = over.map_err(|e| from_join(&e))?.map_err(from_gate)?;
         if self.buffered {
             for error in results.into_iter().filter_map(Result::err) {
                 tracing::warn!(%error, "an object that was accepted was not stored");
@@ -645,45 +655,17 @@ enum Gathering<'l> {
     Parts(PlaneReader<'l>, BTreeSet<(ObjectKind, u64)>),
 }
 
-impl Author {
-    /// Writes down what others should know of the results, and leaves nothing in them that this one should not.
-    fn account(&self, node: &Node, ids: &[ObjectId], results: &mut [Result<PutOutcome, StoreError>]) {
-        let is_mismatch = |result: &Result<PutOutcome, StoreError>| {
-            result.as_ref().is_err_and(|error| error.kind() == esker_store::ErrorKind::ContentMismatch)
-        };
-        let mismatches = results.iter().filter(|result| is_mismatch(result)).count();
-        if mismatches > 0 {
-            let event = Event::new(&self.principal, "put", "other bytes under a known name", "refused");
-            node.audit.record(&event.count(mismatches as u64));
-        }
-        if !self.place.is_shared() {
-            return;
-        }
-        let hidden = self.place.hidden(&node.store, ids);
-        let put = ids.iter().zip(&*results).filter(|(_, result)| result.is_ok()).map(|(id, _)| *id);
-        if let Err(error) = self.place.vouch(&node.store, &put.collect::<Vec<_>>()) {
-            tracing::warn!(%error, "what two tenants have put stays hidden from the others");
-        }
-        for (result, _) in results.iter_mut().zip(hidden).filter(|(_, hidden)| *hidden) {
-            if is_mismatch(result) {
-                *result = Ok(PutOutcome::Declined);
-            } else if let Ok(outcome @ PutOutcome::Present) = result {
-                *outcome = PutOutcome::Stored;
-            }
-        }
-    }
-}
-
 /// Stores objects, and what waited for them. `None` for one that waits in its turn: a state whose block is not there yet, or
 /// anything that comes in parts and therefore in any order. Says when the next batch may be submitted.
 fn store(
     node: &Node,
-    author: &Author,
+    author: &Arc<Author>,
     objects: Vec<PutObject>,
     orphans: &[bool],
     in_parts: bool,
     submitted: oneshot::Sender<()>,
 ) -> Stored {
+    let _inside = author.place.pass.enter()?;
     let may_wait = |object: &&PutObject| in_parts || object.id.kind == ObjectKind::State;
     let kept: Vec<Option<PutObject>> = objects.iter().map(|o| Some(o).filter(may_wait).cloned()).collect();
     let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
@@ -704,19 +686,19 @@ fn store(
     let mut results: Vec<Result<PutOutcome, StoreError>> = missing.into_iter().map(one).collect();
     author.account(node, &ids, &mut results);
     let stored = ids.iter().zip(&results).filter(|(_, result)| result.is_ok()).map(|(id, _)| *id);
-    node.staging.follow(&node.store, stored);
+    node.staging.follow(node, stored);
     let settle = |(result, kept): (Result<PutOutcome, StoreError>, Option<PutObject>)| match (result, kept) {
         (Err(error), Some(object)) if error.kind() == esker_store::ErrorKind::MissingParent => {
             let parent = object.parent;
-            node.staging.park(&author.principal.tenant, object, Instant::now()).map_err(|_| error)?;
+            node.staging.park(author, object, Instant::now()).map_err(|_| error)?;
             // It may have come between the two.
             let come = parent.filter(|parent| node.store.get(&[*parent]).iter().any(Option::is_some));
-            node.staging.follow(&node.store, come);
+            node.staging.follow(node, come);
             Ok(None)
         }
         (result, _) => result.map(Some),
     };
-    results.into_iter().zip(kept).map(settle).collect()
+    Ok(results.into_iter().zip(kept).map(settle).collect())
 }
 
 fn waiting_reply(kind: ObjectKind, tokens: u64, reason: String) -> v1::PutReply {

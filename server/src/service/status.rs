@@ -5,6 +5,7 @@ use esker_proto::WireError;
 use esker_store::StoreError;
 use tonic::Status;
 
+use crate::gate::Erased;
 use crate::generate::GenerateError;
 use crate::ledger::LedgerError;
 use crate::namespaces::RegisterError;
@@ -34,11 +35,16 @@ pub(super) fn from_register(error: &RegisterError) -> Status {
     }
 }
 
+pub(super) fn from_gate(erased: Erased) -> Status {
+    Status::aborted(erased.to_string())
+}
+
 pub(super) fn from_generate(error: &GenerateError) -> Status {
     match error {
         GenerateError::Decoder(decoder) => from_decoder(decoder),
         GenerateError::Store(store) => from_store(store),
         GenerateError::Cancelled => Status::cancelled(error.to_string()),
+        GenerateError::Erased(erased) => from_gate(*erased),
         GenerateError::Thread(_) => exhausted(error.to_string(), 1000),
     }
 }

@@ -1,4 +1,5 @@
-use esker_store::StoreSettings;
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec};
+use esker_store::{PutObject, PutPlane, StoreSettings, TtlClass};
 use tonic::Code;
 
 use super::*;
@@ -94,4 +95,39 @@ fn users_of_whom_nothing_is_stored_make_room_for_others() {
     drop(busy);
     assert_eq!(rows(&tenants), 2, "user7 and the new one");
     assert_eq!(tenants.scopes(&local()).len(), 3);
+}
+
+/// Something of a place.
+fn object(place: &Place, byte: u8) -> PutObject {
+    let spec = PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes: 4 };
+    PutObject {
+        id: ObjectId { kind: ObjectKind::Block, hash: BlockHash([byte; 32]) },
+        parent: None,
+        namespace: NamespaceId([0; 32]),
+        scope: place.key.tag(),
+        writer: place.writer,
+        class: TtlClass::default(),
+        tokens: 1,
+        planes: vec![PutPlane { spec, shape: None, bytes: vec![byte; 4].into() }],
+    }
+}
+
+#[test]
+fn an_erasure_reaches_what_a_forgotten_user_had_and_lets_in_nothing_that_began_before() {
+    let folder = Folder::new();
+    let tenants = folder.open();
+    let (anne, org) = (write(&tenants, "anne").unwrap(), write(&tenants, "").unwrap());
+    let (of_anne, of_all) = (object(&anne, 1), object(&org, 2));
+    let ids = [of_anne.id, of_all.id];
+    assert!(tenants.store.put(vec![of_anne, of_all]).iter().all(Result::is_ok));
+    assert!(tenants.stored_bytes(&tenants.store, &local()) > 0);
+    // As one who was forgotten while a record of hers was hidden, for a read had failed.
+    tenants.get(&local()).state().users.remove("anne").unwrap();
+    tenants.control.delete(Table::Users, &users::row(&local(), 0, "anne")).unwrap();
+    assert!(anne.pass.enter().is_ok());
+    tenants.erase(&tenants.store, &local(), || Ok(())).unwrap();
+    assert_eq!(tenants.store.get(&ids), [None, None]);
+    assert_eq!(tenants.stored_bytes(&tenants.store, &local()), 0);
+    assert!(anne.pass.enter().is_err() && org.pass.enter().is_err());
+    assert!(write(&tenants, "anne").unwrap().pass.enter().is_ok());
 }
