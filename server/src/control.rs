@@ -20,6 +20,7 @@ pub(crate) enum Table {
     WarmupPrompts = b'p',
     Writers = b'a',
     Users = b'n',
+    Namespaces = b'm',
 }
 
 /// See the module.

@@ -70,11 +70,13 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
         &self,
         request: Request<v1::RegisterNamespaceRequest>,
     ) -> Result<Response<v1::RegisterNamespaceReply>, Status> {
+        let tenant = principal_of(&request)?.tenant;
         let (namespace, layout) = namespace_of(request.get_ref()).map_err(from_wire)?;
         let (id, layout_id) = (namespace.id(), layout.id());
         let node = self.node.clone();
         blocking(move || {
-            node.namespaces.register(&node.store, id, layout).map_err(|error| from_register(&error))
+            let registered = node.namespaces.register_for(&tenant, &node.control, &node.store, id, layout);
+            registered.map_err(|error| from_register(&error))
         })
         .await?;
         Ok(Response::new(v1::RegisterNamespaceReply {

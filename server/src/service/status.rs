@@ -30,7 +30,8 @@ pub(super) fn from_store(error: &StoreError) -> Status {
 pub(super) fn from_register(error: &RegisterError) -> Status {
     match error {
         RegisterError::ObjectTooLarge { .. } => Status::invalid_argument(error.to_string()),
-        RegisterError::TooMany => exhausted(error.to_string(), 60_000),
+        RegisterError::TooMany | RegisterError::TooManyOfTenant => exhausted(error.to_string(), 60_000),
+        RegisterError::Unwritten => Status::unavailable(error.to_string()),
         RegisterError::Store(store) => from_store(store),
     }
 }
