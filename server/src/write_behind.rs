@@ -141,3 +141,45 @@ fn store_all(store: &Store, batch: Vec<Waiting>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, PlaneSpec, ScopeTag, WriterId};
+    use esker_store::{PutPlane, StoreSettings, TtlClass};
+
+    use super::*;
+    use crate::gate::Gate;
+
+    #[test]
+    fn what_is_on_its_way_when_its_tenant_is_erased_is_not_stored() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
+        let store = Arc::new(Store::open(dir.path(), settings).unwrap());
+        let object = |byte| {
+            let spec = PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes: 4 };
+            PutObject {
+                id: ObjectId { kind: ObjectKind::Block, hash: BlockHash([byte; 32]) },
+                parent: None,
+                namespace: NamespaceId([0; 32]),
+                scope: ScopeTag([1; 16]),
+                writer: WriterId(1),
+                class: TtlClass::default(),
+                tokens: 1,
+                planes: vec![PutPlane { spec, shape: None, bytes: vec![byte; 4].into() }],
+            }
+        };
+        let (erased, other) = (Arc::new(Gate::default()), Arc::new(Gate::default()));
+        let pass = erased.pass(0);
+        erased.close_before(1);
+        let queue = WriteBehind::start(Arc::clone(&store)).unwrap();
+        let receipt = Arc::new(Receipt::default());
+        for (byte, pass) in [(1, other.pass(0)), (2, pass), (3, erased.pass(1))] {
+            assert!(queue.offer(object(byte), pass, Some((Arc::clone(&receipt), 10))));
+        }
+        drop(queue);
+        let ids = [1, 2, 3].map(|byte| object(byte).id);
+        let stored: Vec<bool> = store.get(&ids).iter().map(Option::is_some).collect();
+        assert_eq!(stored, [true, false, true]);
+        assert_eq!(receipt.stored_tokens(Duration::ZERO), 20);
+    }
+}
