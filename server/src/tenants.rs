@@ -89,6 +89,7 @@ impl Tenants {
         store: &Arc<Store>,
     ) -> anyhow::Result<Self> {
         let writers = Writers::open(Arc::clone(&control))?;
+        store.set_owners(writers.owners());
         let store = Arc::clone(store);
         let tenants = Self { root, policy, control, keys, store, writers, known: RwLock::default() };
         for (name, mut record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
@@ -371,6 +372,11 @@ impl Tenants {
     /// Bytes of the records in a tenant's private scopes: what it may be told. Asks for each user.
     pub(crate) fn private_bytes(&self, store: &Store, tenant: &TenantId) -> u64 {
         self.scopes(tenant).into_iter().map(|scope| store.scope_bytes(scope)).sum()
+    }
+
+    /// Bytes of the records that a tenant's accounts have put, in whatever scope: what it gives of when the store is full.
+    pub(crate) fn held_bytes(&self, store: &Store, tenant: &TenantId) -> u64 {
+        self.writers.owner(tenant).map_or(0, |owner| store.owner_bytes(owner))
     }
 
     /// Erases a tenant: its keys are given up, durably; `stop` ends what would write more; then its records go. Returns objects

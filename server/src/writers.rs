@@ -1,7 +1,7 @@
 //! Writers: a number for every account that ever put something, so that each record says whose word it is.
 //!
-//! Numbers are given in order, written down before the first record that has one, and never given again. Two things hang on
-//! them. What an account has put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`). And in the
+//! Numbers are given in order, written down before the first record that has one, and never given again. Three things hang on
+//! them. They tell the store for which tenant the bytes of a record count when it is full ([`Writers::owners`]). What an account has put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`). And in the
 //! scope of an org, which several tenants write, nobody finds what one other tenant alone has put: it may be wrong on purpose, and
 //! that it is there tells what that tenant was asked. It is found by all once two tenants have put the same bytes, or a publisher
 //! has. Until then answers are those of a block that is not stored. Two channels are left to a tenant that writes: what it
@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, ensure};
 use esker_prefix::{ObjectId, ScopeKey, ScopeTag, WriterId};
-use esker_store::{Found, Store};
+use esker_store::{Found, OwnerId, OwnerOf, Store};
 
 use crate::control::{Control, Table};
 use crate::gate::Pass;
@@ -25,15 +25,22 @@ const MAX_WRITERS: usize = 1_000_000;
 /// All writers of a node.
 pub(crate) struct Writers {
     control: Arc<Control>,
-    known: RwLock<Known>,
+    known: Arc<RwLock<Known>>,
 }
 
 #[derive(Default)]
 struct Known {
     /// By `tenant/account`; '/' is in no name.
     numbers: HashMap<String, WriterId>,
-    tenants: HashMap<TenantId, Arc<HashSet<WriterId>>>,
+    tenants: HashMap<TenantId, OfTenant>,
+    owners: HashMap<WriterId, OwnerId>,
     newest: u32,
+}
+
+struct OfTenant {
+    /// What the store knows it by, in this process.
+    owner: OwnerId,
+    writers: Arc<HashSet<WriterId>>,
 }
 
 /// Where something is stored, and on whose word.
@@ -63,7 +70,7 @@ impl Writers {
         for (name, number) in control.scan::<u32>(Table::Writers, "", "", usize::MAX)? {
             known.add(name, WriterId(number));
         }
-        Ok(Self { control, known: RwLock::new(known) })
+        Ok(Self { control, known: Arc::new(RwLock::new(known)) })
     }
 
     /// The number of an account. The first time it is written down before this returns.
@@ -92,7 +99,21 @@ impl Writers {
 
     /// The numbers of a tenant's accounts.
     pub(crate) fn of(&self, tenant: &TenantId) -> Arc<HashSet<WriterId>> {
-        self.read().tenants.get(tenant).cloned().unwrap_or_default()
+        self.read().tenants.get(tenant).map(|of| Arc::clone(&of.writers)).unwrap_or_default()
+    }
+
+    /// What the store knows a tenant by that has put something.
+    pub(crate) fn owner(&self, tenant: &TenantId) -> Option<OwnerId> {
+        self.read().tenants.get(tenant).map(|of| of.owner)
+    }
+
+    /// Whose each writer is, for the store: a tenant is one owner, whatever accounts and users it has.
+    pub(crate) fn owners(&self) -> OwnerOf {
+        let known = Arc::clone(&self.known);
+        Box::new(move |writer| {
+            let known = known.read().unwrap_or_else(PoisonError::into_inner);
+            known.owners.get(&writer).copied().unwrap_or(OwnerId::NOBODY)
+        })
     }
 
     /// What a tenant finds, in its org's scope too if it has one.
@@ -108,7 +129,12 @@ impl Writers {
 impl Known {
     fn add(&mut self, name: String, number: WriterId) {
         if let Some((tenant, _)) = name.split_once('/') {
-            Arc::make_mut(self.tenants.entry(TenantId(tenant.into())).or_default()).insert(number);
+            // 0 is nobody's. Bounded by MAX_WRITERS.
+            let owner = OwnerId(u32::try_from(self.tenants.len()).map_or(u32::MAX, |tenants| tenants + 1));
+            let new = || OfTenant { owner, writers: Arc::default() };
+            let of = self.tenants.entry(TenantId(tenant.into())).or_insert_with(new);
+            Arc::make_mut(&mut of.writers).insert(number);
+            self.owners.insert(number, of.owner);
         }
         self.newest = self.newest.max(number.0);
         self.numbers.insert(name, number);
@@ -184,6 +210,13 @@ mod tests {
         assert_eq!(writers.find(&TenantId("b".into()), "x"), Some(WriterId(3)));
         assert_eq!(writers.find(&TenantId("b".into()), "y"), None);
         assert_eq!(*writers.of(&TenantId("a".into())), HashSet::from([WriterId(1), WriterId(2)]));
+        let owner_of = writers.owners();
+        let owner = |writer| owner_of(WriterId(writer));
+        assert_eq!(owner(1), owner(2), "two accounts of one tenant");
+        assert_ne!(owner(1), owner(3));
+        assert_eq!(Some(owner(3)), writers.owner(&TenantId("b".into())));
+        assert_eq!((owner(0), owner(4)), (OwnerId::NOBODY, OwnerId::NOBODY));
         assert_eq!(writers.number(&account("b", "y")).unwrap(), WriterId(4));
+        assert_eq!(owner(4), owner(3), "one that came later");
     }
 }

@@ -8,6 +8,9 @@ use super::trace::Trace;
 /// Bytes of a token. Sizes are counted in blocks here; only that all blocks take the same matters.
 const TOKEN_BYTES: u32 = 1024;
 
+/// Whom all blocks count for.
+const OWNER: u32 = 0;
+
 /// A [`Retention`] whose slots are the numbers of the trace's blocks.
 pub(super) struct Leaves<'a> {
     trace: &'a Trace,
@@ -71,7 +74,7 @@ impl Cache for Leaves<'_> {
             let tokens = if last { last_tokens.min(block_tokens) } else { block_tokens };
             let context = if tokens < block_tokens { Context::SHORT } else { place };
             let bytes = block_tokens * TOKEN_BYTES;
-            let candidate = self.retention.missed(u64::from(block), context, bytes, tokens, now_s);
+            let candidate = self.retention.missed(OWNER, u64::from(block), context, bytes, tokens, now_s);
             if refused {
                 continue;
             }

@@ -9,7 +9,11 @@
 //! - A pinned block is never a victim; nor is anything above it, for it is no leaf.
 //! - The last use of a block is at or after that of every block below it: using a block uses its path.
 //!
-//! The choice. Every use of a block, stored or not, is counted by [`Sample`] into the life tables of its [`Class`]: what a
+//! Whose turn it is. Every block counts for an *owner*, and the one that holds most gives ([`Owners`]): an owner below its fair
+//! share loses nothing to one above it. One that holds less than the giver is given room without being asked what for; one
+//! that holds as much competes with itself alone.
+//!
+//! The choice, among the blocks of one owner. Every use of a block, stored or not, is counted by [`Sample`] into the life tables of its [`Class`]: what a
 //! block is by its number of uses, the time between the last two, and where it hangs. [`Reuse`] turns them into a *worth*:
 //! expected uses per second of keeping it, which changes with the time since the last use. The victim is the leaf with
 //! the least worth per byte. A new block is admitted to a full store if it is worth more than the victim. Nothing about
@@ -17,13 +21,17 @@
 //! everything is admitted; where most blocks are never read again the drive is not worn for them; and when more is read in
 //! a loop than fits, a part is kept rather than nothing in time.
 //!
-//! Cost per operation: O(log leaves), and O(classes) to choose; [`touch`](Retention::touch) walks its path. Memory: 20 bytes
-//! per block, about 12 more per leaf (8 in a B-tree), and some 4 MiB for what is remembered of blocks that are not stored:
-//! 12 bytes per ghost, and the sample.
+//! What an owner's blocks are worth is learned from its own alone ([`Learner`]): what others write and read changes nothing of it.
+//!
+//! Cost per operation: O(log leaves + log owners), and O(classes) to choose; [`touch`](Retention::touch) walks its path. Memory: 24
+//! bytes per block, about 12 more per leaf (8 in a B-tree), 3 MiB for what is remembered of blocks that are not stored, 12
+//! bytes per ghost, and for each of at most 64 owners up to 0.4 MiB for what was learned.
 
 mod age;
 mod class;
 mod ghost;
+mod learner;
+mod owners;
 mod queue;
 mod reuse;
 mod sample;
@@ -35,21 +43,12 @@ pub use class::Context;
 
 use class::Class;
 use ghost::{Ghost, Ghosts};
-use queue::{Leaf, LeafQueues};
-use reuse::Reuse;
-use sample::Sample;
+use learner::{LEARNERS_MAX, Learner};
+use owners::Owners;
+use queue::Leaf;
 
 /// A parent that is not there.
 const NO_PARENT: u32 = u32::MAX;
-
-/// Uses of sampled blocks between two appraisals: rare enough to cost little per use, often enough to follow the day.
-const APPRAISE_USES: u32 = 1024;
-
-/// Blocks unused for this many times the age at which blocks are evicted teach nothing that eviction could use.
-const HORIZON_EVICTION_AGES: u32 = 16;
-
-/// The least horizon, seconds, for when nothing was evicted yet.
-const HORIZON_S_MIN: u32 = 600;
 
 /// How a [`Retention`] chooses.
 #[derive(Clone, Debug)]
@@ -72,20 +71,22 @@ impl RetentionSettings {
 /// A block that is not stored, as [`Retention::missed`] judged it.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate {
+    owner: u32,
     print: u32,
     class: Class,
     grade: u8,
     uses: u8,
 }
 
-/// One stored block. 20 bytes.
+/// One stored block. 24 bytes.
 #[derive(Clone, Copy, Debug)]
 struct Node {
     parent: u32,
     children: u32,
     last_s: u32,
-    /// Fingerprint of the key: what [`Sample`] and [`Ghosts`] know the block by.
+    /// Fingerprint of the key: what learners and [`Ghosts`] know the block by.
     print: u32,
+    owner: u32,
     pins: u16,
     /// Class and grade: [`queue::line`].
     line: u8,
@@ -93,22 +94,19 @@ struct Node {
     uses: u8,
 }
 
-const FREE: Node = Node { parent: NO_PARENT, children: 0, last_s: 0, print: 0, pins: 0, line: 0, uses: 0 };
+const FREE: Node =
+    Node { parent: NO_PARENT, children: 0, last_s: 0, print: 0, owner: 0, pins: 0, line: 0, uses: 0 };
 
 /// The tree of stored blocks and what is known of their use.
 #[derive(Debug)]
 pub struct Retention {
     settings: RetentionSettings,
     nodes: Vec<Node>,
-    leaves: LeafQueues,
+    owners: Owners,
     ghosts: Ghosts,
-    sample: Sample,
-    reuse: Reuse,
-    uses_since_appraisal: u32,
-    /// Time from last use to eviction of recent victims, the longest of them.
-    eviction_age_s: f32,
-    /// The leaf worth least, as long as nothing changed.
-    cheapest: Option<(u32, Leaf, f32)>,
+    learners: Vec<Learner>,
+    /// The leaf worth least of an owner at a time, as long as nothing changed.
+    cheapest: Option<(u32, u32, Leaf, f32)>,
 }
 
 impl Retention {
@@ -118,12 +116,9 @@ impl Retention {
         Self {
             settings,
             nodes: Vec::new(),
-            leaves: LeafQueues::new(),
+            owners: Owners::default(),
             ghosts,
-            sample: Sample::new(),
-            reuse: Reuse::new(),
-            uses_since_appraisal: 0,
-            eviction_age_s: 0.0,
+            learners: Vec::new(),
             cheapest: None,
         }
     }
@@ -143,13 +138,14 @@ impl Retention {
             let gap_s = now_s.saturating_sub(node.last_s);
             node.uses = node.uses.saturating_add(1);
             node.last_s = node.last_s.max(now_s);
+            let Node { parent, print, owner, uses, .. } = *node;
             if !self.settings.lru_leaf {
-                let class = Class::again(node.uses, gap_s);
+                let class = Class::again(uses, gap_s);
                 node.line = queue::line(class, queue::grade(node.line));
-                let sampled = self.sample.use_block(node.print, class, now_s, &mut self.reuse);
-                self.uses_since_appraisal += u32::from(sampled);
+                let learner = self.learner(owner);
+                self.learners[usize::from(learner)].use_block(print, class, now_s);
             }
-            slot = node.parent;
+            slot = parent;
         }
         self.enqueue(tip);
         self.appraise_in_time(now_s);
@@ -191,7 +187,7 @@ impl Retention {
 
     /// Bytes of memory per block, leaves and all; what is remembered of others is bounded and not counted.
     pub fn memory_bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Node>() + self.leaves.len() * size_of::<Leaf>()
+        self.nodes.capacity() * size_of::<Node>() + self.owners.leaf_count() * size_of::<Leaf>()
     }
 
     /// Whether `slot` is pinned itself.
@@ -229,43 +225,84 @@ impl Retention {
     /// A block was asked for that is not stored. To be called once for every such block of a prompt, in order and whether it
     /// can be stored or not: that is how the worth of refused blocks is learned.
     ///
-    /// `key` is any 64 bits of the block's hash; `context` comes from the deepest stored block of the prompt.
-    pub fn missed(&mut self, key: u64, context: Context, bytes: u32, tokens: u32, now_s: u32) -> Candidate {
+    /// `owner` is whom it will count for; `key` is any 64 bits of the block's hash; `context` comes from the deepest stored
+    /// block of the prompt.
+    pub fn missed(
+        &mut self,
+        owner: u32,
+        key: u64,
+        context: Context,
+        bytes: u32,
+        tokens: u32,
+        now_s: u32,
+    ) -> Candidate {
         let print = print(key);
         let grade = self.grade(bytes, tokens);
         if self.settings.lru_leaf {
-            return Candidate { print, class: Class::default(), grade: 0, uses: 1 };
+            return Candidate { owner, print, class: Class::default(), grade: 0, uses: 1 };
         }
-        let (class, uses) = match self.ghosts.get(print) {
+        let learner = self.learner(owner);
+        let (class, uses) = match self.ghosts.get(learner, print) {
             None => (Class::first(context), 1),
             Some(ghost) => {
                 let uses = ghost.uses.saturating_add(1);
                 (Class::again(uses, now_s.saturating_sub(ghost.last_s)), uses)
             }
         };
-        self.ghosts.put(print, Ghost { last_s: now_s, uses });
-        let sampled = self.sample.use_block(print, class, now_s, &mut self.reuse);
-        self.uses_since_appraisal += u32::from(sampled);
+        self.ghosts.put(learner, print, Ghost { last_s: now_s, uses });
+        self.learners[usize::from(learner)].use_block(print, class, now_s);
         self.appraise_in_time(now_s);
-        Candidate { print, class, grade, uses }
+        Candidate { owner, print, class, grade, uses }
     }
 
     /// A block found on the drive when the store was opened: taken for one seen once. Nothing is counted.
-    pub fn recovered(&self, key: u64, context: Context, bytes: u32, tokens: u32) -> Candidate {
+    pub fn recovered(&self, owner: u32, key: u64, context: Context, bytes: u32, tokens: u32) -> Candidate {
         let (class, grade) = if self.settings.lru_leaf {
             (Class::default(), 0)
         } else {
             (Class::first(context), self.grade(bytes, tokens))
         };
-        Candidate { print: print(key), class, grade, uses: 1 }
+        Candidate { owner, print: print(key), class, grade, uses: 1 }
     }
 
-    /// Whether `candidate` is worth more than what a full store would evict for it: at equal worth the write would be for
-    /// nothing. A store with room takes anything.
+    /// Whether a full store should take `candidate`. An owner that holds less than whoever gives has a right to the room; one that
+    /// holds most gives itself, and takes what is worth more than what it would lose: at equal worth the write would be for
+    /// nothing. One that holds most and has nothing to give gets nothing. A store with room takes anything.
     pub fn admits(&mut self, candidate: &Candidate, now_s: u32) -> bool {
-        let worth = self.worth(candidate.class, candidate.grade, 0);
-        let cheapest = self.cheapest(now_s);
-        self.settings.lru_leaf || cheapest.is_some_and(|(_, least)| worth > least)
+        let &Candidate { owner, class, grade, .. } = candidate;
+        let Some(giver) = self.owners.giver() else { return self.settings.lru_leaf };
+        if giver != owner {
+            return self.owners.pages(owner) < self.owners.pages(giver);
+        }
+        if self.settings.lru_leaf {
+            return true;
+        }
+        let least = self.cheapest(owner, now_s).map(|(_, least)| least);
+        least.is_some_and(|least| self.worth(owner, class, grade, 0) > least)
+    }
+
+    /// Pages of records that count for an owner.
+    pub fn pages(&self, owner: u32) -> u64 {
+        self.owners.pages(owner)
+    }
+
+    /// The same, of every owner.
+    pub fn all_pages(&self) -> impl Iterator<Item = u64> + '_ {
+        self.owners.all_pages()
+    }
+
+    /// So many pages count for an owner from now on.
+    pub fn set_pages(&mut self, owner: u32, pages: u64) {
+        self.owners.set_pages(owner, pages);
+    }
+
+    /// The block in `slot` counts for another owner from now on. Its pages are the caller's to move.
+    pub fn set_owner(&mut self, slot: u32, owner: u32) {
+        if self.nodes[slot as usize].owner != owner {
+            self.dequeue(slot);
+            self.nodes[slot as usize].owner = owner;
+            self.enqueue(slot);
+        }
     }
 
     /// `candidate` was stored in `slot`, a free one, behind `parent`. `now_s` may not be after the parent's last use.
@@ -274,24 +311,23 @@ impl Retention {
             self.dequeue(parent);
             self.nodes[parent as usize].children += 1;
         }
-        let Candidate { print, class, grade, uses } = *candidate;
+        let Candidate { owner, print, class, grade, uses } = *candidate;
         if self.nodes.len() <= slot as usize {
             self.nodes.resize(slot as usize + 1, FREE);
         }
         let node = &mut self.nodes[slot as usize];
         debug_assert!(node.uses == 0, "slot {slot} is taken");
         let (parent, line) = (parent.unwrap_or(NO_PARENT), queue::line(class, grade));
-        *node = Node { parent, children: 0, last_s: now_s, print, pins: 0, line, uses };
+        *node = Node { parent, children: 0, last_s: now_s, print, owner, pins: 0, line, uses };
         self.enqueue(slot);
     }
 
     /// The leaf that should go, if there is one that may. It stays until it is removed.
     pub fn victim(&mut self, now_s: u32) -> Option<u32> {
-        let (leaf, _) = self.cheapest(now_s)?;
-        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let age_s = now_s.saturating_sub(leaf.last_s) as f32;
-        // Decays by half in some 700 evictions.
-        self.eviction_age_s = (self.eviction_age_s * 0.999).max(age_s);
+        let owner = self.owners.giver()?;
+        let (leaf, _) = self.cheapest(owner, now_s)?;
+        let learner = self.learner(owner);
+        self.learners[usize::from(learner)].evicts(now_s.saturating_sub(leaf.last_s));
         Some(leaf.slot)
     }
 
@@ -302,7 +338,8 @@ impl Retention {
         let node = std::mem::replace(&mut self.nodes[slot as usize], FREE);
         debug_assert!(node.uses > 0 && node.children == 0, "slot {slot} holds no leaf");
         if !self.settings.lru_leaf {
-            self.ghosts.put(node.print, Ghost { last_s: node.last_s, uses: node.uses });
+            let learner = self.learner(node.owner);
+            self.ghosts.put(learner, node.print, Ghost { last_s: node.last_s, uses: node.uses });
         }
         if node.parent != NO_PARENT {
             self.nodes[node.parent as usize].children -= 1;
@@ -310,29 +347,44 @@ impl Retention {
         }
     }
 
-    /// The leaf worth least per byte, and that worth. Of a queue only the ends are asked: worth rises with age, if at all,
+    /// An owner's leaf worth least per byte, and that worth. Of a queue only the ends are asked: worth rises with age, if at all,
     /// up to when the block is expected back, and falls from then on.
-    fn cheapest(&mut self, now_s: u32) -> Option<(Leaf, f32)> {
+    fn cheapest(&mut self, owner: u32, now_s: u32) -> Option<(Leaf, f32)> {
         if self.settings.lru_leaf {
-            return self.leaves.ends().next().map(|leaf| (leaf, 0.0));
+            return self.owners.ends(owner).next().map(|leaf| (leaf, 0.0));
         }
-        if let Some((at_s, leaf, worth)) = self.cheapest
-            && at_s == now_s
+        if let Some((of, at_s, leaf, worth)) = self.cheapest
+            && (of, at_s) == (owner, now_s)
         {
             return Some((leaf, worth));
         }
-        let ranked = self.leaves.ends().map(|leaf| {
+        let learner = self.learner(owner);
+        let learner = &self.learners[usize::from(learner)];
+        let ranked = self.owners.ends(owner).map(|leaf| {
             let age_s = now_s.saturating_sub(leaf.last_s);
-            (leaf, self.worth(leaf.class(), leaf.grade(), age_s))
+            (leaf, learner.worth(leaf.class(), leaf.grade(), age_s))
         });
         let order = |leaf: &Leaf| (leaf.last_s, leaf.slot);
         let found = ranked.min_by(|a, b| a.1.total_cmp(&b.1).then_with(|| order(&a.0).cmp(&order(&b.0))))?;
-        self.cheapest = Some((now_s, found.0, found.1));
+        self.cheapest = Some((owner, now_s, found.0, found.1));
         Some(found)
     }
 
-    fn worth(&self, class: Class, grade: u8, age_s: u32) -> f32 {
-        self.reuse.worth(class, age_s) / f32::from(1_u16 << grade)
+    fn worth(&mut self, owner: u32, class: Class, grade: u8, age_s: u32) -> f32 {
+        let learner = self.learner(owner);
+        self.learners[usize::from(learner)].worth(class, grade, age_s)
+    }
+
+    /// Who learns from the uses of an owner's blocks.
+    fn learner(&mut self, owner: u32) -> u8 {
+        let Self { owners, learners, ghosts, .. } = self;
+        owners.learner(owner, || {
+            if learners.len() < usize::from(LEARNERS_MAX) {
+                learners.push(Learner::new());
+                ghosts.share_out(learners.len());
+            }
+            u8::try_from(learners.len() - 1).unwrap_or(LEARNERS_MAX - 1)
+        })
     }
 
     /// Steps of a factor of 2 by which the block takes more bytes per token than an ordinary one, to the nearest.
@@ -345,16 +397,11 @@ impl Retention {
     }
 
     fn appraise_in_time(&mut self, now_s: u32) {
-        if self.uses_since_appraisal < APPRAISE_USES {
-            return;
+        for learner in &mut self.learners {
+            if learner.appraise_in_time(now_s) {
+                self.cheapest = None;
+            }
         }
-        self.uses_since_appraisal = 0;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "made of u32 seconds")]
-        let eviction_age_s = self.eviction_age_s as u32;
-        let horizon_s = eviction_age_s.saturating_mul(HORIZON_EVICTION_AGES).max(HORIZON_S_MIN);
-        self.sample.count_unused(now_s, horizon_s, &mut self.reuse);
-        self.reuse.appraise();
-        self.cheapest = None;
     }
 
     /// The entry of `slot` in the queues, if it belongs there.
@@ -365,14 +412,14 @@ impl Retention {
 
     fn enqueue(&mut self, slot: u32) {
         if let Some(leaf) = self.leaf(slot) {
-            self.leaves.insert(leaf);
+            self.owners.insert(self.nodes[slot as usize].owner, leaf);
             self.cheapest = None;
         }
     }
 
     fn dequeue(&mut self, slot: u32) {
         if let Some(leaf) = self.leaf(slot) {
-            self.leaves.remove(leaf);
+            self.owners.remove(self.nodes[slot as usize].owner, leaf);
             self.cheapest = None;
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Latencies;
+use crate::Shares;
 use crate::Wear;
 use crate::io::IoEngine;
 use crate::latency::LatencyCounter;
@@ -174,6 +175,8 @@ pub struct StoreStats {
     pub objects: u64,
     /// Bytes of memory that their resident table takes.
     pub table_bytes: u64,
+    /// What their owners hold of the capacity.
+    pub shares: Shares,
     /// Segments given up since a write or flush into them failed.
     pub suspect_segments: u64,
     /// I/O completions that belonged to no operation.

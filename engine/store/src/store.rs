@@ -19,6 +19,7 @@ use crate::index::{Changes, Index};
 use crate::io::{self, AlignedBuf, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
+use crate::owner::{OwnerId, OwnerOf};
 use crate::record::RecordHeader;
 use crate::recovery;
 use crate::scrub::Scrubber;
@@ -389,6 +390,18 @@ impl Store {
         self.shared.index.write(changes)
     }
 
+    /// From now on `owner_of` says whose each writer is, whom the bytes of its records count for: when room is needed, the owner that
+    /// holds most gives. To be called once, before anything is put; until then all is nobody's, as if there were one owner. Costs
+    /// one walk over what is stored.
+    pub fn set_owners(&self, owner_of: OwnerOf) {
+        self.shared.table.set_owners(owner_of);
+    }
+
+    /// Bytes of all records that count for an owner.
+    pub fn owner_bytes(&self, owner: OwnerId) -> u64 {
+        self.shared.table.owner_bytes(owner)
+    }
+
     /// Bytes of all records by namespace and scope.
     pub fn realms(&self) -> Vec<(NamespaceId, ScopeTag, u64)> {
         self.shared.table.realms()
@@ -521,6 +534,7 @@ impl Store {
             leased_bytes,
             objects,
             table_bytes,
+            shares: self.shared.table.shares(self.shared.settings.capacity_bytes),
             stored: counters.stored.get(),
             present: counters.present.get(),
             content_mismatch: counters.content_mismatch.get(),

@@ -20,6 +20,7 @@ use crate::TtlClass;
 use crate::fields::narrow;
 use crate::index::Entry;
 use crate::io::PAGE;
+use crate::owner::{OwnerId, OwnerOf, Shares};
 use crate::record::header_bytes;
 use crate::retention::{Candidate, Context, Retention, RetentionSettings};
 use crate::segment::{SegmentId, Spot};
@@ -115,7 +116,7 @@ impl Table {
             chunks: Vec::new(),
             free: Vec::new(),
             by_hash: HashTable::new(),
-            realms: Realms::default(),
+            realms: Realms::new(),
             retention: Retention::new(RetentionSettings::new(ORDINARY_BYTES_PER_TOKEN)),
             erasures: 0,
             tails: Tails::default(),
@@ -209,15 +210,17 @@ impl Table {
         if let Some(known) = inner.find_any(&slot) {
             let before = *inner.slot(known);
             *inner.slot_mut(known) = slot;
-            inner.realms.add(&slot);
+            inner.add(&slot);
             inner.tails.add(slot.hash, entry);
             if before.kind & HOLE == 0 {
-                inner.realms.subtract(&before);
+                inner.subtract(&before);
             }
+            let owner = inner.realms.owner(slot.realm);
+            inner.retention.set_owner(known, owner);
             return (before.kind & HOLE == 0).then(|| before.record());
         }
         let at = inner.allocate(slot);
-        inner.realms.add(&slot);
+        inner.add(&slot);
         inner.erasures += u64::from(entry.id.kind == ObjectKind::Erasure);
         inner.tails.add(slot.hash, entry);
         let Inner { by_hash, chunks, .. } = &mut *inner;
@@ -244,13 +247,21 @@ impl Table {
         }
         let tokens = added_tokens(header.id.kind, header.tokens, parent.map(|at| inner.slot(at).tokens));
         let bytes = clamp(record_bytes);
-        let candidate = inner.retention.missed(key_of(header.id), context, bytes, tokens, now_s);
+        let (owner, key) = (inner.realms.owner_of_writer(header.writer), key_of(header.id));
+        if header.class == TtlClass::PERMANENT {
+            // It never goes, so nothing is to be learned from it.
+            return (inner.retention.recovered(owner, key, context, bytes, tokens), context, true);
+        }
+        let candidate = inner.retention.missed(owner, key, context, bytes, tokens, now_s);
         let admits = inner.retention.admits(&candidate, now_s);
         (candidate, context, admits)
     }
 
-    /// The prefix that ends in `tip` was read. Returns the segments that it lies in.
+    /// The prefix that ends in `tip` was read. Returns the segments that it lies in; none for what is no part of a prefix.
     pub(crate) fn touch(&self, tip: ObjectId, now_s: u32) -> Vec<SegmentId> {
+        if !matches!(tip.kind, ObjectKind::Block | ObjectKind::State) {
+            return Vec::new();
+        }
         let mut inner = self.write();
         let Some(tip) = inner.find(tip) else { return Vec::new() };
         // Parts of one restore, asked for one after another, are one use.
@@ -284,13 +295,41 @@ impl Table {
         let mut inner = self.write();
         let Some(at) = inner.find(id) else { return false };
         let before = *inner.slot(at);
-        let of_many = Realm { sole_writer: WriterId::UNNAMED, ..inner.realms.get(before.realm) };
-        let realm = inner.realms.id_of(of_many);
-        inner.realms.subtract(&before);
+        let realm = Realm { vouched: true, ..inner.realms.get(before.realm) };
+        let realm = inner.realms.id_of(realm);
+        inner.subtract(&before);
         let after = Slot { realm, ..before };
         *inner.slot_mut(at) = after;
-        inner.realms.add(&after);
+        inner.add(&after);
         true
+    }
+
+    /// From now on `owner_of` says whom a writer's records count for; what is stored is gone through once.
+    pub(crate) fn set_owners(&self, owner_of: OwnerOf) {
+        let mut inner = self.write();
+        let Inner { chunks, realms, retention, .. } = &mut *inner;
+        let before: Vec<u32> = realms.owners.clone();
+        realms.set_owners(owner_of);
+        for (at, slot) in chunks.iter().flatten().enumerate().filter(|(_, slot)| slot.kind != 0) {
+            let (before, after) = (before[slot.realm as usize], realms.owner(slot.realm));
+            retention.set_pages(before, retention.pages(before) - slot.owned_pages());
+            retention.set_pages(after, retention.pages(after) + slot.owned_pages());
+            retention.set_owner(narrow(at), after);
+        }
+    }
+
+    /// Bytes of the records that count for an owner.
+    pub(crate) fn owner_bytes(&self, owner: OwnerId) -> u64 {
+        let inner = self.read();
+        let number = inner.realms.owner_ids.get(&owner);
+        number.map_or(0, |&number| inner.retention.pages(number) * PAGE as u64)
+    }
+
+    /// What owners hold of so much.
+    pub(crate) fn shares(&self, capacity_bytes: u64) -> Shares {
+        let inner = self.read();
+        let held: Vec<u64> = inner.retention.all_pages().map(|pages| pages * PAGE as u64).collect();
+        Shares::of(held.into_iter(), capacity_bytes)
     }
 
     /// Lets an object go first when space is needed.
@@ -486,7 +525,8 @@ impl Inner {
             let context = self.retention.context(parent);
             let bytes = clamp(u64::from(entry.record_pages) * PAGE as u64);
             let tokens = added_tokens(entry.id.kind, entry.tokens, parent.map(|at| self.slot(at).tokens));
-            self.retention.recovered(key_of(entry.id), context, bytes, tokens)
+            let owner = self.realms.owner(self.slot(at).realm);
+            self.retention.recovered(owner, key_of(entry.id), context, bytes, tokens)
         });
         if let Some(parent) = parent {
             self.retention.renew(parent, entry.time_s);
@@ -535,9 +575,25 @@ impl Inner {
         self.free.push(at);
     }
 
+    /// Counts the pages of an object, for its realm and for its owner.
+    fn add(&mut self, slot: &Slot) {
+        self.realms.add(slot);
+        let owner = self.realms.owner(slot.realm);
+        let pages = self.retention.pages(owner) + slot.owned_pages();
+        self.retention.set_pages(owner, pages);
+    }
+
+    /// Takes them back.
+    fn subtract(&mut self, slot: &Slot) {
+        self.realms.subtract(slot);
+        let owner = self.realms.owner(slot.realm);
+        let pages = self.retention.pages(owner) - slot.owned_pages();
+        self.retention.set_pages(owner, pages);
+    }
+
     /// Takes what an object adds to the whole back.
     fn forget(&mut self, slot: &Slot) {
-        self.realms.subtract(slot);
+        self.subtract(slot);
         if slot.kind == ObjectKind::State as u8 {
             self.tails.remove(&slot.hash);
         }
@@ -573,7 +629,7 @@ impl Inner {
 
     fn located(&self, at: u32) -> Located {
         let slot = self.slot(at);
-        let Realm { namespace, scope, sole_writer, .. } = self.realms.get(slot.realm);
+        let realm = self.realms.get(slot.realm);
         Located {
             spot: slot.spot(),
             checksum: slot.checksum,
@@ -582,9 +638,9 @@ impl Inner {
             head_bytes: u32::from(slot.head_pages) * narrow(PAGE),
             tokens: slot.tokens,
             raw_bytes: u64::from(slot.raw_bytes),
-            namespace,
-            scope,
-            sole_writer,
+            namespace: realm.namespace,
+            scope: realm.scope,
+            sole_writer: if realm.vouched { WriterId::UNNAMED } else { realm.writer },
         }
     }
 
@@ -612,6 +668,12 @@ impl Slot {
         bucket(self.kind & !HOLE, &self.hash)
     }
 
+    /// Pages that count for the owner: those of blocks and states, which may go when room is needed.
+    fn owned_pages(&self) -> u64 {
+        let owned = self.kind == ObjectKind::Block as u8 || self.kind == ObjectKind::State as u8;
+        if owned { u64::from(self.record_pages) } else { 0 }
+    }
+
     fn record(&self) -> Victim {
         Victim { spot: self.spot(), record_bytes: u64::from(self.record_pages) * PAGE as u64 }
     }
@@ -632,22 +694,22 @@ impl Located {
 struct Realm {
     namespace: NamespaceId,
     scope: ScopeTag,
-    /// `UNNAMED` once another writer has put the same.
-    sole_writer: WriterId,
-    /// Who has put the record; `UNNAMED` for what the store writes about itself, an erasure of what a writer has put among them.
+    /// Who put it first.
     writer: WriterId,
+    /// Whether it is more than that one's word.
+    vouched: bool,
+    /// Whether the store writes it about itself, an erasure of what a writer has put among them: no bytes of the writer's.
+    own: bool,
 }
 
 impl Realm {
     fn of(entry: &Entry) -> Self {
         let Entry { namespace, scope, writer, .. } = *entry;
-        let own = if is_own(entry.id) { WriterId::UNNAMED } else { writer };
-        Self { namespace, scope, sole_writer: writer, writer: own }
+        Self { namespace, scope, writer, vouched: false, own: is_own(entry.id) }
     }
 }
 
 /// Realms, each kept once: there are few, and 56 bytes for every block would be many.
-#[derive(Default)]
 struct Realms {
     all: Vec<Realm>,
     /// Pages of the records of each, of each scope, and of each writer.
@@ -655,35 +717,79 @@ struct Realms {
     scopes: HashMap<ScopeTag, u64>,
     writers: HashMap<WriterId, u64>,
     ids: HashMap<Realm, u32>,
+    /// Whom each counts for: numbers of owners, given out in order.
+    owners: Vec<u32>,
+    owner_ids: HashMap<OwnerId, u32>,
+    owner_of: OwnerOf,
 }
 
 impl Realms {
+    /// None, and all that is to come is nobody's.
+    fn new() -> Self {
+        Self {
+            all: Vec::new(),
+            pages: Vec::new(),
+            scopes: HashMap::new(),
+            writers: HashMap::new(),
+            ids: HashMap::new(),
+            owners: Vec::new(),
+            owner_ids: HashMap::new(),
+            owner_of: Box::new(|_| OwnerId::NOBODY),
+        }
+    }
+
     fn get(&self, id: u32) -> Realm {
         self.all[id as usize]
     }
 
     fn id_of(&mut self, realm: Realm) -> u32 {
-        *self.ids.entry(realm).or_insert_with(|| {
-            self.all.push(realm);
-            self.pages.push(0);
-            narrow(self.all.len() - 1)
-        })
+        if let Some(&id) = self.ids.get(&realm) {
+            return id;
+        }
+        let id = narrow(self.all.len());
+        let owner = self.owner_of_writer(realm.writer);
+        self.all.push(realm);
+        self.pages.push(0);
+        self.owners.push(owner);
+        self.ids.insert(realm, id);
+        id
+    }
+
+    /// Number of the owner of a realm.
+    fn owner(&self, id: u32) -> u32 {
+        self.owners[id as usize]
+    }
+
+    /// Number of the owner of what a writer puts.
+    fn owner_of_writer(&mut self, writer: WriterId) -> u32 {
+        let next = narrow(self.owner_ids.len());
+        *self.owner_ids.entry((self.owner_of)(writer)).or_insert(next)
+    }
+
+    fn set_owners(&mut self, owner_of: OwnerOf) {
+        self.owner_of = owner_of;
+        self.owner_ids.clear();
+        self.owners = (0..self.all.len()).map(|id| self.owner_of_writer(self.all[id].writer)).collect();
     }
 
     fn add(&mut self, slot: &Slot) {
         let pages = u64::from(slot.record_pages);
         self.pages[slot.realm as usize] += pages;
-        let Realm { scope, writer, .. } = self.get(slot.realm);
+        let Realm { scope, writer, own, .. } = self.get(slot.realm);
         *self.scopes.entry(scope).or_default() += pages;
-        *self.writers.entry(writer).or_default() += pages;
+        if !own {
+            *self.writers.entry(writer).or_default() += pages;
+        }
     }
 
     fn subtract(&mut self, slot: &Slot) {
         let pages = u64::from(slot.record_pages);
         self.pages[slot.realm as usize] -= pages;
-        let Realm { scope, writer, .. } = self.get(slot.realm);
+        let Realm { scope, writer, own, .. } = self.get(slot.realm);
         take(&mut self.scopes, scope, pages);
-        take(&mut self.writers, writer, pages);
+        if !own {
+            take(&mut self.writers, writer, pages);
+        }
     }
 }
 

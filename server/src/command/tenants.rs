@@ -80,6 +80,7 @@ fn told(tenant: &v1::Tenant) -> String {
 
 fn to_json(tenant: &v1::Tenant) -> serde_json::Value {
     json!({"tenant": tenant.tenant, "stored_bytes": tenant.stored_bytes,
+           "held_bytes": tenant.held_bytes,
            "stored_bytes_limit": tenant.stored_bytes_limit, "leased_bytes": tenant.leased_bytes,
            "sessions": tenant.sessions, "epoch": tenant.epoch})
 }

@@ -152,6 +152,21 @@ impl Collector for Snapshot {
             store.erasures_lapsed,
         )?;
         page.counter("evicted_bytes", "Bytes of the records of evicted objects", store.evicted_bytes)?;
+        page.gauge(
+            "owners",
+            "Tenants whose accounts have put something that is stored",
+            store.shares.owners,
+        )?;
+        page.gauge(
+            "largest_owner_bytes",
+            "Bytes of records of the tenant that holds most, which gives first when room is needed",
+            store.shares.largest_bytes,
+        )?;
+        page.gauge(
+            "over_share_bytes",
+            "Bytes of records that tenants hold beyond an equal share of the capacity",
+            store.shares.over_bytes,
+        )?;
         page.counter(
             "reclaimed_bytes",
             "Bytes given back to the file system out of segments that stay",

@@ -99,6 +99,7 @@ impl v1::admin_server::Admin for AdminService {
                 let (sessions, leased_bytes) = node.sessions.totals(&node, &tenant)?;
                 Ok(v1::Tenant {
                     stored_bytes: node.tenants.stored_bytes(&node.store, &tenant),
+                    held_bytes: node.tenants.held_bytes(&node.store, &tenant),
                     stored_bytes_limit: node.tenants.rules(&tenant).stored_bytes.unwrap_or(0),
                     leased_bytes,
                     sessions,

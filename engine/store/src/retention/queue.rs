@@ -1,6 +1,6 @@
 //! The leaves that may be evicted: one queue for each class and grade, in order of last use.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::class::{CLASSES, Class};
 
@@ -11,9 +11,6 @@ pub(super) const GRADE_MAX: u8 = 7;
 const CLASS_BITS: u32 = 5;
 
 const _: () = assert!(CLASSES <= 1 << CLASS_BITS, "a class fits its bits");
-
-/// Queues.
-const LINES: usize = (GRADE_MAX as usize + 1) << CLASS_BITS;
 
 /// The queue of a class and a grade, in one byte.
 pub(super) fn line(class: Class, grade: u8) -> u8 {
@@ -57,53 +54,44 @@ impl Leaf {
     }
 }
 
-/// The queues.
-#[derive(Debug)]
+/// The queues of one owner. Most of the lines that could be are not there, so owners of little cost little.
+#[derive(Debug, Default)]
 pub(super) struct LeafQueues {
-    /// Per line: last use in the high half, slot in the low half.
-    lines: Vec<BTreeSet<u64>>,
-    /// A bit for each line that has leaves.
-    occupied: [u64; LINES / 64],
+    /// Of each line that has leaves: last use in the high half, slot in the low half.
+    lines: BTreeMap<u8, BTreeSet<u64>>,
 }
 
 impl LeafQueues {
-    pub(super) fn new() -> Self {
-        Self { lines: vec![BTreeSet::new(); LINES], occupied: [0; LINES / 64] }
+    pub(super) fn len(&self) -> usize {
+        self.lines.values().map(BTreeSet::len).sum()
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.lines.iter().map(BTreeSet::len).sum()
+    pub(super) fn is_empty(&self) -> bool {
+        self.lines.is_empty()
     }
 
     pub(super) fn insert(&mut self, leaf: Leaf) {
-        let fresh = self.lines[usize::from(leaf.line)].insert(leaf.key());
+        let fresh = self.lines.entry(leaf.line).or_default().insert(leaf.key());
         debug_assert!(fresh, "{leaf:?} was queued already");
-        self.occupied[usize::from(leaf.line / 64)] |= 1 << (leaf.line % 64);
     }
 
     pub(super) fn remove(&mut self, leaf: Leaf) {
-        let queue = &mut self.lines[usize::from(leaf.line)];
+        let Some(queue) = self.lines.get_mut(&leaf.line) else {
+            debug_assert!(false, "{leaf:?} was not queued");
+            return;
+        };
         let found = queue.remove(&leaf.key());
         debug_assert!(found, "{leaf:?} was not queued");
         if queue.is_empty() {
-            self.occupied[usize::from(leaf.line / 64)] &= !(1 << (leaf.line % 64));
+            self.lines.remove(&leaf.line);
         }
     }
 
     /// The oldest and the newest leaf of every queue.
     pub(super) fn ends(&self) -> impl Iterator<Item = Leaf> + '_ {
-        self.occupied_lines().flat_map(|line| {
-            let queue = &self.lines[usize::from(line)];
+        self.lines.iter().flat_map(|(&line, queue)| {
             let ends = [queue.first(), queue.last()].into_iter().flatten();
             ends.map(move |key| Leaf::of(line, *key))
-        })
-    }
-
-    fn occupied_lines(&self) -> impl Iterator<Item = u8> + '_ {
-        (0_u8..).step_by(64).zip(&self.occupied).flat_map(|(first, &word)| {
-            std::iter::successors(Some(word), |left| Some(left & left.wrapping_sub(1)))
-                .take_while(|left| *left != 0)
-                .map(move |left| first + u8::try_from(left.trailing_zeros()).unwrap_or(0))
         })
     }
 }
