@@ -49,6 +49,9 @@ async fn the_counters_say_what_happened() -> Result<()> {
     assert!(value(&seen, "esker_warmup_bytes_total", &[]) > 0.0);
     assert!(value(&seen, "esker_stored_bytes", &[("tier", "ssd")]) > 0.0);
     assert!(value(&seen, "esker_wear_written_bytes", &[]) > 0.0);
+    assert_eq!(value(&seen, "esker_owners", &[]), 1.0);
+    assert!(value(&seen, "esker_largest_owner_bytes", &[]) > 0.0);
+    assert_eq!(value(&seen, "esker_over_share_bytes", &[]), 0.0, "one tenant has no share to be over");
     let generated = [("method", "/esker.v1.Decoder/Generate"), ("code", "ok")];
     assert_eq!(value(&seen, "esker_rpcs_total", &generated), 2.0);
     assert_eq!(value(&seen, "esker_decoder_running", &[]), 0.0);
