@@ -19,7 +19,7 @@ const FLOOD_BYTES: u64 = 10 * CAPACITY_BYTES;
 const QUIET_PROMPTS: u64 = 8;
 const BLOCKS_U32: u32 = 16;
 const BLOCKS: u64 = BLOCKS_U32 as u64;
-const ROUNDS: u64 = 20;
+const ROUNDS: u64 = 5;
 
 /// What comes between two rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +95,7 @@ async fn hit_rate(flood: Flood, flooder: &str) -> Result<f64> {
     let issuer = Issuer::new(&folder.path().join("identity"))?;
     let policy = issuer.policy("[tenants.quiet]\n[tenants.loud]\n")?;
     let policy = policy.to_str().context("a path")?;
-    let options = ["--no-model", "--segment-mib", "2", "--capacity", "64MiB", "--policy", policy];
+    let options = ["--no-model", "--segment-mib", "4", "--capacity", "64MiB", "--policy", policy];
     let node = Node::start(&folder.path().join("data"), &options).await?;
     let mut quiet = Engine::new(&node, &issuer, "quiet", "")?;
     let mut loud = Engine::new(&node, &issuer, flooder, "loud")?;
@@ -112,7 +112,7 @@ async fn hit_rate(flood: Flood, flooder: &str) -> Result<f64> {
     for round in 0..ROUNDS {
         for number in 0..floods {
             let prompt = prompt(1_000_000 + round * floods + number);
-            for _ in 0..if flood == Flood::Read { 4 } else { 1 } {
+            for _ in 0..if flood == Flood::Read { 3 } else { 1 } {
                 loud.ask(&prompt).await?;
             }
         }
