@@ -25,8 +25,6 @@ const MAX_TENANT_BYTES: usize = MAX_BYTES / 2;
 /// What an object that waits takes besides its bytes, and each of its planes, whether it is there or not.
 const OBJECT_BYTES: usize = 512;
 const PLANE_BYTES: usize = 128;
-/// A plane shorter than this is kept as a copy: it would keep the whole message that it came in.
-const COPIED_BYTES: usize = 16 << 10;
 
 /// See the module.
 #[derive(Default)]
@@ -88,7 +86,7 @@ impl Staging {
         if !known {
             let new_bytes = if table.parts.contains_key(&key) { 0 } else { object_bytes(planes) };
             table.take_room(tenant, bytes.len() + new_bytes)?;
-            let bytes = if bytes.len() < COPIED_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes };
+            let bytes = alone(&bytes);
             let new = || Parts { planes: vec![None; planes], until: now + WAIT };
             table.parts.entry(key.clone()).or_insert_with(new).planes[plane] = Some(bytes);
         }
@@ -99,7 +97,7 @@ impl Staging {
     }
 
     /// Keeps a whole object until what it continues is stored.
-    pub(crate) fn park(&self, author: &Arc<Author>, object: PutObject, now: Instant) -> Result<(), Full> {
+    pub(crate) fn park(&self, author: &Arc<Author>, mut object: PutObject, now: Instant) -> Result<(), Full> {
         let Some(parent) = object.parent else { return Ok(()) };
         let tenant = &author.principal.tenant;
         let mut table = self.table();
@@ -107,6 +105,7 @@ impl Staging {
         let known = table.orphans.get(&parent).is_some_and(|known| known.iter().any(same));
         if !known {
             table.take_room(tenant, bytes_of(&object))?;
+            object.planes.iter_mut().for_each(|plane| plane.bytes = alone(&plane.bytes));
             let orphan = Orphan { author: Arc::clone(author), object, until: now + WAIT };
             table.orphans.entry(parent).or_default().push(orphan);
         }
@@ -260,6 +259,11 @@ fn put(node: &Node, author: &Author, objects: Vec<PutObject>) -> Vec<ObjectId> {
     ids.into_iter().zip(results).filter(|(_, result)| result.is_ok()).map(|(id, _)| id).collect()
 }
 
+/// A copy: the bytes themselves would keep the whole message that they came in.
+fn alone(bytes: &Bytes) -> Bytes {
+    Bytes::copy_from_slice(bytes)
+}
+
 fn bytes_of(object: &PutObject) -> usize {
     let bytes: usize = object.planes.iter().map(|plane| plane.bytes.len()).sum();
     bytes + object_bytes(object.planes.len())
@@ -291,6 +295,22 @@ mod tests {
         Arc::new(Author { principal, place: Place::unshared(key) })
     }
 
+    /// An object of one plane that continues another.
+    fn whole(writer: u32, plane: Bytes) -> PutObject {
+        let len_bytes = plane.len() as u64;
+        let spec = esker_prefix::PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes };
+        PutObject {
+            id: id(3),
+            parent: Some(id(2)),
+            namespace: esker_prefix::NamespaceId([0; 32]),
+            scope: esker_prefix::ScopeTag([0; 16]),
+            writer: esker_prefix::WriterId(writer),
+            class: esker_store::TtlClass::default(),
+            tokens: 1,
+            planes: vec![esker_store::PutPlane { spec, shape: None, bytes: plane }],
+        }
+    }
+
     #[test]
     fn planes_come_in_any_order_and_the_first_writer_wins() {
         let staging = Staging::default();
@@ -320,25 +340,9 @@ mod tests {
         assert_eq!(add("a", 0, 0), Some(vec![Bytes::from(vec![0]), Bytes::from(vec![1])]));
         assert_eq!(staging.of(&tenant("b")).planes(id(1)), [true, false]);
         // What waits whole waits for each of them, too.
-        let object = |byte| {
-            let spec = esker_prefix::PlaneSpec { group: 0, first_layer: 0, layers: 1, len_bytes: 4 };
-            PutObject {
-                id: id(3),
-                parent: Some(id(2)),
-                namespace: esker_prefix::NamespaceId([0; 32]),
-                scope: esker_prefix::ScopeTag([0; 16]),
-                writer: esker_prefix::WriterId(byte),
-                class: esker_store::TtlClass::default(),
-                tokens: 1,
-                planes: vec![esker_store::PutPlane {
-                    spec,
-                    shape: None,
-                    bytes: Bytes::copy_from_slice(&u32::to_le_bytes(byte)),
-                }],
-            }
-        };
         for (name, byte) in [("b", 66), ("a", 1), ("a", 1)] {
-            staging.park(&author(name), object(byte), now).unwrap();
+            let plane = Bytes::copy_from_slice(&u32::to_le_bytes(byte));
+            staging.park(&author(name), whole(byte, plane), now).unwrap();
         }
         let writers: Vec<u32> = staging.adopt([id(2)]).iter().map(|orphan| orphan.object.writer.0).collect();
         assert_eq!(writers, [66, 1]);
@@ -366,6 +370,23 @@ mod tests {
         assert_eq!(staging.bytes(), 0);
         assert_eq!(add("c", 6), Ok(None));
     }
+
+    #[test]
+    fn what_waits_keeps_no_message_whatever_its_length() {
+        let staging = Staging::default();
+        let now = Instant::now();
+        let message = Bytes::from(vec![7; 1 << 20]);
+        let of_message = |plane: &Bytes| message.as_ptr_range().contains(&plane.as_ptr());
+        assert_eq!(staging.add(&tenant("a"), id(1), 2, (0, message.slice(..64 << 10)), now), Ok(None));
+        staging.park(&author("a"), whole(1, message.slice(..64 << 10)), now).unwrap();
+        assert!(
+            !staging.table().parts.values().flat_map(|parts| parts.planes.iter().flatten()).any(of_message)
+        );
+        let parked = staging.adopt([id(2)]);
+        assert_eq!(parked.len(), 1);
+        assert!(!parked[0].object.planes.iter().any(|plane| of_message(&plane.bytes)));
+    }
+
     #[test]
     fn what_tiny_planes_take_counts_and_no_plane_keeps_its_message() {
         let staging = Staging::default();
