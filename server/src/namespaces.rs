@@ -62,7 +62,10 @@ impl Namespaces {
         id: NamespaceId,
         layout: KvLayout,
     ) -> Result<(), RegisterError> {
-        // One after the other, so that none is counted late.
+        if self.layout(id).is_some() {
+            return Ok(());
+        }
+        // One after the other, so that none is counted late; it may be known by then.
         let _alone = self.registering.lock().unwrap_or_else(PoisonError::into_inner);
         if self.layout(id).is_some() {
             return Ok(());
