@@ -39,8 +39,9 @@ impl v1::admin_server::Admin for AdminService {
             let (scopes, epoch) = (node.tenants.scopes(&tenant), node.tenants.get(&tenant).epoch());
             let erased = node.tenants.erase(&node.store, &tenant, || {
                 node.staging.forget(&tenant);
-                node.sessions.close_all(&node, &tenant)?;
-                node.warmups.erase(&tenant)
+                // Each whatever becomes of the other.
+                let closed = node.sessions.close_all(&node, &tenant);
+                node.warmups.erase(&tenant).and(closed)
             });
             if node.tenants.get(&tenant).epoch() != epoch {
                 node.events.cleared(&scopes);
