@@ -454,9 +454,10 @@ impl Tenants {
         limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX).max(1))
     }
 
-    /// Takes `count` of the tenant's rate of puts.
-    pub(crate) fn charge_puts(&self, tenant: &Tenant, count: usize) -> Result<(), Status> {
+    /// Takes `count` of the tenant's rate of puts; counted only where there is a limit.
+    pub(crate) fn charge_puts(&self, tenant: &Tenant, count: impl FnOnce() -> usize) -> Result<(), Status> {
         let limit = self.rules(&tenant.id).puts_per_s;
+        let count = limit.map_or(0, |_| count());
         let mut rates = tenant.rates.lock().unwrap_or_else(PoisonError::into_inner);
         charge(&mut rates.puts, "puts_per_s", limit, count)
     }

@@ -431,7 +431,7 @@ impl Put {
             return Ok(());
         }
         self.node.tenants.admit_stored(&self.node.store, &self.tenant)?;
-        self.node.tenants.charge_puts(&self.tenant, self.new_objects(&objects))?;
+        self.node.tenants.charge_puts(&self.tenant, || self.new_objects(&objects))?;
         let bytes = objects.iter().map(Numbered::bytes).sum::<usize>();
         while commits.is_full(bytes, self.committing_bytes) {
             self.answer_next(commits, answers).await?;
