@@ -1,11 +1,12 @@
 //! Writers: a number for every account that ever put something, so that each record says whose word it is.
 //!
 //! Numbers are given in order, written down before the first record that has one, and never given again. Three things hang on
-//! them. They tell the store for which tenant the bytes of a record count when it is full ([`Writers::owners`]). What an account has put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`). And in the
-//! scope of an org, which several tenants write, nobody finds what one other tenant alone has put: it may be wrong on purpose, and
-//! that it is there tells what that tenant was asked. It is found by all once two tenants have put the same bytes, or a publisher
-//! has. Until then answers are those of a block that is not stored. Two channels are left to a tenant that writes: what it
-//! puts of other bytes under such a name is declined rather than stored, and the same bytes do not count for its `stored_bytes`.
+//! them. They tell the store for which tenant the bytes of a record count when it is full ([`Writers::owners`]). What an account
+//! has put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`). And in the scope of an org, which
+//! several tenants write, nobody finds what one other tenant alone has put: it may be wrong on purpose, and that it is there
+//! tells what that tenant was asked. It is found by all once two tenants have put the same bytes, or a publisher has. Until
+//! then answers are those of a block that is not stored. Two channels are left to a tenant that writes: what it puts of other
+//! bytes under such a name is declined rather than stored, and the same bytes do not count for its `stored_bytes`.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};

@@ -292,10 +292,11 @@ impl Fetch {
         while let Some(read) = self.planned.front() {
             let bytes = read.len_bytes();
             let idle = self.in_flight.is_empty() && self.current.is_empty();
-            let asks = read.kept.is_none() && self.asked_bytes > 0;
-            let fits = self.held_bytes + bytes <= self.shared.settings.fetch_window_bytes
-                && !(asks && self.asked_bytes + bytes > READ_BYTES_AT_ONCE);
-            if !fits && !idle {
+            // One that is longer is asked for alone.
+            let has_asked = read.kept.is_none() && self.asked_bytes > 0;
+            let waits = has_asked && self.asked_bytes + bytes > READ_BYTES_AT_ONCE;
+            let fits = self.held_bytes + bytes <= self.shared.settings.fetch_window_bytes;
+            if (waits || !fits) && !idle {
                 return;
             }
             let permit = match self.shared.reading.try_acquire(bytes) {

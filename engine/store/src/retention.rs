@@ -13,15 +13,16 @@
 //! share loses nothing to one above it. One that holds less than the giver is given room without being asked what for; one
 //! that holds as much competes with itself alone.
 //!
-//! The choice, among the blocks of one owner. Every use of a block, stored or not, is counted by [`Sample`] into the life tables of its [`Class`]: what a
-//! block is by its number of uses, the time between the last two, and where it hangs. [`Reuse`] turns them into a *worth*:
-//! expected uses per second of keeping it, which changes with the time since the last use. The victim is the leaf with
-//! the least worth per byte. A new block is admitted to a full store if it is worth more than the victim. Nothing about
+//! The choice, among the blocks of one owner. Every use of a block, stored or not, is counted by [`sample`] into the life
+//! tables of its [`Class`]: what a block is by its number of uses, the time between the last two, and where it hangs.
+//! [`reuse`] turns them into a *worth*: expected uses per second of keeping it, which changes with the time since the last
+//! use. The victim is the leaf with the least worth per byte. A new block is admitted to a full store if it is worth more than the victim. Nothing about
 //! traffic is assumed beyond that: where nothing is known the order is that of the last use; in traffic that returns soon
 //! everything is admitted; where most blocks are never read again the drive is not worn for them; and when more is read in
 //! a loop than fits, a part is kept rather than nothing in time.
 //!
-//! What an owner's blocks are worth is learned from its own alone ([`Learner`]): what others write and read changes nothing of it.
+//! What an owner's blocks are worth is learned from its own alone ([`Learner`]): what others write and read changes nothing
+//! of it.
 //!
 //! Cost per operation: O(log leaves + log owners), and O(classes) to choose; [`touch`](Retention::touch) walks its path. Memory: 24
 //! bytes per block, about 12 more per leaf (8 in a B-tree), 3 MiB for what is remembered of blocks that are not stored, 12
