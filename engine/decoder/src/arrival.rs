@@ -1,18 +1,21 @@
 //! Rows of stored blocks on their way into a sequence, layer by layer: the first layers compute while the rest is still
 //! being read.
 //!
-//! [`Incoming`] is filled with planes by whatever thread receives them, apart from the sequence, and gives a layer's
-//! rows away as soon as it has them all. The sequence, told by [`Sequence::expect`] what will come, asks for a layer's
-//! rows when a prefill or replay first reaches that layer, and not before. If they do not come, nothing that was computed
-//! meanwhile is kept. Where bytes come from, and how the two threads wait for each other, is the caller's affair.
+//! [`Incoming`] is filled with planes by whatever thread receives them, apart from the sequence, and gives a layer's keys, and
+//! its rows, away as soon as it has them all. The sequence, told by [`Sequence::expect`] what will come, asks for either when
+//! a prefill or replay first needs them, and not before: an indexer scores while the rows that it chooses among still come.
+//! If they do not come, nothing that was computed meanwhile is kept. Where bytes come from, and how the two threads wait for
+//! each other, is the caller's affair.
 //!
-//! Invariant: a layer's rows are handed over whole, so that a sequence never computes on a part of them.
+//! Invariant: a layer's keys and its rows are handed over whole, so that a sequence never computes on a part of them.
 
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use esker_prefix::{BlockHash, ObjectKind};
 
-use crate::block::{GroupRows, check_block_plane, layer_bytes, layers_of};
+use crate::block::{check_block_plane, layer_bytes, layers_of};
 use crate::config::Family;
 use crate::kernel::pages;
 use crate::panels::KeyPanels;
@@ -20,15 +23,43 @@ use crate::residency::{Parked, Residency, is_parkable};
 use crate::sequence::Cache;
 use crate::{DecoderError, Model, Result, Sequence};
 
-/// Gives the rows of a layer when they are there, and waits until they are; `None` if they will not come. Each layer is
-/// asked for once, in ascending order.
-pub type Arrivals = Box<dyn FnMut(usize) -> Option<LayerRows> + Send>;
+/// Gives a part of a layer when it is there, and waits until it is; `None` if it will not come. Each is asked for once:
+/// layers in ascending order, a layer's keys before its rows.
+pub type Arrivals = Box<dyn FnMut(usize, Part) -> Option<LayerRows> + Send>;
 
-/// All rows of one layer that blocks hold.
+/// What a layer holds of a prefix. Keys are needed first: they choose among the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// The indexer's keys.
+    Keys,
+    /// The rows that are attended to.
+    Rows,
+}
+
+/// All of one part of one layer that blocks hold.
 pub struct LayerRows {
-    pub(crate) rows: Vec<f32>,
-    /// Empty where the layer has no indexer.
-    pub(crate) keys: KeyPanels,
+    layer: usize,
+    data: Data,
+}
+
+enum Data {
+    Keys(KeyPanels),
+    Rows(Vec<f32>),
+}
+
+impl LayerRows {
+    /// The layer.
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// Which part of it.
+    pub fn part(&self) -> Part {
+        match &self.data {
+            Data::Keys(_) => Part::Keys,
+            Data::Rows(_) => Part::Rows,
+        }
+    }
 }
 
 /// See the module.
@@ -36,12 +67,12 @@ pub struct Incoming {
     tokens: usize,
     /// Block that each plane expects next.
     next: Vec<usize>,
-    layers: Vec<Filling>,
+    fillings: BTreeMap<(usize, Part), Filling>,
     parked: bool,
 }
 
 struct Filling {
-    rows: Option<LayerRows>,
+    data: Data,
     /// Planes, of all blocks, that are still to come.
     missing: usize,
 }
@@ -63,29 +94,31 @@ impl Incoming {
         let tokens = blocks * layout.block_tokens() as usize;
         let room = room.clamp(tokens, model.config.max_position_embeddings.max(tokens));
         let specs = layout.planes(ObjectKind::Block);
-        let key_width = model.config.index_head_dim;
-        let layer = |_| {
-            let rows = LayerRows { rows: Vec::new(), keys: KeyPanels::new(key_width) };
-            Filling { rows: Some(rows), missing: 0 }
-        };
-        let mut layers: Vec<Filling> = (0..model.config.num_hidden_layers).map(layer).collect();
+        let mut fillings = BTreeMap::new();
         for spec in specs {
             let group = &layout.groups()[usize::from(spec.group)];
             if parked && is_parkable(&group.name) {
                 continue;
             }
-            let row_width = model.formats.codec(spec.group).width(group);
+            let (part, width) = (part(&group.name), model.formats.codec(spec.group).width(group));
             for layer in layers_of(model, spec).1 {
-                layers[layer].missing += blocks;
-                let Some(LayerRows { rows, keys }) = &mut layers[layer].rows else { continue };
                 let count = model.rows_in(layer, 0..room).len();
-                match is_key(&group.name) {
-                    true => keys.reserve(count),
-                    false => pages::reserve(rows, count * row_width),
-                }
+                let data = match part {
+                    Part::Keys => {
+                        let mut keys = KeyPanels::new(width);
+                        keys.reserve(count);
+                        Data::Keys(keys)
+                    }
+                    Part::Rows => {
+                        let mut rows = Vec::new();
+                        pages::reserve(&mut rows, count * width);
+                        Data::Rows(rows)
+                    }
+                };
+                fillings.insert((layer, part), Filling { data, missing: blocks });
             }
         }
-        Self { tokens, next: vec![0; specs.len()], layers, parked }
+        Self { tokens, next: vec![0; specs.len()], fillings, parked }
     }
 
     /// Tokens whose rows will have come in the end.
@@ -93,15 +126,9 @@ impl Incoming {
         self.tokens
     }
 
-    /// Takes in one plane of one block: the blocks of each plane in order, planes in any. Gives the layers that are
+    /// Takes in one plane of one block: the blocks of each plane in order, planes in any. Gives the parts of layers that are
     /// complete with it. On an error nothing was taken in.
-    pub fn put(
-        &mut self,
-        model: &Model,
-        block: usize,
-        plane: usize,
-        bytes: &[u8],
-    ) -> Result<Vec<(usize, LayerRows)>> {
+    pub fn put(&mut self, model: &Model, block: usize, plane: usize, bytes: &[u8]) -> Result<Vec<LayerRows>> {
         let spec = check_block_plane(model, plane, bytes)?;
         let block_tokens = model.layout().block_tokens() as usize;
         if self.next[plane] != block || (block + 1) * block_tokens > self.tokens {
@@ -122,20 +149,21 @@ impl Incoming {
         let mut complete = Vec::new();
         let mut decoded = Vec::new();
         for (bytes, layer) in bytes.chunks_exact(layer_bytes(&spec)).zip(of_plane) {
-            let filling = &mut self.layers[layer];
-            let Some(LayerRows { rows, keys }) = &mut filling.rows else { continue };
+            let Entry::Occupied(mut entry) = self.fillings.entry((layer, part(name))) else { continue };
+            let Filling { data, missing } = entry.get_mut();
             let count = model.rows_in(layer, block * block_tokens..(block + 1) * block_tokens).len();
             let bytes = &bytes[..count * row_bytes];
-            if is_key(name) {
-                decoded.clear();
-                codec.decode(bytes, &mut decoded);
-                keys.extend(&decoded);
-            } else {
-                codec.decode(bytes, rows);
+            match data {
+                Data::Keys(keys) => {
+                    decoded.clear();
+                    codec.decode(bytes, &mut decoded);
+                    keys.extend(&decoded);
+                }
+                Data::Rows(rows) => codec.decode(bytes, rows),
             }
-            filling.missing -= 1;
-            if filling.missing == 0 {
-                complete.extend(filling.rows.take().map(|rows| (layer, rows)));
+            *missing -= 1;
+            if *missing == 0 {
+                complete.push(LayerRows { layer, data: entry.remove().data });
             }
         }
         Ok(complete)
@@ -188,17 +216,18 @@ impl Sequence {
         if tokens > limit {
             return Err(DecoderError::TooLong { tokens, limit });
         }
-        let mut awaited = vec![false; model.config.num_hidden_layers];
+        let mut awaited = BTreeSet::new();
         for spec in model.layout().planes(ObjectKind::Block) {
             let group = &model.layout().groups()[usize::from(spec.group)];
-            let (stays, of_plane) = (parked.is_some() && is_parkable(&group.name), layers_of(model, spec).1);
-            for layer in of_plane {
-                awaited[layer] |= !stays;
-                if stays {
-                    match &mut self.cache {
-                        Cache::Mla(cache) => cache.park(layer, tokens),
-                        Cache::V4(cache) => cache.park(layer, tokens),
-                    }
+            let (part, stays) = (part(&group.name), parked.is_some() && is_parkable(&group.name));
+            for layer in layers_of(model, spec).1 {
+                if !stays {
+                    awaited.insert((layer, part));
+                }
+                match &mut self.cache {
+                    _ if part == Part::Keys => {}
+                    Cache::Mla(cache) => cache.park(layer, tokens),
+                    Cache::V4(cache) => cache.park(layer, tokens),
                 }
             }
         }
@@ -228,7 +257,7 @@ impl Sequence {
         match &self.supply.arriving {
             None => Ok(()),
             Some(arriving) => {
-                let layer = arriving.awaited.iter().position(|&awaited| awaited).unwrap_or(0);
+                let layer = arriving.awaited.first().map_or(0, |&(layer, _)| layer);
                 Err(DecoderError::RowsMissing { layer, tokens: self.tokens })
             }
         }
@@ -256,9 +285,28 @@ pub(crate) struct Supply {
 }
 
 impl Supply {
+    /// The keys of `layer` if the sequence waits for them.
+    pub(crate) fn keys(&mut self, layer: usize) -> Result<Option<KeyPanels>> {
+        let Some(arriving) = &mut self.arriving else { return Ok(None) };
+        match arriving.take(layer, Part::Keys)? {
+            Some(Data::Keys(mut keys)) => {
+                arriving
+                    .following
+                    .extract_if(.., |(of, _)| *of == layer)
+                    .for_each(|(_, rows)| keys.extend(&rows));
+                Ok(Some(keys))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// The rows of `layer` if the sequence waits for them.
-    pub(crate) fn arrived(&mut self, layer: usize) -> Result<Option<LayerRows>> {
-        self.arriving.as_mut().map_or(Ok(None), |arriving| arriving.take(layer))
+    pub(crate) fn rows(&mut self, layer: usize) -> Result<Option<Vec<f32>>> {
+        let Some(arriving) = &mut self.arriving else { return Ok(None) };
+        match arriving.take(layer, Part::Rows)? {
+            Some(Data::Rows(rows)) => Ok(Some(rows)),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -266,39 +314,36 @@ impl Supply {
 pub(crate) struct Arriving {
     arrivals: Arrivals,
     tokens: usize,
-    /// Whether a layer's rows have yet to come.
-    awaited: Vec<bool>,
-    /// Rows of a layer that are here already and follow those that are to come; whether they are keys.
-    following: Vec<(usize, bool, Vec<f32>)>,
+    /// What has yet to come.
+    awaited: BTreeSet<(usize, Part)>,
+    /// Keys of a layer that are here already and follow those that are to come.
+    following: Vec<(usize, Vec<f32>)>,
 }
 
 impl Arriving {
-    /// The rows of `layer` if it waits for them; whether they came, if so.
-    pub(crate) fn take(&mut self, layer: usize) -> Result<Option<LayerRows>> {
-        if !std::mem::take(&mut self.awaited[layer]) {
+    /// A part of `layer` if it waits for it.
+    fn take(&mut self, layer: usize, part: Part) -> Result<Option<Data>> {
+        if !self.awaited.remove(&(layer, part)) {
             return Ok(None);
         }
+        let arrived = (self.arrivals)(layer, part).filter(|rows| (rows.layer, rows.part()) == (layer, part));
         let missing = DecoderError::RowsMissing { layer, tokens: self.tokens };
-        let mut arrived = (self.arrivals)(layer).ok_or(missing)?;
-        for (_, are_keys, rows) in self.following.extract_if(.., |(of, ..)| *of == layer) {
-            if are_keys { arrived.keys.extend(&rows) } else { arrived.rows.extend(rows) }
-        }
-        Ok(Some(arrived))
+        Ok(Some(arrived.ok_or(missing)?.data))
     }
 
-    /// Whether the rows of `layer` have yet to come.
-    pub(crate) fn awaits(&self, layer: usize) -> bool {
-        self.awaited[layer]
+    /// Whether the keys of `layer` have yet to come.
+    pub(crate) fn awaits_keys(&self, layer: usize) -> bool {
+        self.awaited.contains(&(layer, Part::Keys))
     }
 
-    /// Keeps rows until those have come that they follow.
-    pub(crate) fn follow(&mut self, layer: usize, rows: GroupRows<'_>) {
-        self.following.push((layer, is_key(rows.group), rows.decoded()));
+    /// Keeps keys until those have come that they follow.
+    pub(crate) fn follow(&mut self, layer: usize, keys: Vec<f32>) {
+        self.following.push((layer, keys));
     }
 
     /// Whether nothing is waited for any more.
     pub(crate) fn is_over(&self) -> bool {
-        !self.awaited.contains(&true)
+        self.awaited.is_empty()
     }
 }
 
@@ -315,7 +360,7 @@ impl Model {
     }
 }
 
-/// Whether a history group holds the indexer's keys.
-pub(crate) fn is_key(group: &str) -> bool {
-    group.ends_with("indexer_key")
+/// Which part of its layers a history group holds.
+pub(crate) fn part(group: &str) -> Part {
+    if group.ends_with("indexer_key") { Part::Keys } else { Part::Rows }
 }

@@ -12,6 +12,7 @@ use esker_prefix::{
     BlockHash, BlockObject, Family, NamespaceId, ObjectKind, PlaneSpec, PrefixError, ScopeTag, StateObject,
 };
 
+use crate::arrival::{Part, part};
 use crate::panels::KeyPanels;
 use crate::row_codec::RowCodec;
 use crate::sequence::Cache;
@@ -165,10 +166,12 @@ impl Sequence {
         let (states_bytes, rows_bytes) = state.planes().split_at(states.len());
         for (spec, plane) in rows.iter().zip(rows_bytes) {
             for (layer, rows) in history_rows(model, spec, self.tokens..tokens, plane) {
-                match self.supply.arriving.as_mut().filter(|arriving| arriving.awaits(layer)) {
-                    // What comes first has still to come.
-                    Some(arriving) => arriving.follow(layer, rows),
-                    None => self.append(layer, rows),
+                match self.supply.arriving.as_mut() {
+                    // Keys that come first have still to come; rows know how many those are.
+                    Some(arriving) if part(rows.group) == Part::Keys && arriving.awaits_keys(layer) => {
+                        arriving.follow(layer, rows.decoded());
+                    }
+                    _ => self.append(layer, rows),
                 }
             }
         }

@@ -36,7 +36,7 @@ mod topk;
 mod v32;
 mod v4;
 
-pub use arrival::{Arrivals, Incoming, LayerRows};
+pub use arrival::{Arrivals, Incoming, LayerRows, Part};
 pub use block::BlockIdentity;
 pub use config::{Family, KvFormat, MlaConfig, ModelConfig, MoeConfig};
 pub use error::{DecoderError, ErrorKind, Result};

@@ -14,7 +14,6 @@ use std::collections::{HashMap, VecDeque};
 use bytes::Bytes;
 use esker_prefix::{ObjectKind, PlaneSpec};
 
-use crate::arrival::is_key;
 use crate::block::{check_block_plane, layer_bytes, layers_of};
 use crate::config::Family;
 use crate::{DecoderError, Model, Result};
@@ -220,7 +219,7 @@ impl Parked {
 
 /// Whether the rows of a history group are picked by an indexer, so that most of them can be left where they are.
 pub(crate) fn is_parkable(group: &str) -> bool {
-    matches!(group, "latent" | "csa") && !is_key(group)
+    matches!(group, "latent" | "csa")
 }
 
 impl Model {

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use crate::arrival::{LayerRows, Supply};
+use crate::arrival::Supply;
 use crate::block::Place;
 use crate::checkpoint::Checkpoint;
 use crate::config::MlaConfig;
@@ -72,12 +72,15 @@ impl Layers {
         let mut selection = vec![Vec::new(); tokens];
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = &mut cache.layers[index];
-            if let Some(LayerRows { rows, keys }) = supply.arrived(index)? {
-                (cache.rows, cache.keys) = (rows, keys);
+            if let Some(keys) = supply.keys(index)? {
+                cache.keys = keys;
             }
             let normed = layer.input_norm.apply(&x);
             let queries =
                 layer.attention.select(&normed, &angles, first, &model.formats, cache, &mut selection);
+            if let Some(rows) = supply.rows(index)? {
+                cache.admit_rows(rows);
+            }
             let attended = match &mut supply.parked {
                 Some(parked) if cache.parked > 0 => {
                     let held = (cache.parked, &cache.rows[..]);
@@ -161,6 +164,15 @@ pub(crate) struct LayerCache {
     indexed: bool,
 }
 
+impl LayerCache {
+    /// Takes in the rows that come with a prefix, before those that are here.
+    fn admit_rows(&mut self, arrived: Vec<f32>) {
+        let own = std::mem::replace(&mut self.rows, arrived);
+        self.rows.extend_from_slice(&own);
+        self.parked = 0;
+    }
+}
+
 impl Cache {
     pub(crate) fn new(config: &ModelConfig, mla: &MlaConfig) -> Self {
         let key_width = config.index_head_dim;
@@ -192,7 +204,7 @@ impl Cache {
         }
     }
 
-    /// The rows of a layer's first tokens stay elsewhere.
+    /// The rows of a layer's first tokens are elsewhere, to come or to stay.
     pub(crate) fn park(&mut self, layer: usize, tokens: usize) {
         self.layers[layer].parked = tokens;
     }

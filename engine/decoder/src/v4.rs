@@ -18,7 +18,6 @@ mod tail;
 use crate::arrival::Supply;
 use crate::checkpoint::Checkpoint;
 use crate::norm::RmsNorm;
-use crate::residency::Parked;
 use crate::rope::{Angles, Rope};
 use crate::{DecoderError, Model, ModelConfig, Result, StateField};
 use attention::{Attention, Chunk};
@@ -139,8 +138,8 @@ impl Layers {
         }
         let mut skipped = 0;
         for (index, layer) in self.layers.iter().enumerate() {
-            if let Some(rows) = supply.arrived(index)? {
-                cache.admit(index, rows);
+            if let Some(keys) = supply.keys(index)? {
+                cache.layers[index].admit_keys(keys);
             }
             let (rope, angles) = match layer.compressed {
                 true => (&self.compress_rope, &compress),
@@ -153,8 +152,8 @@ impl Layers {
             let skip = wanted.get(index + 1).map_or(0, |&wanted| wanted.saturating_sub(chunk.first));
             let tokens = &tokens[skipped..];
             let skip = skip.min(tokens.len());
-            let parked = supply.parked.as_mut().map(|parked| (passage.model, index, parked));
-            let selection = layer.forward(&mut x, tokens, chunk, &mut cache.layers[index], skip, parked)?;
+            let supply = Some((passage.model, index, &mut *supply));
+            let selection = layer.forward(&mut x, tokens, chunk, &mut cache.layers[index], skip, supply)?;
             if let (Some(recorded), Some(selection)) = (&mut recorded, selection) {
                 recorded[index].extend(selection);
             }
@@ -211,7 +210,7 @@ impl Layer {
         mut chunk: Chunk<'_>,
         cache: &mut LayerCache,
         skip: usize,
-        parked: Option<(&Model, usize, &mut Parked)>,
+        supply: Option<(&Model, usize, &mut Supply)>,
     ) -> Result<Option<Vec<Vec<u32>>>> {
         let (input, mut mixing) = self.around_attention.enter(x);
         let mut normed = self.attention_norm.apply(&input);
@@ -225,7 +224,7 @@ impl Layer {
         if x.is_empty() {
             return Ok(None);
         }
-        let (attended, selection) = self.attention.forward(&normed, &chunk, cache, parked)?;
+        let (attended, selection) = self.attention.forward(&normed, &chunk, cache, supply)?;
         self.around_attention.leave(x, &attended, &mixing);
         let (input, mixing) = self.around_experts.enter(x);
         let transformed = self.experts.forward(&self.experts_norm.apply(&input), &tokens[skip..]);

@@ -86,7 +86,7 @@ fn a_sequence_goes_on_from_any_length() {
 }
 
 /// Rows of layers in order.
-fn layers(model: &Model, blocks: &[BlockObject], parked: bool) -> Vec<(usize, LayerRows)> {
+fn layers(model: &Model, blocks: &[BlockObject], parked: bool) -> Vec<LayerRows> {
     let mut incoming = match parked {
         true => Incoming::without_parked(model, blocks.len(), TOKENS),
         false => Incoming::new(model, blocks.len(), TOKENS),
@@ -121,9 +121,9 @@ fn rows_that_come_later_or_never_are_followed_by_those_of_the_state() {
             for parked in [false, true] {
                 let mut sequence = Sequence::new(&model);
                 let mut rows = layers(&model, &blocks, parked);
-                let arrivals = move |layer| {
-                    let at = rows.iter().position(|(of, _)| *of == layer)?;
-                    Some(rows.swap_remove(at).1)
+                let arrivals = move |layer, part| {
+                    let at = rows.iter().position(|rows| (rows.layer(), rows.part()) == (layer, part))?;
+                    Some(rows.swap_remove(at))
                 };
                 let held = blocks.len() * BLOCK;
                 if parked {

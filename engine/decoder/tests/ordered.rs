@@ -8,7 +8,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use esker_decoder::{DecoderError, Incoming, KvFormat, LayerRows, Logits, Model, Sequence};
+use esker_decoder::{DecoderError, Incoming, KvFormat, LayerRows, Logits, Model, Part, Sequence};
 use esker_prefix::{BlockHash, BlockObject, ObjectKind, StateObject, TokenId};
 use serde_json::{Value, json};
 use support::{Checkpoint, Random, deployed, identity, logit_bits, v4, v32, with};
@@ -27,8 +27,8 @@ fn last(blocks: &[BlockObject]) -> BlockHash {
     blocks[blocks.len() - 1].id().hash
 }
 
-/// Layers in the order in which planes of these ranks complete them; up to `planes` planes come.
-fn layers(model: &Model, blocks: &[BlockObject], planes: usize) -> Vec<(usize, LayerRows)> {
+/// Parts of layers in the order in which planes of these ranks complete them; up to `planes` planes come.
+fn layers(model: &Model, blocks: &[BlockObject], planes: usize) -> Vec<LayerRows> {
     let ranks = model.layout().plane_ranks(ObjectKind::Block);
     let mut order: Vec<usize> = (0..ranks.len()).collect();
     order.sort_by_key(|&plane| ranks[plane]);
@@ -42,19 +42,20 @@ fn layers(model: &Model, blocks: &[BlockObject], planes: usize) -> Vec<(usize, L
     complete
 }
 
-/// Expects `rows`, and notes when each layer is asked for.
+/// Expects `rows`, and notes when each is asked for.
 fn expect(
     model: &Model,
     sequence: &mut Sequence,
     blocks: &[BlockObject],
-    rows: Vec<(usize, LayerRows)>,
-) -> Arc<Mutex<Vec<usize>>> {
+    rows: Vec<LayerRows>,
+) -> Arc<Mutex<Vec<(usize, Part)>>> {
     let asked = Arc::new(Mutex::new(Vec::new()));
-    let mut rows: BTreeMap<usize, LayerRows> = rows.into_iter().collect();
+    let mut rows: BTreeMap<(usize, Part), LayerRows> =
+        rows.into_iter().map(|rows| ((rows.layer(), rows.part()), rows)).collect();
     let noted = Arc::clone(&asked);
-    let arrivals = move |layer| {
-        noted.lock().unwrap().push(layer);
-        rows.remove(&layer)
+    let arrivals = move |layer, part| {
+        noted.lock().unwrap().push((layer, part));
+        rows.remove(&(layer, part))
     };
     sequence.expect(model, blocks.len() * BLOCK as usize, last(blocks), Box::new(arrivals)).unwrap();
     asked
@@ -151,15 +152,15 @@ fn what_is_not_there_yet_is_not_given_and_what_does_not_fit_is_refused() {
 
     let mut sequence = Sequence::new(&model);
     for wrong in [0, 15, 47] {
-        let refused = sequence.expect(&model, wrong, last(&blocks), Box::new(|_| None)).unwrap_err();
+        let refused = sequence.expect(&model, wrong, last(&blocks), Box::new(|_, _| None)).unwrap_err();
         assert!(matches!(refused, DecoderError::BlockPosition { .. }), "{refused}");
     }
-    let refused = sequence.expect(&model, 4096, last(&blocks), Box::new(|_| None)).unwrap_err();
+    let refused = sequence.expect(&model, 4096, last(&blocks), Box::new(|_, _| None)).unwrap_err();
     assert!(matches!(refused, DecoderError::TooLong { .. }), "{refused}");
     expect(&model, &mut sequence, &blocks, layers(&model, &blocks, usize::MAX));
     assert!(matches!(sequence.block(&model, 0, identity(0, 0)), Err(DecoderError::RowsMissing { .. })));
     assert!(matches!(sequence.restore(&model, &blocks[0]), Err(DecoderError::RowsMissing { .. })));
-    assert!(sequence.expect(&model, 48, last(&blocks), Box::new(|_| None)).is_err(), "not empty any more");
+    assert!(sequence.expect(&model, 48, last(&blocks), Box::new(|_, _| None)).is_err(), "not empty any more");
     assert_eq!(sequence.truncate(20), 0);
     assert!(!sequence.is_arriving());
     sequence.prefill(&model, &tokens, Logits::None).unwrap();

@@ -57,7 +57,7 @@ impl Stored {
         change: u8,
     ) -> (Sequence, Arc<AtomicUsize>) {
         let mut incoming = Incoming::without_parked(model, self.blocks.len(), TOKENS);
-        let mut rows: Vec<(usize, LayerRows)> = Vec::new();
+        let mut rows: Vec<LayerRows> = Vec::new();
         for plane in 0..model.layout().planes(ObjectKind::Block).len() {
             for (index, block) in self.blocks.iter().enumerate() {
                 rows.extend(incoming.put(model, index, plane, &block.planes()[plane]).unwrap());
@@ -77,9 +77,9 @@ impl Stored {
         let source = Blocks { planes, until, fetched: Arc::clone(&fetched) };
         let parked = Parked::new(model, self.blocks.len() * BLOCK, pool_bytes, Box::new(source));
         let mut sequence = Sequence::new(model);
-        let arrivals = move |layer| {
-            let at = rows.iter().position(|(of, _)| *of == layer)?;
-            Some(rows.swap_remove(at).1)
+        let arrivals = move |layer, part| {
+            let at = rows.iter().position(|rows| (rows.layer(), rows.part()) == (layer, part))?;
+            Some(rows.swap_remove(at))
         };
         let last = self.blocks[self.blocks.len() - 1].id().hash;
         sequence.expect_parked(model, parked, last, Box::new(arrivals)).unwrap();
@@ -113,7 +113,7 @@ fn parked_equals_resident_whatever_the_pool_holds() {
         let largest = usize::try_from(largest.unwrap()).unwrap();
         for boundary in [1, 5, 16] {
             let (stored, start) = (Stored::of(&model, &tokens, boundary), boundary * BLOCK);
-            for pool_bytes in [0, 3 * largest, usize::MAX] {
+            for pool_bytes in [0, 12 * largest, usize::MAX] {
                 for replay in [false, true] {
                     let (mut sequence, _) = stored.park(&model, pool_bytes, usize::MAX, 0);
                     match replay {

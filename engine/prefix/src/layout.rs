@@ -25,6 +25,10 @@ const RUN_LAYOUT_CONTEXT: &str = "esker 2026-11 kv layout v1 with optional, grai
 
 /// A plane below this many bytes costs more to find than to read; layers are joined until it is reached.
 const PLANE_TARGET_BYTES: u64 = 64 * 1024;
+/// Blocks that are small as a whole come in about this many planes, so that the first layers can be computed with while the
+/// others come, but in none below a page.
+const SMALL_BLOCK_PLANES: u64 = 6;
+const SMALL_PLANE_BYTES: u64 = 4096;
 /// Bound on the table itself, so that a hostile layout cannot ask for unbounded work.
 const MAX_GROUPS: usize = 64;
 const MAX_LAYERS: usize = 4096;
@@ -164,12 +168,30 @@ impl Group {
         }
     }
 
-    /// The smallest run of layers whose plane reaches the size at which reads stop being dominated by their count.
-    fn with_default_planes(mut self) -> Self {
-        let wanted = PLANE_TARGET_BYTES.div_ceil(self.layer_bytes().max(1)).min(self.layers.len() as u64);
+    /// Joins the smallest run of layers whose plane reaches this length.
+    fn with_planes_of(mut self, bytes: u64) -> Self {
+        let wanted = bytes.div_ceil(self.layer_bytes().max(1)).min(self.layers.len() as u64);
         self.plane_layers = u16::try_from(wanted.max(1)).unwrap_or(u16::MAX);
         self
     }
+}
+
+/// Divides groups into planes.
+fn with_default_planes(groups: Vec<Group>) -> Vec<Group> {
+    let block_bytes: u64 = groups
+        .iter()
+        .filter(|group| group.family == Family::History)
+        .map(|group| group.layer_bytes() * group.layers.len() as u64)
+        .sum();
+    let of_block = (block_bytes / SMALL_BLOCK_PLANES).clamp(SMALL_PLANE_BYTES, PLANE_TARGET_BYTES);
+    let bytes = |group: &Group| if group.family == Family::History { of_block } else { PLANE_TARGET_BYTES };
+    groups
+        .into_iter()
+        .map(|group| {
+            let bytes = bytes(&group);
+            group.with_planes_of(bytes)
+        })
+        .collect()
 }
 
 /// One plane of an object: a run of a group's layers.
@@ -321,14 +343,22 @@ impl KvLayout {
         self.table.groups.iter().find(|group| group.optional)
     }
 
-    /// For each plane of an object of this kind the first model layer that it serves: who computes layer after layer needs
-    /// planes in this order, which is not that of the planes where a group of later layers comes before one of earlier ones.
+    /// For each plane of an object of this kind its place where who computes layer after layer needs them: by the first model
+    /// layer that it serves, and of one layer as the planes stand. That is not the order of the planes where a group of later
+    /// layers comes before one of earlier ones.
     pub fn plane_ranks(&self, kind: ObjectKind) -> Vec<u16> {
-        let rank = |plane: &PlaneSpec| {
+        let planes = self.planes(kind);
+        let first = |plane: &PlaneSpec| {
             let layers = &self.groups()[usize::from(plane.group)].layers;
             layers.get(usize::from(plane.first_layer)).copied().unwrap_or(0)
         };
-        self.planes(kind).iter().map(rank).collect()
+        let mut order: Vec<usize> = (0..planes.len()).collect();
+        order.sort_by_key(|&plane| first(&planes[plane]));
+        let mut ranks = vec![0; planes.len()];
+        for (rank, plane) in order.into_iter().enumerate() {
+            ranks[plane] = narrow(rank);
+        }
+        ranks
     }
 
     /// Raw bytes of the planes of this kind, each as long as it can be.

@@ -287,12 +287,12 @@ impl<'a> Resumption<'a> {
             }
         }));
         let mut early = BTreeMap::new();
-        let arrivals = move |layer| loop {
-            if let Some(rows) = early.remove(&layer) {
+        let arrivals = move |layer, part| loop {
+            if let Some(rows) = early.remove(&(layer, part)) {
                 return Some(rows);
             }
-            let (layer, rows): (usize, LayerRows) = layers.recv().ok()?;
-            early.insert(layer, rows);
+            let rows: LayerRows = layers.recv().ok()?;
+            early.insert((rows.layer(), rows.part()), rows);
         };
         let last = trail.hashes_within(tokens)[count - 1];
         match pool {

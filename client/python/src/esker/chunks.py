@@ -116,6 +116,8 @@ class ChunkStore:
         sizes = [step] * (self._part_bytes // step) + [self._part_bytes % step] * bool(self._part_bytes % step)
         self._layout = Layout.opaque(name, block_tokens, sizes)
         self._namespace: Namespace | None = None
+        # Whether a put through shared memory asks first: not while nothing that was put was there already.
+        self._asks = True
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
         # Never held for longer than a moment: an engine's scheduler takes it.
@@ -196,10 +198,14 @@ class ChunkStore:
     def put(self, keys: Sequence[bytes], chunks: Mapping[int, Buffers]) -> dict[int, bool]:
         """Stores the chunks of the keys at these positions; whether each is there now.
 
-        What is there already is not sent: the first writer wins, and two runs of an engine seldom give the same bits.
+        What is there already is not sent: the first writer wins, and two runs of an engine seldom give the same bits. Through
+        shared memory to send it costs less than to ask, so it is asked only after something was there.
         """
-        stored = self._there(keys, chunks)
-        self._count(present=sum(stored.values()))
+        stored = dict.fromkeys(chunks, False)
+        if self._asks or not self._client._is_local():
+            stored = self._there(keys, chunks)
+            self._asks = any(stored.values())
+            self._count(present=sum(stored.values()))
         missing = {position: chunk for position, chunk in chunks.items() if not stored[position]}
         if self._chained:
             for some in self._batches(missing):
@@ -405,6 +411,7 @@ class ChunkStore:
             there = {result.tokens // block_tokens - 1 for result in results if result.stored}
             present = sum(result.outcome is Outcome.PRESENT for result in results)
             self._count(present=present, refused=sum(not result.stored for result in results))
+            self._asks |= present > 0
             parts = range(self._parts)
             return [at for at in chunks if all(at * self._parts + part in there for part in parts)]
 

@@ -72,15 +72,13 @@ wide! {
         let width = queries.len() / weights.len();
         let stride = panels.len() / width;
         for (index, panel) in panels.as_chunks::<PANEL>().0.chunks_exact(width).enumerate() {
-            let out = &mut out[index * PANEL..];
-            let mut first = 0;
-            while first < weights.len() {
-                let queries = &queries[first * width..];
-                first += match weights.len() - first {
-                    8.. => score_panel::<8, FUSED>(queries, weights, first, heads, panel, out, stride),
-                    4.. => score_panel::<4, FUSED>(queries, weights, first, heads, panel, out, stride),
-                    _ => score_panel::<1, FUSED>(queries, weights, first, heads, panel, out, stride),
-                };
+            let mut at = Row { index: 0, head: 0, heads, out: &mut out[index * PANEL..], stride };
+            while at.index < weights.len() {
+                match weights.len() - at.index {
+                    8.. => score_panel::<8, FUSED>(queries, weights, panel, &mut at),
+                    4.. => score_panel::<4, FUSED>(queries, weights, panel, &mut at),
+                    _ => score_panel::<1, FUSED>(queries, weights, panel, &mut at),
+                }
             }
         }
     }
@@ -171,26 +169,47 @@ fn put<const W: usize>(sums: [[f32; W]; 4], factors: &[f32], out: &mut [f32], la
     W
 }
 
-/// Adds what `R` rows (queries times heads) from `first` on contribute to their queries' scores. Gives `R`.
+/// A row (a query's head), and where its query's scores are.
+struct Row<'a> {
+    index: usize,
+    head: usize,
+    heads: usize,
+    /// The query's scores from this panel on.
+    out: &'a mut [f32],
+    /// From one query's scores to the next one's.
+    stride: usize,
+}
+
+/// Adds what the next `R` rows contribute to their queries' scores.
 #[inline(always)]
 fn score_panel<const R: usize, const FUSED: bool>(
     queries: &[f32],
     weights: &[f32],
-    first: usize,
-    heads: usize,
     panel: &[[f32; PANEL]],
-    out: &mut [f32],
-    stride: usize,
-) -> usize {
+    at: &mut Row<'_>,
+) {
     let width = panel.len();
-    let sums = products::<R, PANEL, FUSED>(std::array::from_fn(|r| &queries[r * width..][..width]), panel);
-    for (r, sums) in sums.iter().enumerate() {
-        let (token, head) = ((first + r) / heads, (first + r) % heads);
-        let weight = weights[first + r];
-        for (out, sum) in out[token * stride..][..PANEL].iter_mut().zip(sums) {
-            let score = weight * if *sum > 0.0 { *sum } else { 0.0 };
-            *out = if head == 0 { score } else { *out + score };
+    let queries = &queries[at.index * width..];
+    let mut scores =
+        products::<R, PANEL, FUSED>(std::array::from_fn(|r| &queries[r * width..][..width]), panel);
+    for (scores, weight) in scores.iter_mut().zip(&weights[at.index..]) {
+        for score in scores.iter_mut() {
+            *score = weight * if *score > 0.0 { *score } else { 0.0 };
+        }
+        let out = at.out.first_chunk_mut::<PANEL>().expect("`out` has a row of whole panels for each query");
+        // Summed up in the scores, not where they go: only so the compiler takes all lanes at once.
+        if at.head > 0 {
+            for (score, sum) in scores.iter_mut().zip(*out) {
+                *score += sum;
+            }
+        }
+        *out = *scores;
+        at.head += 1;
+        if at.head == at.heads {
+            at.head = 0;
+            let from = at.stride.min(at.out.len());
+            at.out = &mut std::mem::take(&mut at.out)[from..];
         }
     }
-    R
+    at.index += R;
 }

@@ -8,13 +8,13 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
+use crate::arrival::Supply;
 use crate::checkpoint::Checkpoint;
 use crate::kernel::packed::{Packed, Rows};
 use crate::kernel::shared::attend_shared;
 use crate::kernel::sparse::Scratch;
 use crate::linear::Linear;
 use crate::norm::{RmsNorm, rms_norm};
-use crate::residency::Parked;
 use crate::rope::{Angles, Rope};
 use crate::row_codec::RowFormats;
 use crate::v4::Passage;
@@ -143,14 +143,14 @@ impl Attention {
             + self.indexer.as_ref().map_or(0, Indexer::parameters)
     }
 
-    /// Attention of a chunk whose rows the cache holds: selects, attends. `x` and the result are `[tokens, hidden]`;
+    /// Attention of a chunk whose keys the cache holds: selects, waits for rows that are to come, attends. `x` and the result are `[tokens, hidden]`;
     /// with them comes what the indexer selected, if there is one.
     pub(super) fn forward(
         &self,
         x: &[f32],
         chunk: &Chunk<'_>,
-        cache: &LayerCache,
-        parked: Option<(&Model, usize, &mut Parked)>,
+        cache: &mut LayerCache,
+        mut supply: Option<(&Model, usize, &mut Supply)>,
     ) -> Result<(Vec<f32>, Option<Selection>)> {
         let latents = self.q_norm.apply(&self.wq_a.apply(x));
         let mut queries = self.wq_b.apply(&latents);
@@ -167,6 +167,13 @@ impl Attention {
             .as_ref()
             .zip(cache.keys.as_ref())
             .map(|(indexer, cache)| indexer.select(x, &latents, chunk, &cache.keys));
+        if let Some((_, layer, supply)) = &mut supply
+            && let Some(rows) = supply.rows(*layer)?
+        {
+            cache.admit_rows(rows);
+        }
+        let parked = supply.and_then(|(model, layer, supply)| Some((model, layer, supply.parked.as_mut()?)));
+        let cache = &*cache;
         let attended = match (parked, &cache.rows, &selection) {
             (Some((model, layer, parked)), Some(own), Some(picked)) if own.parked > 0 => {
                 let held = (own.parked, &own.rows[..]);

@@ -8,7 +8,6 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use crate::arrival::LayerRows;
 use crate::block::Place;
 use crate::kernel::pages;
 use crate::panels::KeyPanels;
@@ -175,22 +174,11 @@ impl Cache {
         tokens.start / ratio..tokens.end / ratio
     }
 
-    /// The rows that a layer completes in the first `tokens` tokens stay elsewhere.
+    /// The rows that a layer completes in the first `tokens` tokens are elsewhere, to come or to stay.
     pub(crate) fn park(&mut self, layer: usize, tokens: usize) {
         let ratio = self.layers[layer].ratio();
         if let Some(cache) = &mut self.layers[layer].rows {
             cache.parked = tokens / ratio;
-        }
-    }
-
-    /// Takes in the rows of a layer that comes with a prefix.
-    pub(super) fn admit(&mut self, layer: usize, arrived: LayerRows) {
-        let LayerCache { rows, keys, .. } = &mut self.layers[layer];
-        if let Some(cache) = rows {
-            cache.rows = arrived.rows;
-        }
-        if let Some(cache) = keys {
-            cache.keys = arrived.keys;
         }
     }
 
@@ -357,6 +345,22 @@ impl LayerCache {
     /// Of a layer with only a window.
     pub(super) fn window_only(width: usize) -> Self {
         Self { compression: None, window: Tail::new(width), rows: None, keys: None }
+    }
+
+    /// Takes in the keys that come with a prefix.
+    pub(super) fn admit_keys(&mut self, arrived: KeyPanels) {
+        if let Some(cache) = &mut self.keys {
+            cache.keys = arrived;
+        }
+    }
+
+    /// Takes in the rows that come with a prefix, before those that are here.
+    pub(super) fn admit_rows(&mut self, arrived: Vec<f32>) {
+        if let Some(cache) = &mut self.rows {
+            let own = std::mem::replace(&mut cache.rows, arrived);
+            cache.rows.extend_from_slice(&own);
+            cache.parked = 0;
+        }
     }
 
     /// Tokens per compressed row; 1 where there are none.

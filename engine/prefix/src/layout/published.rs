@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use super::{Dtype, Family, Field, Group, KvLayout};
+use super::{Dtype, Family, Field, Group, KvLayout, with_default_planes};
 use crate::{PrefixError, Result};
 
 /// How the rows of a published model are written.
@@ -71,7 +71,7 @@ impl KvLayout {
             }
         };
         let groups = groups.into_iter().filter(|group| !group.layers.is_empty());
-        let groups = groups.map(Group::with_default_planes).collect();
+        let groups = with_default_planes(groups.collect());
         Self::new(format!("{}/{}", config.model_type, format.name()), block_tokens, groups)
     }
 }
