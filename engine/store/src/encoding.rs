@@ -14,6 +14,9 @@ use std::sync::Arc;
 /// Compressed planes larger than this share of the raw ones, in percent, are stored raw.
 const WORTH_COMPRESSING_PERCENT: usize = 97;
 
+/// Planes below this are stored raw: to build the tables that decode one takes longer than to read what they save.
+const SMALL_PLANE_BYTES: usize = 8 << 10;
+
 /// An object whose planes have been hashed.
 pub(crate) struct Hashed {
     object: PutObject,
@@ -162,6 +165,9 @@ impl Scratch {
     /// worth it, and `out` holds anything then.
     fn compress(&mut self, plane: &PutPlane, level: i32, out: &mut [u8]) -> Option<(Codec, usize)> {
         let raw = &plane.bytes[..];
+        if raw.len() < SMALL_PLANE_BYTES {
+            return None;
+        }
         let (codec, stored) = match &plane.shape {
             Some(shape) => (Codec::Columns, codec::encode(shape, raw, out)?),
             None => (Codec::Zstd, self.zstd(raw, level, out)?),
