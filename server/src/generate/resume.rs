@@ -29,6 +29,8 @@ const RESTORE_DEADLINE: Duration = Duration::from_secs(10);
 const DAMAGE_SEARCH: Duration = Duration::from_millis(250);
 /// From so many bytes on a prefix is worth reading in the order of its layers, which takes a read per plane, not per block.
 pub(super) const ORDERED_FROM_BYTES: u64 = 1 << 20;
+/// Records below this length, on average, are taken as they are read, not in the order of the layers.
+const SMALL_RECORD_BYTES: u64 = 64 << 10;
 
 /// What is put back.
 struct Plan {
@@ -244,14 +246,19 @@ impl<'a> Resumption<'a> {
         resumed.raw_bytes = read_raw * count as u64 + plan.state.as_ref().map_or(0, |state| state.raw_bytes);
         let wanted = planes.filter(|plane| !stays(plane));
         let wanted = wanted.map(|plane| (plane.group, plane.first_layer..plane.first_layer + plane.layers));
+        let stored_bytes: u64 = blocks.iter().map(|found| found.stored_bytes).sum();
         let request = FetchRequest {
+            order: match stored_bytes / (count as u64).max(1) {
+                // The drive gives such records whole, so that no layer is there before all of them are read.
+                0..SMALL_RECORD_BYTES => FetchOrder::ByObject,
+                _ => FetchOrder::ByRank(model.layout().plane_ranks(ObjectKind::Block).into()),
+            },
             objects: blocks,
             planes: if pool.is_some() {
                 PlaneSelection::Layers(wanted.collect())
             } else {
                 PlaneSelection::All
             },
-            order: FetchOrder::ByRank(model.layout().plane_ranks(ObjectKind::Block).into()),
             deadline: Some(Instant::now() + RESTORE_DEADLINE),
         };
         // Small, and needed first: behind the rows it would wait for most of them.
