@@ -77,6 +77,33 @@ def test_more_than_the_arena_holds_and_many_at_a_time(local: tuple[Node, str]) -
     assert not wrong and chunks.counters.errors == 0
 
 
+def test_a_put_asks_first_only_after_something_was_there(
+    local: tuple[Node, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = esker.Client(local[1])
+    for chained in (False, True):
+        chunks = ChunkStore(client, identity("test", "asks", "", {}), f"asks {chained}", 50_000, chained=chained)
+        keys, data = [os.urandom(32) for _ in range(8)], {at: os.urandom(50_000) for at in range(8)}
+        lookups: list[int] = []
+        lookup = client.lookup
+        monkeypatch.setattr(client, "lookup", lambda *args, **named: (lookups.append(1), lookup(*args, **named))[1])
+
+        def asked(positions: range) -> int:
+            lookups.clear()
+            assert all(chunks.put(keys, {at: data[at] for at in positions}).values())
+            return len(lookups)
+
+        # Nothing is known; nothing was there; all of it is, which the node says; that is asked; some of it.
+        assert [asked(range(*some)) for some in [(0, 2), (2, 4), (0, 4), (0, 4), (2, 6)]] == [1, 0, 0, 1, 1], chained
+        # What another writer put there with other bytes is there, too.
+        assert asked(range(6, 7)) == 1
+        other = {7: os.urandom(50_000)}
+        assert chunks.put(keys, {7: data[7]})[7] and chunks.put(keys, other)[7]
+        memory = {at: bytearray(50_000) for at in range(8)}
+        assert all(chunks.get(keys, memory).values()) and memory == data
+        monkeypatch.undo()
+
+
 def test_a_restarted_node_hands_out_a_new_arena(local: tuple[Node, str]) -> None:
     node, address = local
     chunks = ChunkStore(esker.Client(address), identity("test", "one", "", {}), "test", 50_000)
