@@ -1,17 +1,21 @@
-//! What the drive itself gives: the same files read and written through the same disk in one-mebibyte transfers,
-//! sixteen in flight, nothing else.
+//! What the drive itself gives: the same files read and written through the same disk in one-mebibyte transfers, nothing else.
+//!
+//! A floor that is slower than what stands on it is none. So it has what the store has: buffers that the disk has registered
+//! and that were touched before, as many transfers in flight as suit the drive best, and flushes beside the next writes.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use esker_store::StoreSettings;
-use esker_store::io::{BufferPool, Completion, Disk, FileId, Op};
+use esker_store::io::{BufferPool, Completion, Disk, FileId, IoEngine, Op, Region};
 
 use crate::measure::Rate;
 
 /// Bytes of a transfer.
 pub(crate) const TRANSFER_BYTES: usize = 1 << 20;
-/// Transfers in flight.
-pub(crate) const DEPTH: usize = 16;
+/// Transfers in flight that are tried.
+const DEPTHS: [usize; 3] = [8, 16, 32];
+/// Bytes that a depth is tried with.
+const TRIAL_BYTES: usize = 256 << 20;
 
 /// A stretch of a file.
 pub(crate) type Extent = (FileId, u64, usize);
@@ -35,49 +39,131 @@ pub(crate) fn segment_extents(disk: &dyn Disk, limit: u64) -> anyhow::Result<Vec
 pub(crate) fn read(disk: &dyn Disk, extents: &[Extent], depth: usize) -> anyhow::Result<u64> {
     let longest = extents.iter().map(|(_, _, len)| *len).max().unwrap_or(0);
     let pool = BufferPool::new(2 * depth * longest.next_power_of_two());
-    transfer(disk, extents.len(), depth, |index, tag, reply| {
-        let (file, offset, len) = extents[index];
-        Op::read(file, offset, pool.take(len), tag, reply)
-    })
+    transfer(
+        disk,
+        extents.len(),
+        depth,
+        |index, tag, reply| {
+            let (file, offset, len) = extents[index];
+            Op::read(file, offset, pool.take(len), tag, reply)
+        },
+        |_| (),
+    )
 }
 
-/// Writes `bytes` to a preallocated file and flushes it, as often as the store commits when it has much to write.
-pub(crate) fn write(disk: &dyn Disk, bytes: u64) -> anyhow::Result<Rate> {
-    const NAME: &str = "write-floor.tmp";
-    let count = usize::try_from(bytes)? / TRANSFER_BYTES;
-    let file = disk.create(NAME, (count * TRANSFER_BYTES) as u64)?;
-    let pool = BufferPool::new(2 * DEPTH * TRANSFER_BYTES);
-    let per_commit = StoreSettings::default().commit_bytes / TRANSFER_BYTES;
-    let mut rate = Rate::default();
-    rate.measure(|| {
-        let mut written = 0;
-        for start in (0..count).step_by(per_commit) {
-            written += transfer(disk, per_commit.min(count - start), DEPTH, |index, tag, reply| {
-                let offset = ((start + index) * TRANSFER_BYTES) as u64;
-                Op::write(file, offset, pool.take(TRANSFER_BYTES), tag, reply)
-            })?;
-            let (reply, completions) = mpsc::channel();
-            disk.submit(Op::sync(file, 0, &reply));
-            completions.recv()?.full()?;
+/// A drive, and what its fastest transfers need.
+pub(crate) struct Floor {
+    disk: Arc<dyn Disk>,
+    pool: Arc<BufferPool>,
+    depth: usize,
+}
+
+impl Floor {
+    /// Registers buffers, where that can be.
+    pub(crate) fn new(disk: &Arc<dyn Disk>) -> Self {
+        let most = DEPTHS[DEPTHS.len() - 1];
+        let pool = BufferPool::new(2 * most * TRANSFER_BYTES);
+        if disk.engine() == IoEngine::UringDirect
+            && let Some(region) = Region::map(most * TRANSFER_BYTES)
+            && disk.register(&region).is_ok()
+        {
+            pool.add_region(&region, TRANSFER_BYTES);
         }
-        anyhow::Ok(written)
-    })?;
-    disk.remove(NAME)?;
-    Ok(rate)
+        Self { disk: Arc::clone(disk), pool, depth: most }
+    }
+
+    /// Reads `extents` once for nothing, since below a virtual drive there may be a cache that the first reader fills, and finds
+    /// out how many transfers in flight read fastest.
+    pub(crate) fn warm(&mut self, extents: &[Extent]) -> anyhow::Result<()> {
+        self.read(extents)?;
+        let trial = &extents[..extents.len().min(TRIAL_BYTES / TRANSFER_BYTES)];
+        let mut best = 0.0;
+        for depth in DEPTHS {
+            let mut rate = Rate::default();
+            for _ in 0..3 {
+                rate.measure(|| self.read_at(trial, depth))?;
+            }
+            if rate.mb_s() > best {
+                (best, self.depth) = (rate.mb_s(), depth);
+            }
+        }
+        Ok(())
+    }
+
+    /// Transfers in flight.
+    pub(crate) fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Reads all of `extents`, each of a transfer's length.
+    pub(crate) fn read(&self, extents: &[Extent]) -> anyhow::Result<u64> {
+        self.read_at(extents, self.depth)
+    }
+
+    fn read_at(&self, extents: &[Extent], depth: usize) -> anyhow::Result<u64> {
+        transfer(
+            &*self.disk,
+            extents.len(),
+            depth,
+            |index, tag, reply| {
+                let (file, offset, len) = extents[index];
+                Op::read(file, offset, self.pool.take(len), tag, reply)
+            },
+            |_| (),
+        )
+    }
+
+    /// Writes `bytes` to a preallocated file and flushes it, as often as the store commits when it has much to write, beside
+    /// the writes that follow.
+    pub(crate) fn write(&self, bytes: u64) -> anyhow::Result<Rate> {
+        const NAME: &str = "write-floor.tmp";
+        let count = usize::try_from(bytes)? / TRANSFER_BYTES;
+        let file = self.disk.create(NAME, (count * TRANSFER_BYTES) as u64)?;
+        let per_commit = (StoreSettings::default().commit_bytes / TRANSFER_BYTES).max(1);
+        let mut rate = Rate::default();
+        rate.measure(|| {
+            let (flushed, flushes) = mpsc::channel();
+            let mut unwritten = vec![per_commit; count / per_commit];
+            unwritten.extend((!count.is_multiple_of(per_commit)).then_some(count % per_commit));
+            let commits = unwritten.len();
+            let write = |index: usize, tag, reply: &_| {
+                let offset = (index * TRANSFER_BYTES) as u64;
+                Op::write(file, offset, self.pool.take(TRANSFER_BYTES), tag, reply)
+            };
+            let bytes = transfer(&*self.disk, count, self.depth, write, |tag| {
+                let left = &mut unwritten[usize::try_from(tag).unwrap_or(0) / per_commit];
+                *left -= 1;
+                if *left == 0 {
+                    self.disk.submit(Op::sync(file, 0, &flushed));
+                }
+            })?;
+            for _ in 0..commits {
+                let flush: Completion = flushes.recv()?;
+                flush.full()?;
+            }
+            anyhow::Ok(bytes)
+        })?;
+        self.disk.remove(NAME)?;
+        Ok(rate)
+    }
 }
 
+/// `count` ops, `depth` at a time; tells the tag of each that is done. Gives the bytes moved.
 fn transfer(
     disk: &dyn Disk,
     count: usize,
     depth: usize,
     op: impl Fn(usize, u64, &mpsc::Sender<Completion>) -> Op,
+    mut done: impl FnMut(u64),
 ) -> anyhow::Result<u64> {
     let (reply, completions) = mpsc::channel();
     let mut bytes = 0;
     let mut settle = || -> anyhow::Result<()> {
         let completion: Completion = completions.recv()?;
+        let tag = completion.tag;
         bytes += completion.wanted_bytes as u64;
         completion.full()?;
+        done(tag);
         Ok(())
     };
     for index in 0..count {

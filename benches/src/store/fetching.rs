@@ -7,10 +7,10 @@ use esker_store::{FetchEvent, FetchOrder, FetchRequest, Found, PlaneSelection, S
 use serde_json::{Map, Value};
 
 use super::{BLOCKS, Bed, RealBlocks, real_prefix};
-use crate::floor;
+use crate::floor::{self, Floor};
 use crate::measure::Rate;
 
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 4;
 const REAL_PREFIXES: u32 = 8;
 
 pub(super) fn raw(
@@ -18,7 +18,8 @@ pub(super) fn raw(
     prefixes: &[Vec<ObjectId>],
     figures: &mut Map<String, Value>,
 ) -> anyhow::Result<()> {
-    let (fetch, floor) = alternate(bed, prefixes)?;
+    let (fetch, floor, depth) = alternate(bed, prefixes)?;
+    figures.insert("read_floor_in_flight".into(), depth.into());
     figures.insert("fetch_mb_s".into(), fetch.mb_s().into());
     figures.insert("read_floor_mb_s".into(), floor.mb_s().into());
     figures.insert("fetch_raw_vs_floor".into(), (fetch.mb_s() / floor.mb_s()).into());
@@ -36,7 +37,7 @@ pub(super) fn decoded(dir: &Path, real: &RealBlocks, figures: &mut Map<String, V
         prefixes.push(objects.iter().map(|object| object.id).collect::<Vec<_>>());
         bed.store.put(objects).into_iter().try_for_each(|outcome| outcome.map(drop))?;
     }
-    let (fetch, floor) = alternate(&bed, &prefixes)?;
+    let (fetch, floor, _) = alternate(&bed, &prefixes)?;
     figures.insert("fetch_decoded_mb_s".into(), fetch.mb_s().into());
     figures.insert("fetch_decoded_floor_mb_s".into(), floor.mb_s().into());
     figures.insert("fetch_decoded_vs_floor".into(), (fetch.mb_s() / floor.mb_s()).into());
@@ -44,22 +45,30 @@ pub(super) fn decoded(dir: &Path, real: &RealBlocks, figures: &mut Map<String, V
     Ok(())
 }
 
-fn alternate(bed: &Bed, prefixes: &[Vec<ObjectId>]) -> anyhow::Result<(Rate, Rate)> {
-    let (mut fetch, mut floor) = (Rate::default(), Rate::default());
+/// Fetches and plain reads in turn, either first in every other round; and how many of the reads were in flight.
+fn alternate(bed: &Bed, prefixes: &[Vec<ObjectId>]) -> anyhow::Result<(Rate, Rate, usize)> {
+    let (mut fetch, mut plain) = (Rate::default(), Rate::default());
     let stored: u64 =
         prefixes.iter().flat_map(|ids| bed.store.lookup(ids)).map(|found| found.stored_bytes).sum();
     let extents = floor::segment_extents(&*bed.disk, stored)?;
-    // Once for nothing, since below a virtual drive there may be a cache that the first reader fills.
-    floor::read(&*bed.disk, &extents, floor::DEPTH)?;
+    let mut floor = Floor::new(&bed.disk);
+    floor.warm(&extents)?;
     let share = extents.len().div_ceil(prefixes.len());
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
         for (ids, extents) in prefixes.iter().zip(extents.chunks(share)) {
-            floor.measure(|| floor::read(&*bed.disk, extents, floor::DEPTH))?;
             let objects = bed.found(ids)?;
-            fetch.measure(|| fetch_all(&bed.store, objects))?;
+            let mut read = || plain.measure(|| floor.read(extents));
+            let mut fetch = || fetch.measure(|| fetch_all(&bed.store, objects.clone()));
+            if round % 2 == 0 {
+                read()?;
+                fetch()?;
+            } else {
+                fetch()?;
+                read()?;
+            }
         }
     }
-    Ok((fetch, floor))
+    Ok((fetch, plain, floor.depth()))
 }
 
 /// Fetches and verifies all planes.
