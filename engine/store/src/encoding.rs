@@ -14,9 +14,6 @@ use std::sync::Arc;
 /// Compressed planes larger than this share of the raw ones, in percent, are stored raw.
 const WORTH_COMPRESSING_PERCENT: usize = 97;
 
-/// Planes below this are stored raw: to build the tables that decode one takes longer than to read what they save.
-const SMALL_PLANE_BYTES: usize = 8 << 10;
-
 /// An object whose planes have been hashed.
 pub(crate) struct Hashed {
     object: PutObject,
@@ -54,7 +51,7 @@ impl Hashed {
     pub(crate) fn encode(
         self,
         pool: &Arc<BufferPool>,
-        zstd_level: Option<i32>,
+        settings: &StoreSettings,
         sealer: Option<&dyn Sealer>,
     ) -> Result<Encoded> {
         let seal = self.seal;
@@ -77,7 +74,8 @@ impl Hashed {
                 record[end..offset].fill(0);
                 // What is before takes no more than it would uncompressed: there is room for all of it.
                 let room = &mut record[offset..offset + raw.len()];
-                let compressed = zstd_level.and_then(|level| scratch.compress(plane, level, room));
+                let level = settings.zstd_level.filter(|_| raw.len() >= settings.compressed_from_bytes);
+                let compressed = level.and_then(|level| scratch.compress(plane, level, room));
                 let (codec, stored_bytes) = compressed.unwrap_or_else(|| {
                     room.copy_from_slice(raw);
                     (Codec::Raw, raw.len())
@@ -165,9 +163,6 @@ impl Scratch {
     /// worth it, and `out` holds anything then.
     fn compress(&mut self, plane: &PutPlane, level: i32, out: &mut [u8]) -> Option<(Codec, usize)> {
         let raw = &plane.bytes[..];
-        if raw.len() < SMALL_PLANE_BYTES {
-            return None;
-        }
         let (codec, stored) = match &plane.shape {
             Some(shape) => (Codec::Columns, codec::encode(shape, raw, out)?),
             None => (Codec::Zstd, self.zstd(raw, level, out)?),

@@ -30,6 +30,8 @@ pub struct StoreSettings {
     pub ttl_classes: Vec<Duration>,
     /// zstd level for planes that shrink by at least 3 %; `None` stores every plane raw.
     pub zstd_level: Option<i32>,
+    /// Shorter planes are stored raw: to build the tables that decode one takes longer than to read what they save.
+    pub compressed_from_bytes: usize,
     /// Bytes being read ahead by all fetches together. A fetch that gets no share still has one read in flight.
     pub read_bytes_in_flight: usize,
     /// Bytes being read ahead by one fetch.
@@ -89,6 +91,7 @@ impl Default for StoreSettings {
             leased_bytes: u64::MAX,
             ttl_classes: [5 * 60, 3600, 24 * 3600, 72 * 3600].map(Duration::from_secs).to_vec(),
             zstd_level: Some(1),
+            compressed_from_bytes: 8 << 10,
             read_bytes_in_flight: 64 << 20,
             fetch_window_bytes: 16 << 20,
             read_merge_bytes: 1 << 20,

@@ -249,7 +249,7 @@ impl Store {
                     let settings = &self.shared.settings;
                     let permit = self.shared.putting.acquire(hashed.max_record_bytes());
                     let sealer = self.shared.sealer.as_deref();
-                    match hashed.encode(&self.shared.pool, settings.zstd_level, sealer) {
+                    match hashed.encode(&self.shared.pool, settings, sealer) {
                         Ok(encoded) => {
                             let reply = reply.clone();
                             self.committer.submit(Submission { encoded, position, reply, permit });

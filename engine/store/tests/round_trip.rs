@@ -26,6 +26,21 @@ fn a_chain_comes_back_in_both_orders_and_after_reopening() {
     }
 }
 
+#[test]
+fn only_planes_from_a_length_on_are_compressed() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = StoreSettings::default().compressed_from_bytes;
+    let store = Store::open(dir.path(), StoreSettings { compressed_from_bytes: from, ..settings() }).unwrap();
+    for (number, len, is_shorter) in [(1, from - 1, false), (2, from, true)] {
+        // The second plane is one that zstd can shrink.
+        let put = object(number, number, &[10, len]);
+        assert_eq!(store.put(vec![put.clone()]).pop().unwrap().unwrap(), PutOutcome::Stored);
+        let found = store.lookup(&[put.id]).pop().unwrap();
+        assert_eq!(found.stored_bytes < len as u64, is_shorter, "{} of {len}", found.stored_bytes);
+        assert_eq!(fetch(&store, all(vec![found])), [Ok(planes(&put))]);
+    }
+}
+
 fn round_trip(settings: &StoreSettings) {
     let dir = tempfile::tempdir().unwrap();
     let objects = chain(0, 40, &LENS);

@@ -168,6 +168,7 @@ impl Case {
         let settings = StoreSettings {
             segment_bytes: 64 << 10,
             pool_bytes: 256 << 10,
+            compressed_from_bytes: 0,
             lock_wait: Duration::from_secs(10),
             sabotage: self.sabotage,
             ..StoreSettings::default()

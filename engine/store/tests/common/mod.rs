@@ -15,7 +15,12 @@ use esker_store::{
 
 /// Small segments, so that tests cross their borders, and nothing that reads in the background.
 pub fn settings() -> StoreSettings {
-    StoreSettings { segment_bytes: 1 << 20, scrub_bytes_per_s: 0, ..StoreSettings::default() }
+    StoreSettings {
+        segment_bytes: 1 << 20,
+        scrub_bytes_per_s: 0,
+        compressed_from_bytes: 0,
+        ..StoreSettings::default()
+    }
 }
 
 pub fn id(number: u64) -> ObjectId {
