@@ -130,6 +130,7 @@ impl Node {
         let sessions = Sessions::new(Arc::clone(&control));
         let engine = model.map(|model| Engine::start(model, &store, &namespaces, &events)).transpose()?;
         let warmups = Warmups::open(Arc::clone(&control), settings.warmup_share)?;
+        tenants.finish_erasures()?;
         let grants = Grants::new(&grant_seed(data));
         let arenas = Arc::new(Arenas::new(&random_seed().context("cannot read /dev/urandom")?));
         let sampler = Sampler::default();

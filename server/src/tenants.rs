@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tonic::Status;
 
 use crate::control::{Control, Table};
-use crate::gate::Gate;
+use crate::gate::{Gate, Pass};
 use crate::keys::Keys;
 use crate::policy::{PolicyFile, TenantPolicy};
 use crate::principal::{Principal, Role, TenantId, is_name};
@@ -44,6 +44,8 @@ pub(crate) struct Tenant {
     state: Mutex<State>,
     /// What it stores goes through here.
     gate: Arc<Gate>,
+    /// One erasure at a time: a second one must not open the gate that the first has closed.
+    erasing: Mutex<()>,
     in_flight: AtomicU64,
     rates: Mutex<Rates>,
 }
@@ -80,7 +82,7 @@ pub(crate) struct InFlight {
 }
 
 impl Tenants {
-    /// Finishes the erasures that a crash cut short.
+    /// Erasures that a crash cut short are not over yet: [`Tenants::finish_erasures`].
     pub(crate) fn open(
         root: RootSecret,
         policy: Arc<PolicyFile>,
@@ -110,12 +112,17 @@ impl Tenants {
                 state.users.add(user, tenants.private_at(&id, user, epoch).tag());
             }
         }
-        let known: Vec<Arc<Tenant>> = tenants.known().values().cloned().collect();
+        Ok(tenants)
+    }
+
+    /// Finishes the erasures that a crash cut short, once what jobs and sessions had written down of them is gone.
+    pub(crate) fn finish_erasures(&self) -> anyhow::Result<()> {
+        let known: Vec<Arc<Tenant>> = self.known().values().cloned().collect();
         for tenant in known.iter().filter(|tenant| !tenant.state().record.erasing.is_empty()) {
             tracing::warn!(tenant = %tenant.id, "an erasure that was cut short is finished");
-            tenants.finish_erasing(tenant, &tenants.store)?;
+            self.finish_erasing(tenant, &self.store)?;
         }
-        Ok(tenants)
+        Ok(())
     }
 
     /// The tenant of a principal.
@@ -132,8 +139,9 @@ impl Tenants {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let new = || {
             let state = Mutex::new(State { record, users: Users::default() });
-            let (gate, in_flight, rates) = (Arc::default(), AtomicU64::new(0), Mutex::default());
-            Arc::new(Tenant { id: id.clone(), state, gate, in_flight, rates })
+            let (gate, erasing) = (Arc::default(), Mutex::default());
+            let (in_flight, rates) = (AtomicU64::new(0), Mutex::default());
+            Arc::new(Tenant { id: id.clone(), state, gate, erasing, in_flight, rates })
         };
         Arc::clone(known.entry(id.clone()).or_insert_with(new))
     }
@@ -169,6 +177,12 @@ impl Tenants {
         Ok(scopes)
     }
 
+    /// Lets in what is stored or written down for a tenant, until it is erased.
+    pub(crate) fn pass(&self, tenant: &TenantId) -> Pass {
+        let tenant = self.get(tenant);
+        tenant.gate.pass(tenant.epoch())
+    }
+
     /// What a tenant finds of what is stored under names that it can make.
     pub(crate) fn sight(&self, tenant: &TenantId) -> Sight {
         self.writers.sight(tenant, self.org_tag(tenant))
@@ -187,9 +201,8 @@ impl Tenants {
         user: &str,
         scope: v1::Scope,
     ) -> Result<Place, Status> {
-        let tenant = self.of(principal);
         // Before the scope is made: what an erasure comes between is of the epoch before.
-        let pass = tenant.gate.pass(tenant.epoch());
+        let pass = self.pass(&principal.tenant);
         let mut noted = None;
         let key = match scope {
             v1::Scope::Unspecified | v1::Scope::Private => {
@@ -379,8 +392,9 @@ impl Tenants {
         self.writers.owner(tenant).map_or(0, |owner| store.owner_bytes(owner))
     }
 
-    /// Erases a tenant: its keys are given up, durably; `stop` ends what would write more; then its records go. Returns objects
-    /// and epochs. What fails is done at the next start, or when it is asked again.
+    /// Erases a tenant: its keys are given up, durably; `stop` ends what is under way and forgets what was written down of it; then
+    /// its records go. Nothing is stored for it meanwhile, so that nothing is acknowledged and then erased. Returns objects and
+    /// epochs. What fails is done at the next start, or when it is asked again; until then the tenant stores nothing.
     pub(crate) fn erase(
         &self,
         store: &Store,
@@ -388,28 +402,42 @@ impl Tenants {
         stop: impl FnOnce() -> Result<(), Status>,
     ) -> Result<(u64, Vec<u32>), Status> {
         let tenant = self.get(tenant);
+        let _alone = tenant.erasing.lock().unwrap_or_else(PoisonError::into_inner);
         // Before anything that may fail: nothing that is encrypted can be read from here on.
         let epoch = tenant.epoch();
         self.destroy_key(&tenant, epoch).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "a key could not be destroyed");
             Status::unavailable("the key could not be destroyed: try again; the node's log says why")
         })?;
-        {
-            let mut state = tenant.state();
-            let mut next = state.record.clone();
-            next.erasing.push((next.epoch, BTreeSet::new()));
-            next.epoch += 1;
-            self.save(&tenant.id, &next)?;
-            *state = State { record: next, users: Users::default() };
+        tenant.gate.close();
+        if let Err(error) = self.give_up(&tenant) {
+            // Nothing was erased.
+            tenant.gate.open_from(epoch);
+            return Err(error);
         }
-        // Behind this nothing comes that began before.
-        tenant.gate.close_before(tenant.epoch());
         let stopped = stop();
         let erased = self.finish_erasing(&tenant, store).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "an erasure could not be finished");
-            Status::unavailable("the keys are given up; the records go when the node can write again")
+            Status::unavailable(
+                "the keys are given up; the records go when the node can write again, and it stores nothing for this tenant \
+                 until then: erase it again, or start the node again",
+            )
         });
+        if erased.is_ok() {
+            tenant.gate.open_from(tenant.epoch());
+        }
         stopped.and(erased)
+    }
+
+    /// The next epoch begins, durably.
+    fn give_up(&self, tenant: &Tenant) -> Result<(), Status> {
+        let mut state = tenant.state();
+        let mut next = state.record.clone();
+        next.erasing.push((next.epoch, BTreeSet::new()));
+        next.epoch += 1;
+        self.save(&tenant.id, &next)?;
+        *state = State { record: next, users: Users::default() };
+        Ok(())
     }
 
     fn destroy_key(&self, tenant: &Tenant, epoch: u32) -> anyhow::Result<()> {
@@ -442,6 +470,7 @@ impl Tenants {
             objects += store.erase(Erase::Writer(*writer)).context("a writer cannot be erased")?;
         }
         self.control.delete_all(Table::Users, &rows)?;
+        self.control.expunge()?;
         let mut state = tenant.state();
         state.record.erasing.retain(|(epoch, _)| !epochs.contains(epoch));
         self.control.put(Table::Tenants, &tenant.id.0, &state.record)?;

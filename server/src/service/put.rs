@@ -22,7 +22,7 @@ use super::cache::layout;
 use super::status::{from_gate, from_join, from_store, from_wire};
 use crate::audit::Event;
 use crate::author::Author;
-use crate::gate::Erased;
+use crate::gate::Refused;
 use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
@@ -53,7 +53,7 @@ impl Numbered {
 }
 
 /// What became of a batch: `None` for an object that waits in its turn.
-type Stored = Result<Vec<Result<Option<PutOutcome>, StoreError>>, Erased>;
+type Stored = Result<Vec<Result<Option<PutOutcome>, StoreError>>, Refused>;
 
 /// What the caller named the prefix by: one of the two.
 #[derive(Default)]

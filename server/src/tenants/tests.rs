@@ -19,7 +19,10 @@ impl Folder {
         let settings = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
         let store = Store::open_sealed(&self.0.path().join("store"), settings, None).unwrap();
         let policy = Arc::new(PolicyFile::open(None).unwrap());
-        Tenants::open(RootSecret::new([7; 32]), policy, self.control(), None, &Arc::new(store)).unwrap()
+        let store = Arc::new(store);
+        let tenants = Tenants::open(RootSecret::new([7; 32]), policy, self.control(), None, &store).unwrap();
+        tenants.finish_erasures().unwrap();
+        tenants
     }
 }
 
