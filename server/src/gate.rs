@@ -73,6 +73,10 @@ impl Pass {
             _ => Ok(Inside { _open: open }),
         }
     }
+
+    pub(crate) fn epoch(&self) -> u32 {
+        self.epoch
+    }
 }
 
 #[cfg(test)]

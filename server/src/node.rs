@@ -127,9 +127,9 @@ impl Node {
             Exporting::start(sink, Arc::clone(&ledger), Arc::clone(&control), Arc::clone(&audit))
         });
         let exporting = exporting.transpose()?;
-        let sessions = Sessions::new(Arc::clone(&control));
+        let sessions = Sessions::open(Arc::clone(&control), &tenants, &store)?;
         let engine = model.map(|model| Engine::start(model, &store, &namespaces, &events)).transpose()?;
-        let warmups = Warmups::open(Arc::clone(&control), settings.warmup_share)?;
+        let warmups = Warmups::open(Arc::clone(&control), &tenants, settings.warmup_share)?;
         tenants.finish_erasures()?;
         let grants = Grants::new(&grant_seed(data));
         let arenas = Arc::new(Arenas::new(&random_seed().context("cannot read /dev/urandom")?));

@@ -6,7 +6,8 @@
 //! requests leave it ([`live`](crate::live)).
 //!
 //! Prompts are forgotten as soon as a job has ended, whichever way; of ended jobs a tenant's newest [`MAX_JOBS`] are
-//! remembered.
+//! remembered. A job is of the epoch in which it was submitted: when its tenant is erased it is over, and whatever a crash
+//! left of it goes at the next start.
 
 pub(crate) mod job;
 mod plan;
@@ -24,7 +25,8 @@ use crate::audit::Event;
 use crate::control::{Control, Table};
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, TenantId};
-use crate::tenants::over;
+use crate::service::from_gate;
+use crate::tenants::{Tenants, over};
 pub(crate) use job::{Job, Record, Stage, Submission};
 pub(crate) use run::Runner;
 use run::Turn;
@@ -67,18 +69,29 @@ pub(crate) struct Totals {
 }
 
 impl Warmups {
-    /// Takes up the jobs that were written down.
-    pub(crate) fn open(control: Arc<Control>, share: u32) -> anyhow::Result<Self> {
+    /// Takes up the jobs that were written down, and drops those of tenants that were erased since.
+    pub(crate) fn open(control: Arc<Control>, tenants: &Tenants, share: u32) -> anyhow::Result<Self> {
         let mut jobs = Jobs::default();
-        for (key, record) in control.scan::<Record>(Table::Warmups, "", "", usize::MAX)? {
-            let Some((tenant, name)) = key.split_once('/') else { continue };
+        for (row, mut record) in control.scan::<Record>(Table::Warmups, "", "", usize::MAX)? {
+            let Some(key) = key_of(&row) else { continue };
             jobs.number = jobs.number.max(record.number);
-            if record.has_ended() {
-                // A crash between the two writes of an end.
-                control.delete(Table::WarmupPrompts, &key)?;
+            let epoch = tenants.get(&key.0).epoch();
+            if record.epoch.is_some_and(|known| known != epoch) {
+                control.delete(Table::Warmups, &row)?;
+                continue;
             }
-            let (tenant, name) = (TenantId(tenant.to_owned()), name.to_owned());
-            jobs.all.insert((tenant.clone(), name.clone()), Arc::new(Job::new(tenant, name, record)));
+            if record.epoch.replace(epoch).is_none() && !record.has_ended() {
+                control.put(Table::Warmups, &row, &record)?;
+            }
+            let (tenant, name) = key.clone();
+            jobs.all.insert(key, Arc::new(Job::new(tenant, name, record)));
+        }
+        // A crash came between the two writes of a beginning or an end, or into an erasure.
+        for row in control.names(Table::WarmupPrompts, "")? {
+            let job = key_of(&row).and_then(|key| jobs.all.get(&key));
+            if job.is_none_or(|job| job.record.borrow().has_ended()) {
+                control.delete(Table::WarmupPrompts, &row)?;
+            }
         }
         let waiting = jobs.all.values().filter(|job| !job.record.borrow().has_ended()).count();
         if waiting > 0 {
@@ -100,6 +113,8 @@ impl Warmups {
         let plan = plan::plan(node, engine, submission, &place);
         let digest = submission.digest();
         let key = (tenant.clone(), submission.name.clone());
+        // An erasure sees the job, or is seen by it.
+        let _inside = place.pass.enter().map_err(from_gate)?;
         let mut jobs = self.jobs();
         if let Some(known) = jobs.all.get(&key) {
             let record = known.now();
@@ -134,6 +149,7 @@ impl Warmups {
             new_bytes: plan.new_bytes,
             free_tokens,
             free_bytes,
+            epoch: Some(place.pass.epoch()),
             ..Record::new(engine, submission, principal, node.store.now_s())
         };
         let record = match before {
@@ -245,15 +261,15 @@ impl Warmups {
     /// Forgets everything of a tenant: when this returns nothing more is stored for it, and none of its prompts are kept.
     pub(crate) fn erase(&self, tenant: &TenantId) -> Result<(), Status> {
         let mut jobs = self.jobs();
-        let theirs: Vec<Arc<Job>> = jobs.of(tenant).cloned().collect();
-        for job in theirs {
-            job.cancel();
-            jobs = self
-                .changed
-                .wait_timeout_while(jobs, LEAVE_WAIT, |jobs| jobs.is_running(&job))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-            self.forget(&mut jobs, &job)?;
+        // From here on nobody is shown or given one of them.
+        let theirs = jobs.take(tenant);
+        theirs.iter().for_each(|job| job.erase());
+        let is_running = |jobs: &mut Jobs| theirs.iter().any(|job| jobs.is_running(job));
+        let left = self.changed.wait_timeout_while(jobs, LEAVE_WAIT, is_running);
+        let (_jobs, _) = left.unwrap_or_else(PoisonError::into_inner);
+        for table in [Table::WarmupPrompts, Table::Warmups] {
+            let rows = self.control.names(table, &name_of(tenant, ""));
+            rows.and_then(|rows| self.control.delete_all(table, &rows)).map_err(|error| unwritten(&error))?;
         }
         Ok(())
     }
@@ -307,6 +323,8 @@ impl Warmups {
         let mut jobs = self.jobs();
         jobs.running = None;
         match turn {
+            // Its rows are gone, or go.
+            _ if job.is_erased() => {}
             Turn::Ended(stage, reason) => {
                 if let Err(error) = self.end(job, stage, reason) {
                     tracing::error!(
@@ -316,6 +334,11 @@ impl Warmups {
                 }
             }
             Turn::Left => job.record.send_modify(|_| {}),
+            Turn::Erased => {
+                if let Err(error) = self.forget(&mut jobs, job) {
+                    tracing::error!(%error, "a warm-up of an erased tenant goes at the next start");
+                }
+            }
         }
         self.changed.notify_all();
     }
@@ -332,8 +355,11 @@ impl Warmups {
         self.control.delete(Table::WarmupPrompts, &name)
     }
 
-    /// Changes a record, durably.
+    /// Changes a record, durably. Of one that was erased nothing is written any more.
     fn update(&self, job: &Job, change: impl FnOnce(&mut Record)) -> anyhow::Result<()> {
+        if job.is_erased() {
+            return Ok(());
+        }
         let mut record = job.now();
         change(&mut record);
         self.control.put(Table::Warmups, &name_of(&job.tenant, &job.name), &record)?;
@@ -385,6 +411,15 @@ impl Jobs {
         self.all.range(from..).take_while(move |((owner, _), _)| *owner == tenant).map(|(_, job)| job)
     }
 
+    /// All of a tenant, which are there no more.
+    fn take(&mut self, tenant: &TenantId) -> Vec<Arc<Job>> {
+        let theirs: Vec<Arc<Job>> = self.of(tenant).cloned().collect();
+        for job in &theirs {
+            self.all.remove(&(job.tenant.clone(), job.name.clone()));
+        }
+        theirs
+    }
+
     fn waiting(&self) -> impl Iterator<Item = &Arc<Job>> {
         self.all.values().filter(|job| !job.record.borrow().has_ended() && !job.is_cancelled())
     }
@@ -410,6 +445,11 @@ fn wire(job: &Arc<Job>, jobs: &Jobs) -> v1::WarmupJob {
 /// '/' is in no tenant's name, so no job of one tenant is another's.
 fn name_of(tenant: &TenantId, name: &str) -> String {
     format!("{tenant}/{name}")
+}
+
+fn key_of(row: &str) -> Option<Key> {
+    let (tenant, name) = row.split_once('/')?;
+    Some((TenantId(tenant.to_owned()), name.to_owned()))
 }
 
 fn unknown(name: &str) -> Status {
