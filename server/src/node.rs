@@ -116,7 +116,7 @@ impl Node {
         let control = Arc::new(Control::open(&data.join("control"))?);
         let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
         let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), keys, &store)?;
-        let replay = Replay::open(&data.join("replay"), sealer, |tenant| tenants.reminded(tenant));
+        let replay = Replay::open(&data.join("replay"), sealer.clone(), |tenant| tenants.reminded(tenant));
         let cluster = settings.cluster.clone().unwrap_or_else(|| tenants.deployment());
         let ledger = Ledger::open(&data.join("ledger"), settings.ledger, &cluster)?;
         if let Some(gap) = ledger.gap() {
@@ -129,7 +129,7 @@ impl Node {
         let exporting = exporting.transpose()?;
         let sessions = Sessions::open(Arc::clone(&control), &tenants, &store)?;
         let engine = model.map(|model| Engine::start(model, &store, &namespaces, &events)).transpose()?;
-        let warmups = Warmups::open(Arc::clone(&control), &tenants, settings.warmup_share)?;
+        let warmups = Warmups::open(Arc::clone(&control), sealer, &tenants, settings.warmup_share)?;
         tenants.finish_erasures()?;
         let grants = Grants::new(&grant_seed(data));
         let arenas = Arc::new(Arenas::new(&random_seed().context("cannot read /dev/urandom")?));

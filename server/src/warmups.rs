@@ -11,6 +11,7 @@
 
 pub(crate) mod job;
 mod plan;
+mod prompts;
 mod run;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use esker_proto::v1;
+use esker_store::Sealer;
 use tokio::sync::watch;
 use tonic::Status;
 
@@ -28,6 +30,7 @@ use crate::principal::{Principal, TenantId};
 use crate::service::from_gate;
 use crate::tenants::{Tenants, over};
 pub(crate) use job::{Job, Record, Stage, Submission};
+use prompts::{Kept, Prompts};
 pub(crate) use run::Runner;
 use run::Turn;
 
@@ -41,6 +44,7 @@ type Key = (TenantId, String);
 /// The jobs of a node.
 pub(crate) struct Warmups {
     control: Arc<Control>,
+    prompts: Prompts,
     /// Part of the time, in percent, that jobs take while live requests run.
     pub(crate) share: u32,
     table: Mutex<Jobs>,
@@ -70,7 +74,13 @@ pub(crate) struct Totals {
 
 impl Warmups {
     /// Takes up the jobs that were written down, and drops those of tenants that were erased since.
-    pub(crate) fn open(control: Arc<Control>, tenants: &Tenants, share: u32) -> anyhow::Result<Self> {
+    pub(crate) fn open(
+        control: Arc<Control>,
+        sealer: Option<Arc<dyn Sealer>>,
+        tenants: &Tenants,
+        share: u32,
+    ) -> anyhow::Result<Self> {
+        let prompts = Prompts::new(Arc::clone(&control), sealer);
         let mut jobs = Jobs::default();
         for (row, mut record) in control.scan::<Record>(Table::Warmups, "", "", usize::MAX)? {
             let Some(key) = key_of(&row) else { continue };
@@ -89,15 +99,18 @@ impl Warmups {
         // A crash came between the two writes of a beginning or an end, or into an erasure.
         for row in control.names(Table::WarmupPrompts, "")? {
             let job = key_of(&row).and_then(|key| jobs.all.get(&key));
-            if job.is_none_or(|job| job.record.borrow().has_ended()) {
-                control.delete(Table::WarmupPrompts, &row)?;
+            match job.filter(|job| !job.record.borrow().has_ended()).cloned() {
+                None => control.delete(Table::WarmupPrompts, &row)?,
+                // The erasure had destroyed the key and no more.
+                Some(job) if prompts.are_shredded(&row)? => drop_rows(&control, &mut jobs, &job)?,
+                Some(_) => {}
             }
         }
         let waiting = jobs.all.values().filter(|job| !job.record.borrow().has_ended()).count();
         if waiting > 0 {
             tracing::info!(jobs = waiting, "warm-up jobs go on");
         }
-        Ok(Self { control, share, table: Mutex::new(jobs), changed: Condvar::new() })
+        Ok(Self { control, prompts, share, table: Mutex::new(jobs), changed: Condvar::new() })
     }
 
     /// Takes a job, durably, or gives the one of this name.
@@ -168,11 +181,10 @@ impl Warmups {
             },
         };
         let name = name_of(tenant, &submission.name);
-        let prompts: Vec<Vec<u32>> =
-            submission.prompts.iter().map(|prompt| prompt.iter().map(|token| token.0).collect()).collect();
+        let scope = node.tenants.reminded(tenant).scope;
         // The prompts first: a job without them could not be done, prompts without a job are overwritten.
-        self.control
-            .put(Table::WarmupPrompts, &name, &prompts)
+        self.prompts
+            .keep(&name, scope, &submission.prompts)
             .and_then(|()| self.control.put(Table::Warmups, &name, &record))
             .map_err(|error| unwritten(&error))?;
         // Whoever watched the one before it has seen its end.
@@ -367,8 +379,8 @@ impl Warmups {
         Ok(())
     }
 
-    fn prompts(&self, job: &Job) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
-        self.control.get(Table::WarmupPrompts, &name_of(&job.tenant, &job.name))
+    fn prompts(&self, job: &Job) -> anyhow::Result<Kept> {
+        self.prompts.read(&name_of(&job.tenant, &job.name))
     }
 
     fn measured(&self, tokens: usize, compute: Duration) {
@@ -390,13 +402,7 @@ impl Warmups {
     }
 
     fn forget(&self, jobs: &mut Jobs, job: &Job) -> Result<(), Status> {
-        let name = name_of(&job.tenant, &job.name);
-        let forgotten = self.control.delete(Table::WarmupPrompts, &name);
-        forgotten
-            .and_then(|()| self.control.delete(Table::Warmups, &name))
-            .map_err(|error| unwritten(&error))?;
-        jobs.all.remove(&(job.tenant.clone(), job.name.clone()));
-        Ok(())
+        drop_rows(&self.control, jobs, job).map_err(|error| unwritten(&error))
     }
 
     fn jobs(&self) -> MutexGuard<'_, Jobs> {
@@ -445,6 +451,15 @@ fn wire(job: &Arc<Job>, jobs: &Jobs) -> v1::WarmupJob {
 /// '/' is in no tenant's name, so no job of one tenant is another's.
 fn name_of(tenant: &TenantId, name: &str) -> String {
     format!("{tenant}/{name}")
+}
+
+/// The prompts first: they are not to stay without a job.
+fn drop_rows(control: &Control, jobs: &mut Jobs, job: &Job) -> anyhow::Result<()> {
+    let name = name_of(&job.tenant, &job.name);
+    control.delete(Table::WarmupPrompts, &name)?;
+    control.delete(Table::Warmups, &name)?;
+    jobs.all.remove(&(job.tenant.clone(), job.name.clone()));
+    Ok(())
 }
 
 fn key_of(row: &str) -> Option<Key> {

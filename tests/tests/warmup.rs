@@ -373,6 +373,38 @@ async fn a_kill_amid_an_erasure_leaves_every_job_of_the_tenant_or_none() -> Resu
     Ok(())
 }
 
+#[tokio::test]
+async fn with_a_root_key_prompts_are_sealed_and_the_job_goes_on_after_a_crash() -> Result<()> {
+    let folder = scratch();
+    let key = folder.path().join("root.key");
+    std::fs::write(&key, [9; 32])?;
+    let options = ["--root-key", path(&key)];
+    let text = "What is said in confidence is for nobody who finds the drive. ".repeat(60);
+    for options in [&options[..], &[]] {
+        let is_sealed = !options.is_empty();
+        let data = folder.path().join(if is_sealed { "sealed" } else { "plain" });
+        let node = Node::start(&data, options).await?;
+        let prompt = node.client.tokenize(&text).await?;
+        let said = v1::WarmupPrompt { prompt: Some(v1::warmup_prompt::Prompt::Text(text.clone())) };
+        // The other one is before it, and long.
+        let mut request = request("a", &[tokens(51, 2048)]);
+        request.prompts.push(said);
+        submit(&node, &request).await?;
+        node.kill()?;
+        // The control: without a root key it lies there.
+        assert_eq!(is_readable(&data, &prompt)?, !is_sealed, "sealed: {is_sealed}");
+        let node = Node::start(&data, options).await?;
+        let done = ended(&node, "a").await?;
+        assert_eq!((done.state(), done.prompts_done), (State::Done, 2), "{done:?}");
+        let whole = prompt.len() as u64 / BLOCK_TOKENS * BLOCK_TOKENS;
+        let question = question(&[&prompt[..], &tokens(52, 3)].concat());
+        assert_eq!(node.ask(question).await?.usage.prompt_cache_hit_tokens, whole);
+        node.kill()?;
+        ensure!(!is_sealed || !is_readable(&data, &prompt)?, "it lies there once the job is done");
+    }
+    Ok(())
+}
+
 fn path(path: &Path) -> &str {
     path.to_str().expect("the test's own folder")
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use esker_prefix::TokenId;
 use esker_proto::v1;
 
 use super::job::{Job, Stage};
+use super::prompts::Kept;
 use super::record_error;
 use crate::generate::{GenerateError, Prefix, Step, warm, whole_tokens};
 use crate::live::Pace;
@@ -75,26 +75,25 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
         return Turn::Erased;
     }
     let prompts = match node.warmups.prompts(job) {
-        Ok(Some(prompts)) => prompts,
-        Ok(None) => return failed("its prompts are gone"),
+        Ok(Kept::All(prompts)) => prompts,
+        Ok(Kept::Nothing) => return failed("its prompts are gone"),
+        Ok(Kept::Shredded) => return Turn::Erased,
         Err(error) => return record_error(&error),
     };
     let class = ttl_class(v1::TtlClass::try_from(record.ttl).unwrap_or_default());
     let mut pace = Pace::new(&node.live, node.warmups.share);
     let done = usize::try_from(record.prompts_done).unwrap_or(usize::MAX);
-    for prompt in prompts.iter().skip(done) {
-        let tokens: Vec<TokenId> = prompt.iter().map(|&id| TokenId(id)).collect();
+    for tokens in prompts.iter().skip(done) {
         let mut left = None;
-        let result =
-            warm(node, engine, &Prefix { tokens: &tokens, place: &place, class }, &mut |step| match observe(
-                node, job, &mut pace, step,
-            ) {
-                None => ControlFlow::Continue(()),
-                Some(turn) => {
-                    left = Some(turn);
-                    ControlFlow::Break(())
-                }
-            });
+        let result = warm(node, engine, &Prefix { tokens, place: &place, class }, &mut |step| match observe(
+            node, job, &mut pace, step,
+        ) {
+            None => ControlFlow::Continue(()),
+            Some(turn) => {
+                left = Some(turn);
+                ControlFlow::Break(())
+            }
+        });
         match (left, result) {
             (Some(turn), _) => return turn,
             (None, Ok(())) => {}

@@ -5,7 +5,7 @@ use super::*;
 use crate::bundled;
 use crate::node::NodeSettings;
 use crate::principal::{Role, Roles};
-use crate::sessions::Kept;
+use crate::sessions;
 use esker_decoder::KvFormat;
 use esker_prefix::TokenId;
 use esker_store::StoreSettings;
@@ -13,12 +13,21 @@ use tonic::Code;
 
 const POLICY: &str = "[tenants.a]\nwarmups = 3\n[tenants.b]\n";
 
-fn node(dir: &std::path::Path) -> Node {
+fn node(dir: &Path) -> Node {
+    sealed_node(dir, None)
+}
+
+fn sealed_node(dir: &Path, root_key: Option<&Path>) -> Node {
     let policy = dir.join("policy.toml");
     std::fs::write(&policy, POLICY).unwrap();
     let store = StoreSettings { segment_bytes: 4 << 20, ..StoreSettings::default() };
-    let settings =
-        NodeSettings { data: dir.join("data"), store, policy: Some(policy), ..NodeSettings::default() };
+    let settings = NodeSettings {
+        data: dir.join("data"),
+        store,
+        policy: Some(policy),
+        root_key: root_key.map(Path::to_owned),
+        ..NodeSettings::default()
+    };
     Node::open(&settings, Some(bundled::load(KvFormat::Bf16, 128).unwrap())).unwrap()
 }
 
@@ -115,9 +124,9 @@ fn another_payload_is_refused_and_an_ended_job_goes_on_only_if_asked() {
     assert_eq!(resumed.state(), v1::WarmupState::Queued);
     // The prompts of an ended job are kept nowhere, those of a waiting one are.
     let job = node.warmups.next().unwrap();
-    assert!(node.warmups.prompts(&job).unwrap().is_some());
+    assert!(matches!(node.warmups.prompts(&job).unwrap(), Kept::All(_)));
     node.warmups.finish(&job, Turn::Ended(Stage::Done, String::new()));
-    assert!(node.warmups.prompts(&job).unwrap().is_none());
+    assert_eq!(node.warmups.prompts(&job).unwrap(), Kept::Nothing);
 }
 
 #[test]
@@ -158,8 +167,11 @@ fn what_is_submitted_or_opened_while_its_tenant_is_erased_is_refused() {
     let b = principal("b", &[Role::Writer]);
     let mut refused = Vec::new();
     erase(&node, &b.tenant, || {
-        let kept =
-            || Kept { namespace: node.engine.as_ref().unwrap().namespace, tokens: Vec::new(), user: "" };
+        let kept = || sessions::Kept {
+            namespace: node.engine.as_ref().unwrap().namespace,
+            tokens: Vec::new(),
+            user: "",
+        };
         refused.extend(submit(&node, &b, &submission("x", 0)).err());
         refused.extend(node.sessions.hold(&node, &b, "x", kept(), 60).err());
         refused.extend(node.sessions.renew(&node, &b.tenant, "x", 60).err());
@@ -252,7 +264,7 @@ fn a_crash_amid_an_erasure_leaves_no_job_and_no_session_of_its_tenant() {
     submit(&node, &a, &marked("in the log")).unwrap();
     let namespace = node.engine.as_ref().unwrap().namespace;
     let tokens = marked("").prompts.swap_remove(0);
-    node.sessions.hold(&node, &a, "chat", Kept { namespace, tokens, user: "" }, 3600).unwrap();
+    node.sessions.hold(&node, &a, "chat", sessions::Kept { namespace, tokens, user: "" }, 3600).unwrap();
     assert_eq!(node.sessions.totals(&node, &a.tenant).unwrap().0, 1);
     let crashed = tempfile::tempdir().unwrap();
     erase(&node, &a.tenant, || copy_tree(dir.path(), crashed.path()));
@@ -293,6 +305,28 @@ fn a_job_of_an_epoch_that_was_given_up_is_dropped_when_it_is_met() {
     assert!(rows(&node, &a.tenant).is_empty());
     assert!(node.warmups.control.names(Table::WarmupPrompts, "").unwrap().is_empty());
     assert_eq!(node.tenants.stored_bytes(&node.store, &a.tenant), 0);
+}
+
+#[test]
+fn a_job_whose_key_was_destroyed_is_dropped_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, root) = (dir.path().join("data"), dir.path().join("root.key"));
+    std::fs::write(&root, [9; 32]).unwrap();
+    let (a, b) = (principal("a", &[Role::Writer]), principal("b", &[Role::Writer]));
+    {
+        let node = sealed_node(dir.path(), Some(&root));
+        for who in [&a, &b] {
+            submit(&node, who, &submission("x", 0)).unwrap();
+        }
+    }
+    // A crash came between this and the end of the epoch.
+    assert_eq!(crate::keys::Keys::open(&data, &root).unwrap().destroy("private/a#0").unwrap(), 1);
+    let node = sealed_node(dir.path(), Some(&root));
+    assert_eq!(node.warmups.get(&a.tenant, "x").unwrap_err().code(), Code::NotFound);
+    assert!(rows(&node, &a.tenant).is_empty());
+    assert_eq!(node.warmups.control.names(Table::WarmupPrompts, "").unwrap(), ["b/x"]);
+    let job = node.warmups.next().unwrap();
+    assert_eq!(node.warmups.prompts(&job).unwrap(), Kept::All(submission("x", 0).prompts));
 }
 
 #[test]
