@@ -115,7 +115,14 @@ impl Node {
         let policy = Arc::new(PolicyFile::open(settings.policy.as_deref())?);
         let control = Arc::new(Control::open(&data.join("control"))?);
         let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
-        let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), keys, &store)?;
+        let tenants = Tenants::open(
+            secret,
+            Arc::clone(&policy),
+            Arc::clone(&control),
+            keys,
+            &store,
+            Arc::clone(&audit),
+        )?;
         let replay = Replay::open(&data.join("replay"), sealer.clone(), |tenant| tenants.reminded(tenant));
         let cluster = settings.cluster.clone().unwrap_or_else(|| tenants.deployment());
         let ledger = Ledger::open(&data.join("ledger"), settings.ledger, &cluster)?;

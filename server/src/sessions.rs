@@ -19,7 +19,7 @@ use crate::lookup::Question;
 use crate::node::Node;
 use crate::principal::{Principal, TenantId};
 use crate::service::from_gate;
-use crate::tenants::{Tenants, full, over};
+use crate::tenants::{Tenants, full};
 
 /// Longest lease: 7 days.
 const MAX_KEEP_S: u64 = 7 * 24 * 3600;
@@ -115,7 +115,7 @@ impl Sessions {
         {
             let (used, _) = self.totals(node, tenant)?;
             if used >= limit {
-                return Err(over("sessions", limit, used, 60_000));
+                return Err(node.tenants.over(tenant, "sessions", limit, used, 60_000));
             }
         }
         let user = kept.user;
@@ -284,7 +284,7 @@ impl Sessions {
             })?;
             let used = u64::try_from(used / 3600).unwrap_or(u64::MAX);
             if used > limit {
-                return Err(over("leased_byte_hours", limit, used, 60_000));
+                return Err(node.tenants.over(tenant, "leased_byte_hours", limit, used, 60_000));
             }
         }
         node.store.lease(id, ends, Duration::from_secs(keep_s)).map_err(|error| from_store(&error))

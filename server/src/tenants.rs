@@ -18,6 +18,7 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde::{Deserialize, Serialize};
 use tonic::Status;
 
+use crate::audit::{Audit, Event};
 use crate::control::{Control, Table};
 use crate::gate::{Gate, Pass};
 use crate::keys::Keys;
@@ -34,6 +35,7 @@ pub(crate) struct Tenants {
     control: Arc<Control>,
     keys: Option<Arc<Keys>>,
     store: Arc<Store>,
+    audit: Arc<Audit>,
     writers: Writers,
     known: RwLock<HashMap<TenantId, Arc<Tenant>>>,
 }
@@ -89,11 +91,12 @@ impl Tenants {
         control: Arc<Control>,
         keys: Option<Arc<Keys>>,
         store: &Arc<Store>,
+        audit: Arc<Audit>,
     ) -> anyhow::Result<Self> {
         let writers = Writers::open(Arc::clone(&control))?;
         store.set_owners(writers.owners());
         let store = Arc::clone(store);
-        let tenants = Self { root, policy, control, keys, store, writers, known: RwLock::default() };
+        let tenants = Self { root, policy, control, keys, store, audit, writers, known: RwLock::default() };
         for (name, mut record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
             let id = TenantId(name);
             if !record.users.is_empty() {
@@ -333,7 +336,13 @@ impl Tenants {
     fn make_room(&self, tenant: &TenantId, epoch: u32, users: &mut Users) -> Result<(), Status> {
         let idle = users.idle(Instant::now(), |scope| self.store.scope_bytes(scope) > 0);
         if idle.is_empty() {
-            return Err(over("users", MAX_USERS as u64, MAX_USERS as u64, users::LOOK_INTERVAL_MS));
+            return Err(self.over(
+                tenant,
+                "users",
+                MAX_USERS as u64,
+                MAX_USERS as u64,
+                users::LOOK_INTERVAL_MS,
+            ));
         }
         let rows: Vec<String> = idle.iter().map(|user| users::row(tenant, epoch, user)).collect();
         self.control.delete_all(Table::Users, &rows).map_err(|error| {
@@ -488,23 +497,29 @@ impl Tenants {
         let limit = self.rules(&tenant.id).puts_per_s;
         let count = limit.map_or(0, |_| count());
         let mut rates = tenant.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        charge(&mut rates.puts, "puts_per_s", limit, count)
+        self.charge(tenant, &mut rates.puts, "puts_per_s", limit, count)
     }
 
     /// Takes `count` of the tenant's rate of looked-up blocks.
     pub(crate) fn charge_hashes(&self, tenant: &Tenant, count: usize) -> Result<(), Status> {
         let limit = self.rules(&tenant.id).hashes_per_s;
         let mut rates = tenant.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        charge(&mut rates.hashes, "hashes_per_s", limit, count)
+        self.charge(tenant, &mut rates.hashes, "hashes_per_s", limit, count)
     }
 
     /// Takes a share of the tenant's bytes in flight.
     pub(crate) fn fly(&self, tenant: &Arc<Tenant>, bytes: u64) -> Result<InFlight, Status> {
+        let refused = |(limit, used)| self.over(&tenant.id, "bytes_in_flight", limit, used, 100);
+        self.try_fly(tenant, bytes).map_err(refused)
+    }
+
+    /// The same for somebody who can do with less. Without it: the limit, and what is used.
+    pub(crate) fn try_fly(&self, tenant: &Arc<Tenant>, bytes: u64) -> Result<InFlight, (u64, u64)> {
         let limit = self.rules(&tenant.id).bytes_in_flight.unwrap_or(u64::MAX);
         let room = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit || used == 0);
         match tenant.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, room) {
             Ok(_) => Ok(InFlight { tenant: Arc::clone(tenant), bytes }),
-            Err(used) => Err(over("bytes_in_flight", limit, used, 100)),
+            Err(used) => Err((limit, used)),
         }
     }
 
@@ -513,7 +528,47 @@ impl Tenants {
         let Some(limit) = self.rules(&tenant.id).stored_bytes else { return Ok(()) };
         let used = self.stored_bytes(store, &tenant.id);
         // Not by how much: what others have put first does not count here, and is not this tenant's to know.
-        if used < limit { Ok(()) } else { Err(over("stored_bytes", limit, limit, 60_000)) }
+        if used < limit { Ok(()) } else { Err(self.over(&tenant.id, "stored_bytes", limit, limit, 60_000)) }
+    }
+
+    /// What a tenant is told that has used a quota up: which, and when to come again.
+    pub(crate) fn over(
+        &self,
+        tenant: &TenantId,
+        quota: &'static str,
+        limit: u64,
+        used: u64,
+        retry_after_ms: u64,
+    ) -> Status {
+        self.audit.record(&Event::over_quota(tenant, quota));
+        over(quota, limit, used, retry_after_ms)
+    }
+
+    fn charge(
+        &self,
+        tenant: &Tenant,
+        limiter: &mut Option<(u32, DefaultDirectRateLimiter)>,
+        quota: &'static str,
+        limit: Option<u32>,
+        count: usize,
+    ) -> Result<(), Status> {
+        let over = |limit: u32, retry_after_ms| {
+            self.over(&tenant.id, quota, limit.into(), limit.into(), retry_after_ms)
+        };
+        let Some(limit) = limit else { return Ok(()) };
+        let Some(limit) = NonZeroU32::new(limit) else { return Err(over(0, 60_000)) };
+        let Some(count) = NonZeroU32::new(u32::try_from(count).unwrap_or(u32::MAX)) else { return Ok(()) };
+        if limiter.as_ref().is_none_or(|(made_for, _)| *made_for != limit.get()) {
+            *limiter = Some((limit.get(), RateLimiter::direct(Quota::per_second(limit))));
+        }
+        let (_, limiter) = limiter.as_ref().expect("made above");
+        match limiter.check_n(count) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(over(limit.get(), 1000)),
+            Err(_) => Err(Status::invalid_argument(format!(
+                "{count} at once are more than this tenant's {quota} of {limit} allows in a whole second"
+            ))),
+        }
     }
 }
 
@@ -537,28 +592,6 @@ impl Drop for InFlight {
     }
 }
 
-fn charge(
-    limiter: &mut Option<(u32, DefaultDirectRateLimiter)>,
-    quota: &'static str,
-    limit: Option<u32>,
-    count: usize,
-) -> Result<(), Status> {
-    let Some(limit) = limit else { return Ok(()) };
-    let Some(limit) = NonZeroU32::new(limit) else { return Err(over(quota, 0, 0, 60_000)) };
-    let Some(count) = NonZeroU32::new(u32::try_from(count).unwrap_or(u32::MAX)) else { return Ok(()) };
-    if limiter.as_ref().is_none_or(|(made_for, _)| *made_for != limit.get()) {
-        *limiter = Some((limit.get(), RateLimiter::direct(Quota::per_second(limit))));
-    }
-    let (_, limiter) = limiter.as_ref().expect("made above");
-    match limiter.check_n(count) {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) => Err(over(quota, limit.get().into(), limit.get().into(), 1000)),
-        Err(_) => Err(Status::invalid_argument(format!(
-            "{count} at once are more than this tenant's {quota} of {limit} allows in a whole second"
-        ))),
-    }
-}
-
 fn check_user(user: &str) -> Result<(), Status> {
     if user.is_empty() || is_name(user) {
         return Ok(());
@@ -579,7 +612,7 @@ fn private_owner(tenant: &TenantId, epoch: u32) -> String {
     format!("private/{tenant}#{epoch}")
 }
 
-/// Over a quota: which, and when to come again. The pushback is in the metadata that gRPC clients honour.
+/// The pushback is in the metadata that gRPC clients honour.
 pub(crate) fn over(quota: &'static str, limit: u64, used: u64, retry_after_ms: u64) -> Status {
     crate::metrics::refused(quota);
     let text = format!("quota {quota}: limit {limit}, used {used}; try again in {retry_after_ms} ms");

@@ -28,7 +28,7 @@ use crate::control::{Control, Table};
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, TenantId};
 use crate::service::from_gate;
-use crate::tenants::{Tenants, over};
+use crate::tenants::Tenants;
 pub(crate) use job::{Job, Record, Stage, Submission};
 use prompts::{Kept, Prompts};
 pub(crate) use run::Runner;
@@ -148,9 +148,9 @@ impl Warmups {
         if let Some(limit) = node.tenants.rules(tenant).warmups
             && unfinished >= limit
         {
-            return Err(over("warmups", limit, unfinished, 10_000));
+            return Err(node.tenants.over(tenant, "warmups", limit, unfinished, 10_000));
         }
-        self.forget_old(&mut jobs, tenant)?;
+        self.forget_old(node, &mut jobs, tenant)?;
         let before = jobs.all.get(&key).map(|job| job.now());
         jobs.number += 1;
         let (free_tokens, free_bytes) =
@@ -389,12 +389,12 @@ impl Warmups {
     }
 
     /// Makes room for one more record.
-    fn forget_old(&self, jobs: &mut Jobs, tenant: &TenantId) -> Result<(), Status> {
+    fn forget_old(&self, node: &Node, jobs: &mut Jobs, tenant: &TenantId) -> Result<(), Status> {
         while jobs.of(tenant).count() >= MAX_JOBS {
             let ended = jobs.of(tenant).filter(|job| job.record.borrow().has_ended());
             let Some(oldest) = ended.min_by_key(|job| job.record.borrow().number).cloned() else {
                 let limit = MAX_JOBS as u64;
-                return Err(over("unfinished_warmups", limit, limit, 60_000));
+                return Err(node.tenants.over(tenant, "unfinished_warmups", limit, limit, 60_000));
             };
             self.forget(jobs, &oldest)?;
         }
