@@ -1,18 +1,24 @@
 //! The audit log: what was refused, erased, published or administered. `DIR/audit.jsonl`, append-only, one JSON object per line,
 //! each with the BLAKE3 of the line before it, so that a line changed or taken out shows. No token ids, no keys, no KV.
+//!
+//! Refusals that are repeated are summed ([`refusals`]): callers who do not say who they are, methods and objects that are not
+//! the caller's, quotas that are used up. A crash loses the sums of its minute.
+
+mod refusals;
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-use crate::principal::Principal;
+use crate::principal::{Principal, TenantId};
+use refusals::{Refusals, Seen};
 
 /// Longest line: the end of the file that is read to find the last one.
 const MAX_LINE_BYTES: u64 = 16 << 10;
@@ -20,19 +26,19 @@ const MAX_LINE_BYTES: u64 = 16 << 10;
 const MAX_FIELD_BYTES: usize = 640;
 /// End of the file that is looked through for what happened lately.
 const RECENT_BYTES: u64 = 256 << 10;
-/// Refusals written down in a second; one caller in a loop must not fill the disk. What is left out is counted.
-const REFUSALS_PER_S: u32 = 100;
+
+const UNAUTHENTICATED: &str = "unauthenticated";
 
 /// What happened.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Event {
-    /// `tenant/account`.
+    /// `tenant/account`; a tenant; an address or uid where nobody knows who calls.
     pub(crate) who: String,
     /// Method or operation.
     pub(crate) operation: String,
     /// What it was about.
     pub(crate) object: String,
-    /// `ok`, `denied`, `refused`.
+    /// `ok`, `alert`; or else a refusal: `denied`, `refused`, `unauthenticated`, `unfinished`.
     pub(crate) result: String,
     /// How many, where that says something.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,8 +84,7 @@ struct Tail {
     file: File,
     number: u64,
     previous: blake3::Hash,
-    second: Instant,
-    refusals: u32,
+    refusals: Refusals,
 }
 
 impl Event {
@@ -94,8 +99,35 @@ impl Event {
         Self { who, operation: operation.into(), object: object.into(), result, count: None }
     }
 
+    /// A method that is not the caller's.
     pub(crate) fn denied(who: &Principal, path: &str) -> Self {
         Self::new(who, path, "", "denied")
+    }
+
+    /// Somebody called a method who did not prove to be anyone.
+    pub(crate) fn unauthenticated(peer: impl Into<String>, method: &str) -> Self {
+        let (who, operation, result) = (peer.into(), method.into(), UNAUTHENTICATED.into());
+        Self { who, operation, object: String::new(), result, count: None }
+    }
+
+    /// A tenant has used a quota up.
+    pub(crate) fn over_quota(tenant: &TenantId, quota: &str) -> Self {
+        let (who, operation, result) = (tenant.0.clone(), "quota".into(), "refused".into());
+        Self { who, operation, object: quota.into(), result, count: None }
+    }
+
+    /// Refusals that are not told apart.
+    fn others(result: &str) -> Self {
+        let (operation, object) = (String::new(), String::new());
+        Self { who: "others".into(), operation, object, result: result.into(), count: None }
+    }
+
+    fn is_refusal(&self) -> bool {
+        !["ok", "alert"].contains(&&*self.result)
+    }
+
+    fn is_strangers(&self) -> bool {
+        self.result == UNAUTHENTICATED
     }
 
     pub(crate) fn count(self, count: u64) -> Self {
@@ -129,23 +161,48 @@ impl Audit {
                 (line.number + 1, blake3::hash(text.as_bytes()))
             }
         };
-        let tail = Tail { file, number, previous, second: Instant::now(), refusals: 0 };
+        let tail = Tail { file, number, previous, refusals: Refusals::default() };
         Ok(Self { path: path.to_owned(), tail: Mutex::new(tail), left_out: AtomicU64::new(0) })
     }
 
-    /// Writes an event down, durably. A log that cannot be written is reported; it stops nobody's work.
+    /// Writes an event down, durably, or counts it. A log that cannot be written is reported; it stops nobody's work.
     pub(crate) fn record(&self, event: &Event) {
-        let mut tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
-        if event.result != "ok" && !tail.takes_refusal() {
-            self.left_out.fetch_add(1, Ordering::Relaxed);
-            return;
+        self.record_at(event, Instant::now());
+    }
+
+    fn record_at(&self, event: &Event, now: Instant) {
+        let event = event.bounded();
+        let mut tail = self.tail();
+        let over = tail.refusals.over(now);
+        self.append(&mut tail, &over);
+        let seen = if event.is_refusal() { tail.refusals.see(&event, now) } else { Seen::First };
+        match seen {
+            Seen::First => self.append(&mut tail, &[event]),
+            Seen::Again => {}
+            Seen::Beyond => {
+                self.left_out.fetch_add(1, Ordering::Relaxed);
+            }
         }
-        if let Err(error) = tail.append(event) {
+    }
+
+    /// Writes down what was counted in a minute that is over.
+    pub(crate) fn settle(&self, now: Instant) {
+        let mut tail = self.tail();
+        let over = tail.refusals.over(now);
+        self.append(&mut tail, &over);
+    }
+
+    fn append(&self, tail: &mut Tail, events: &[Event]) {
+        if let Err(error) = events.iter().try_for_each(|event| tail.append(event)) {
             tracing::error!(%error, path = %self.path.display(), "the audit log cannot be written");
         }
     }
 
-    /// Refusals that were only counted.
+    fn tail(&self) -> MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refusals that are only in the number of others.
     pub(crate) fn left_out(&self) -> u64 {
         self.left_out.load(Ordering::Relaxed)
     }
@@ -176,6 +233,14 @@ impl Audit {
     pub(crate) fn verify(path: &Path, see: impl FnMut(u64, &Event)) -> Result<Verified, Unverified> {
         let unreadable = |source| Unverified::Unreadable { path: path.to_owned(), lines: 0, source };
         verify(BufReader::new(File::open(path).map_err(unreadable)?), path, see)
+    }
+}
+
+impl Drop for Audit {
+    fn drop(&mut self) {
+        let mut tail = self.tail();
+        let counted = tail.refusals.all();
+        self.append(&mut tail, &counted);
     }
 }
 
@@ -220,20 +285,12 @@ impl Line {
 }
 
 impl Tail {
-    fn takes_refusal(&mut self) -> bool {
-        if self.second.elapsed() >= Duration::from_secs(1) {
-            (self.second, self.refusals) = (Instant::now(), 0);
-        }
-        self.refusals += 1;
-        self.refusals <= REFUSALS_PER_S
-    }
-
     fn append(&mut self, event: &Event) -> std::io::Result<()> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let line = Line {
             number: self.number,
             unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
-            event: event.bounded(),
+            event: event.clone(),
             previous: self.previous.to_hex().to_string(),
         };
         let (text, digest) = line.write()?;
@@ -368,13 +425,49 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_refusals_is_counted_instead() {
+    fn a_flood_of_refusals_is_a_few_lines_that_say_how_many_there_were() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit.jsonl");
         let audit = Audit::open(&path).unwrap();
-        for _ in 0..3 * REFUSALS_PER_S {
-            audit.record(&Event::denied(&Principal::local(), "/x"));
+        let start = Instant::now();
+        let minute = std::time::Duration::from_secs(60);
+        let quota = Event::over_quota(&TenantId("a".into()), "sessions");
+        for number in 0..3000_u32 {
+            let stranger = Event::unauthenticated(std::net::Ipv4Addr::from(number).to_string(), "/x");
+            for event in [&Event::denied(&Principal::local(), "/x"), &quota, &stranger] {
+                audit.record_at(event, start);
+            }
+            audit.record_at(&event("this is none"), start);
         }
-        assert!(audit.left_out() >= u64::from(REFUSALS_PER_S));
+        let mut counts = std::collections::BTreeMap::<_, (u64, u64)>::new();
+        let mut read = || {
+            counts.clear();
+            Audit::verify(&path, |_, event| {
+                let (lines, events) = counts.entry((event.who.clone(), event.result.clone())).or_default();
+                *lines += 1;
+                *events += event.count.unwrap_or(1);
+            })
+            .unwrap();
+            counts.clone()
+        };
+        let of = |who: &str, result: &str| (who.to_owned(), result.to_owned());
+        // At once, and only the first.
+        assert_eq!(read()[&of("default/local", "denied")], (1, 1));
+        audit.settle(start + minute);
+        let counts = read();
+        assert_eq!(counts[&of("default/local", "denied")], (2, 3000));
+        assert_eq!(counts[&of("a", "refused")], (2, 3000));
+        assert_eq!(counts[&of("default/local", "ok")], (3000, 3000), "what is no refusal is all there");
+        let strangers = counts.iter().filter(|((_, result), _)| result == UNAUTHENTICATED);
+        let (lines, calls) = strangers.fold((0, 0), |sum, (_, of)| (sum.0 + of.0, sum.1 + of.1));
+        assert_eq!(calls, 3000);
+        assert!(lines < 30, "{lines} lines of callers whom nobody knows");
+        assert!(audit.left_out() > 2900);
+        // What was counted is not lost when the node ends.
+        for _ in 0..7 {
+            audit.record_at(&quota, start + minute);
+        }
+        drop(audit);
+        assert_eq!(read()[&of("a", "refused")], (4, 3007));
     }
 }

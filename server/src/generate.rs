@@ -18,7 +18,7 @@ use esker_decoder::{DecoderError, Logits, LogitsOut, Residency, Sampler, Sequenc
 use esker_prefix::TokenId;
 use esker_store::{MissKind, StoreError, TtlClass};
 
-use crate::gate::Erased;
+use crate::gate::Refused;
 use crate::node::{Engine, Node};
 use crate::writers::Place;
 pub(crate) use speculation::Guessing;
@@ -140,7 +140,7 @@ pub(crate) enum GenerateError {
     Cancelled,
     /// Nothing is stored for a tenant that is erased.
     #[error(transparent)]
-    Erased(#[from] Erased),
+    Erased(#[from] Refused),
 }
 
 /// Runs a job to its end on the calling thread. `emit` says `Break` when nobody listens any more.

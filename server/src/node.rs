@@ -115,8 +115,15 @@ impl Node {
         let policy = Arc::new(PolicyFile::open(settings.policy.as_deref())?);
         let control = Arc::new(Control::open(&data.join("control"))?);
         let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
-        let tenants = Tenants::open(secret, Arc::clone(&policy), Arc::clone(&control), keys, &store)?;
-        let replay = Replay::open(&data.join("replay"), sealer, |tenant| tenants.reminded(tenant));
+        let tenants = Tenants::open(
+            secret,
+            Arc::clone(&policy),
+            Arc::clone(&control),
+            keys,
+            &store,
+            Arc::clone(&audit),
+        )?;
+        let replay = Replay::open(&data.join("replay"), sealer.clone(), |tenant| tenants.reminded(tenant));
         let cluster = settings.cluster.clone().unwrap_or_else(|| tenants.deployment());
         let ledger = Ledger::open(&data.join("ledger"), settings.ledger, &cluster)?;
         if let Some(gap) = ledger.gap() {
@@ -127,9 +134,10 @@ impl Node {
             Exporting::start(sink, Arc::clone(&ledger), Arc::clone(&control), Arc::clone(&audit))
         });
         let exporting = exporting.transpose()?;
-        let sessions = Sessions::new(Arc::clone(&control));
+        let sessions = Sessions::open(Arc::clone(&control), &tenants, &store)?;
         let engine = model.map(|model| Engine::start(model, &store, &namespaces, &events)).transpose()?;
-        let warmups = Warmups::open(Arc::clone(&control), settings.warmup_share)?;
+        let warmups = Warmups::open(Arc::clone(&control), sealer, &tenants, settings.warmup_share)?;
+        tenants.finish_erasures()?;
         let grants = Grants::new(&grant_seed(data));
         let arenas = Arc::new(Arenas::new(&random_seed().context("cannot read /dev/urandom")?));
         let sampler = Sampler::default();

@@ -303,6 +303,7 @@ async fn keep_house(node: Arc<Node>) {
             node.sampler.tick(&node);
             node.history.look(node.store.stats());
             node.ledger.tick();
+            node.audit.settle(Instant::now());
         });
         // A panic in it has been reported by the panic hook; the next round comes.
         let _ = round.await;

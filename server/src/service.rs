@@ -26,5 +26,6 @@ pub(crate) use local::LocalService;
 pub(crate) use put::ttl_class;
 pub(crate) use sessions::SessionsService;
 pub(crate) use settle::close_unsettled;
+pub(crate) use status::from_gate;
 pub(crate) use usage::UsageService;
 pub(crate) use warmup::WarmupService;

@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind};
+use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, TokenId};
 use esker_proto::PrefixNames;
-use esker_store::{Lease, LeaseId, StoreError};
+use esker_store::{Lease, LeaseId, Store, StoreError};
 use serde::{Deserialize, Serialize};
 use tonic::Status;
 
@@ -18,7 +18,8 @@ use crate::control::{Control, Table};
 use crate::lookup::Question;
 use crate::node::Node;
 use crate::principal::{Principal, TenantId};
-use crate::tenants::{full, over};
+use crate::service::from_gate;
+use crate::tenants::{Tenants, full};
 
 /// Longest lease: 7 days.
 const MAX_KEEP_S: u64 = 7 * 24 * 3600;
@@ -35,6 +36,9 @@ pub(crate) struct Sessions {
 /// What is written down of a session.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Record {
+    /// Of its tenant: in another one it is over. Earlier builds wrote none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    epoch: Option<u32>,
     namespace: String,
     user: String,
     tokens: u64,
@@ -46,6 +50,13 @@ struct Record {
     #[serde(default)]
     boundary_state: Option<String>,
     end: String,
+}
+
+/// What a session is to keep.
+pub(crate) struct Kept<'a> {
+    pub(crate) namespace: NamespaceId,
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) user: &'a str,
 }
 
 /// A session as its holder sees it.
@@ -61,8 +72,22 @@ pub(crate) struct Session {
 }
 
 impl Sessions {
-    pub(crate) fn new(control: Arc<Control>) -> Self {
-        Self { control, changing: Mutex::default() }
+    /// Ends those that an erasure has left which a crash cut short.
+    pub(crate) fn open(control: Arc<Control>, tenants: &Tenants, store: &Store) -> anyhow::Result<Self> {
+        for (key, record) in control.scan::<Record>(Table::Sessions, "", "", usize::MAX)? {
+            let Some((tenant, name)) = key.split_once('/') else { continue };
+            let tenant = TenantId(tenant.to_owned());
+            if record.epoch.is_none_or(|epoch| epoch == tenants.get(&tenant).epoch()) {
+                continue;
+            }
+            match store.release(lease_id(&tenant, name)) {
+                Ok(_) => control.delete(Table::Sessions, &key)?,
+                Err(error) => {
+                    tracing::warn!(%error, "the lease of an erased tenant stays until the next start")
+                }
+            }
+        }
+        Ok(Self { control, changing: Mutex::default() })
     }
 
     /// Opens a session, or moves it to another prefix. `keep_s` 0: as long as it was kept before.
@@ -71,13 +96,15 @@ impl Sessions {
         node: &Node,
         principal: &Principal,
         name: &str,
-        question: &Question,
-        user: &str,
+        kept: Kept<'_>,
         keep_s: u64,
     ) -> Result<Session, Status> {
         let tenant = &principal.tenant;
         let changing = self.changing(tenant);
         let _alone = changing.lock().unwrap_or_else(PoisonError::into_inner);
+        // An erasure sees the session, or is seen by it.
+        let pass = node.tenants.pass(tenant);
+        let _inside = pass.enter().map_err(from_gate)?;
         let before = self.record(tenant, name)?;
         let keep_s = match (keep_s, &before) {
             (0, Some(before)) => before.keep_s,
@@ -88,9 +115,11 @@ impl Sessions {
         {
             let (used, _) = self.totals(node, tenant)?;
             if used >= limit {
-                return Err(over("sessions", limit, used, 60_000));
+                return Err(node.tenants.over(tenant, "sessions", limit, used, 60_000));
             }
         }
+        let user = kept.user;
+        let question = question(node, principal, kept)?;
         // Pinned until the lease holds it.
         let (answer, pins) = question.answer(&node.store, true);
         let block_tokens = u64::from(answer.layout.block_tokens());
@@ -106,6 +135,7 @@ impl Sessions {
             ));
         };
         let record = Record {
+            epoch: Some(pass.epoch()),
             namespace: question.namespace.to_hex(),
             user: user.to_owned(),
             tokens: answer.history_tokens().max(answer.best()),
@@ -138,6 +168,8 @@ impl Sessions {
     ) -> Result<Session, Status> {
         let changing = self.changing(tenant);
         let _alone = changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let pass = node.tenants.pass(tenant);
+        let _inside = pass.enter().map_err(from_gate)?;
         let mut record = self.record(tenant, name)?.ok_or_else(|| unknown(name))?;
         let held = self.held(node, tenant, name).ok_or_else(|| unknown(name))?;
         if keep_s != 0 {
@@ -252,7 +284,7 @@ impl Sessions {
             })?;
             let used = u64::try_from(used / 3600).unwrap_or(u64::MAX);
             if used > limit {
-                return Err(over("leased_byte_hours", limit, used, 60_000));
+                return Err(node.tenants.over(tenant, "leased_byte_hours", limit, used, 60_000));
             }
         }
         node.store.lease(id, ends, Duration::from_secs(keep_s)).map_err(|error| from_store(&error))
@@ -363,13 +395,8 @@ fn from_store(error: &StoreError) -> Status {
 }
 
 /// The question for the prefix that a session is to keep: all of it that is stored.
-pub(crate) fn question(
-    node: &Node,
-    principal: &Principal,
-    namespace: NamespaceId,
-    tokens: Vec<esker_prefix::TokenId>,
-    user: &str,
-) -> Result<Question, Status> {
+fn question(node: &Node, principal: &Principal, kept: Kept<'_>) -> Result<Question, Status> {
+    let Kept { namespace, mut tokens, user } = kept;
     let layout = node.namespaces.layout(namespace).ok_or_else(|| {
         Status::not_found(format!(
             "namespace {namespace} is not known to this node: call RegisterNamespace first"
@@ -377,9 +404,8 @@ pub(crate) fn question(
     })?;
     // Only what is the tenant's own: what others published is theirs to keep.
     let scopes = node.tenants.readable(principal, user)?.into_iter().take(1).collect();
-    let mut tokens = tokens;
     // A session keeps the end as well, though a prompt that ends there could not use it.
-    tokens.push(esker_prefix::TokenId(0));
+    tokens.push(TokenId(0));
     let (names, sight) = (PrefixNames::Tokens(tokens), node.tenants.sight(&principal.tenant));
     Ok(Question { namespace, layout, names, prompt_tokens: 0, scopes, sight })
 }

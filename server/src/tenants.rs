@@ -18,8 +18,9 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde::{Deserialize, Serialize};
 use tonic::Status;
 
+use crate::audit::{Audit, Event};
 use crate::control::{Control, Table};
-use crate::gate::Gate;
+use crate::gate::{Gate, Pass};
 use crate::keys::Keys;
 use crate::policy::{PolicyFile, TenantPolicy};
 use crate::principal::{Principal, Role, TenantId, is_name};
@@ -34,6 +35,7 @@ pub(crate) struct Tenants {
     control: Arc<Control>,
     keys: Option<Arc<Keys>>,
     store: Arc<Store>,
+    audit: Arc<Audit>,
     writers: Writers,
     known: RwLock<HashMap<TenantId, Arc<Tenant>>>,
 }
@@ -44,6 +46,8 @@ pub(crate) struct Tenant {
     state: Mutex<State>,
     /// What it stores goes through here.
     gate: Arc<Gate>,
+    /// One erasure at a time: a second one must not open the gate that the first has closed.
+    erasing: Mutex<()>,
     in_flight: AtomicU64,
     rates: Mutex<Rates>,
 }
@@ -80,18 +84,19 @@ pub(crate) struct InFlight {
 }
 
 impl Tenants {
-    /// Finishes the erasures that a crash cut short.
+    /// Erasures that a crash cut short are not over yet: [`Tenants::finish_erasures`].
     pub(crate) fn open(
         root: RootSecret,
         policy: Arc<PolicyFile>,
         control: Arc<Control>,
         keys: Option<Arc<Keys>>,
         store: &Arc<Store>,
+        audit: Arc<Audit>,
     ) -> anyhow::Result<Self> {
         let writers = Writers::open(Arc::clone(&control))?;
         store.set_owners(writers.owners());
         let store = Arc::clone(store);
-        let tenants = Self { root, policy, control, keys, store, writers, known: RwLock::default() };
+        let tenants = Self { root, policy, control, keys, store, audit, writers, known: RwLock::default() };
         for (name, mut record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
             let id = TenantId(name);
             if !record.users.is_empty() {
@@ -110,12 +115,17 @@ impl Tenants {
                 state.users.add(user, tenants.private_at(&id, user, epoch).tag());
             }
         }
-        let known: Vec<Arc<Tenant>> = tenants.known().values().cloned().collect();
+        Ok(tenants)
+    }
+
+    /// Finishes the erasures that a crash cut short, once what jobs and sessions had written down of them is gone.
+    pub(crate) fn finish_erasures(&self) -> anyhow::Result<()> {
+        let known: Vec<Arc<Tenant>> = self.known().values().cloned().collect();
         for tenant in known.iter().filter(|tenant| !tenant.state().record.erasing.is_empty()) {
             tracing::warn!(tenant = %tenant.id, "an erasure that was cut short is finished");
-            tenants.finish_erasing(tenant, &tenants.store)?;
+            self.finish_erasing(tenant, &self.store)?;
         }
-        Ok(tenants)
+        Ok(())
     }
 
     /// The tenant of a principal.
@@ -132,8 +142,9 @@ impl Tenants {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let new = || {
             let state = Mutex::new(State { record, users: Users::default() });
-            let (gate, in_flight, rates) = (Arc::default(), AtomicU64::new(0), Mutex::default());
-            Arc::new(Tenant { id: id.clone(), state, gate, in_flight, rates })
+            let (gate, erasing) = (Arc::default(), Mutex::default());
+            let (in_flight, rates) = (AtomicU64::new(0), Mutex::default());
+            Arc::new(Tenant { id: id.clone(), state, gate, erasing, in_flight, rates })
         };
         Arc::clone(known.entry(id.clone()).or_insert_with(new))
     }
@@ -169,6 +180,12 @@ impl Tenants {
         Ok(scopes)
     }
 
+    /// Lets in what is stored or written down for a tenant, until it is erased.
+    pub(crate) fn pass(&self, tenant: &TenantId) -> Pass {
+        let tenant = self.get(tenant);
+        tenant.gate.pass(tenant.epoch())
+    }
+
     /// What a tenant finds of what is stored under names that it can make.
     pub(crate) fn sight(&self, tenant: &TenantId) -> Sight {
         self.writers.sight(tenant, self.org_tag(tenant))
@@ -187,9 +204,8 @@ impl Tenants {
         user: &str,
         scope: v1::Scope,
     ) -> Result<Place, Status> {
-        let tenant = self.of(principal);
         // Before the scope is made: what an erasure comes between is of the epoch before.
-        let pass = tenant.gate.pass(tenant.epoch());
+        let pass = self.pass(&principal.tenant);
         let mut noted = None;
         let key = match scope {
             v1::Scope::Unspecified | v1::Scope::Private => {
@@ -320,7 +336,13 @@ impl Tenants {
     fn make_room(&self, tenant: &TenantId, epoch: u32, users: &mut Users) -> Result<(), Status> {
         let idle = users.idle(Instant::now(), |scope| self.store.scope_bytes(scope) > 0);
         if idle.is_empty() {
-            return Err(over("users", MAX_USERS as u64, MAX_USERS as u64, users::LOOK_INTERVAL_MS));
+            return Err(self.over(
+                tenant,
+                "users",
+                MAX_USERS as u64,
+                MAX_USERS as u64,
+                users::LOOK_INTERVAL_MS,
+            ));
         }
         let rows: Vec<String> = idle.iter().map(|user| users::row(tenant, epoch, user)).collect();
         self.control.delete_all(Table::Users, &rows).map_err(|error| {
@@ -379,8 +401,9 @@ impl Tenants {
         self.writers.owner(tenant).map_or(0, |owner| store.owner_bytes(owner))
     }
 
-    /// Erases a tenant: its keys are given up, durably; `stop` ends what would write more; then its records go. Returns objects
-    /// and epochs. What fails is done at the next start, or when it is asked again.
+    /// Erases a tenant: its keys are given up, durably; `stop` ends what is under way and forgets what was written down of it; then
+    /// its records go. Nothing is stored for it meanwhile, so that nothing is acknowledged and then erased. Returns objects and
+    /// epochs. What fails is done at the next start, or when it is asked again; until then the tenant stores nothing.
     pub(crate) fn erase(
         &self,
         store: &Store,
@@ -388,28 +411,42 @@ impl Tenants {
         stop: impl FnOnce() -> Result<(), Status>,
     ) -> Result<(u64, Vec<u32>), Status> {
         let tenant = self.get(tenant);
+        let _alone = tenant.erasing.lock().unwrap_or_else(PoisonError::into_inner);
         // Before anything that may fail: nothing that is encrypted can be read from here on.
         let epoch = tenant.epoch();
         self.destroy_key(&tenant, epoch).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "a key could not be destroyed");
             Status::unavailable("the key could not be destroyed: try again; the node's log says why")
         })?;
-        {
-            let mut state = tenant.state();
-            let mut next = state.record.clone();
-            next.erasing.push((next.epoch, BTreeSet::new()));
-            next.epoch += 1;
-            self.save(&tenant.id, &next)?;
-            *state = State { record: next, users: Users::default() };
+        tenant.gate.close();
+        if let Err(error) = self.give_up(&tenant) {
+            // Nothing was erased.
+            tenant.gate.open_from(epoch);
+            return Err(error);
         }
-        // Behind this nothing comes that began before.
-        tenant.gate.close_before(tenant.epoch());
         let stopped = stop();
         let erased = self.finish_erasing(&tenant, store).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "an erasure could not be finished");
-            Status::unavailable("the keys are given up; the records go when the node can write again")
+            Status::unavailable(
+                "the keys are given up; the records go when the node can write again, and it stores nothing for this tenant \
+                 until then: erase it again, or start the node again",
+            )
         });
+        if erased.is_ok() {
+            tenant.gate.open_from(tenant.epoch());
+        }
         stopped.and(erased)
+    }
+
+    /// The next epoch begins, durably.
+    fn give_up(&self, tenant: &Tenant) -> Result<(), Status> {
+        let mut state = tenant.state();
+        let mut next = state.record.clone();
+        next.erasing.push((next.epoch, BTreeSet::new()));
+        next.epoch += 1;
+        self.save(&tenant.id, &next)?;
+        *state = State { record: next, users: Users::default() };
+        Ok(())
     }
 
     fn destroy_key(&self, tenant: &Tenant, epoch: u32) -> anyhow::Result<()> {
@@ -442,6 +479,7 @@ impl Tenants {
             objects += store.erase(Erase::Writer(*writer)).context("a writer cannot be erased")?;
         }
         self.control.delete_all(Table::Users, &rows)?;
+        self.control.expunge()?;
         let mut state = tenant.state();
         state.record.erasing.retain(|(epoch, _)| !epochs.contains(epoch));
         self.control.put(Table::Tenants, &tenant.id.0, &state.record)?;
@@ -459,23 +497,29 @@ impl Tenants {
         let limit = self.rules(&tenant.id).puts_per_s;
         let count = limit.map_or(0, |_| count());
         let mut rates = tenant.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        charge(&mut rates.puts, "puts_per_s", limit, count)
+        self.charge(tenant, &mut rates.puts, "puts_per_s", limit, count)
     }
 
     /// Takes `count` of the tenant's rate of looked-up blocks.
     pub(crate) fn charge_hashes(&self, tenant: &Tenant, count: usize) -> Result<(), Status> {
         let limit = self.rules(&tenant.id).hashes_per_s;
         let mut rates = tenant.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        charge(&mut rates.hashes, "hashes_per_s", limit, count)
+        self.charge(tenant, &mut rates.hashes, "hashes_per_s", limit, count)
     }
 
     /// Takes a share of the tenant's bytes in flight.
     pub(crate) fn fly(&self, tenant: &Arc<Tenant>, bytes: u64) -> Result<InFlight, Status> {
+        let refused = |(limit, used)| self.over(&tenant.id, "bytes_in_flight", limit, used, 100);
+        self.try_fly(tenant, bytes).map_err(refused)
+    }
+
+    /// The same for somebody who can do with less. Without it: the limit, and what is used.
+    pub(crate) fn try_fly(&self, tenant: &Arc<Tenant>, bytes: u64) -> Result<InFlight, (u64, u64)> {
         let limit = self.rules(&tenant.id).bytes_in_flight.unwrap_or(u64::MAX);
         let room = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit || used == 0);
         match tenant.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, room) {
             Ok(_) => Ok(InFlight { tenant: Arc::clone(tenant), bytes }),
-            Err(used) => Err(over("bytes_in_flight", limit, used, 100)),
+            Err(used) => Err((limit, used)),
         }
     }
 
@@ -484,7 +528,47 @@ impl Tenants {
         let Some(limit) = self.rules(&tenant.id).stored_bytes else { return Ok(()) };
         let used = self.stored_bytes(store, &tenant.id);
         // Not by how much: what others have put first does not count here, and is not this tenant's to know.
-        if used < limit { Ok(()) } else { Err(over("stored_bytes", limit, limit, 60_000)) }
+        if used < limit { Ok(()) } else { Err(self.over(&tenant.id, "stored_bytes", limit, limit, 60_000)) }
+    }
+
+    /// What a tenant is told that has used a quota up: which, and when to come again.
+    pub(crate) fn over(
+        &self,
+        tenant: &TenantId,
+        quota: &'static str,
+        limit: u64,
+        used: u64,
+        retry_after_ms: u64,
+    ) -> Status {
+        self.audit.record(&Event::over_quota(tenant, quota));
+        over(quota, limit, used, retry_after_ms)
+    }
+
+    fn charge(
+        &self,
+        tenant: &Tenant,
+        limiter: &mut Option<(u32, DefaultDirectRateLimiter)>,
+        quota: &'static str,
+        limit: Option<u32>,
+        count: usize,
+    ) -> Result<(), Status> {
+        let over = |limit: u32, retry_after_ms| {
+            self.over(&tenant.id, quota, limit.into(), limit.into(), retry_after_ms)
+        };
+        let Some(limit) = limit else { return Ok(()) };
+        let Some(limit) = NonZeroU32::new(limit) else { return Err(over(0, 60_000)) };
+        let Some(count) = NonZeroU32::new(u32::try_from(count).unwrap_or(u32::MAX)) else { return Ok(()) };
+        if limiter.as_ref().is_none_or(|(made_for, _)| *made_for != limit.get()) {
+            *limiter = Some((limit.get(), RateLimiter::direct(Quota::per_second(limit))));
+        }
+        let (_, limiter) = limiter.as_ref().expect("made above");
+        match limiter.check_n(count) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(over(limit.get(), 1000)),
+            Err(_) => Err(Status::invalid_argument(format!(
+                "{count} at once are more than this tenant's {quota} of {limit} allows in a whole second"
+            ))),
+        }
     }
 }
 
@@ -508,28 +592,6 @@ impl Drop for InFlight {
     }
 }
 
-fn charge(
-    limiter: &mut Option<(u32, DefaultDirectRateLimiter)>,
-    quota: &'static str,
-    limit: Option<u32>,
-    count: usize,
-) -> Result<(), Status> {
-    let Some(limit) = limit else { return Ok(()) };
-    let Some(limit) = NonZeroU32::new(limit) else { return Err(over(quota, 0, 0, 60_000)) };
-    let Some(count) = NonZeroU32::new(u32::try_from(count).unwrap_or(u32::MAX)) else { return Ok(()) };
-    if limiter.as_ref().is_none_or(|(made_for, _)| *made_for != limit.get()) {
-        *limiter = Some((limit.get(), RateLimiter::direct(Quota::per_second(limit))));
-    }
-    let (_, limiter) = limiter.as_ref().expect("made above");
-    match limiter.check_n(count) {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) => Err(over(quota, limit.get().into(), limit.get().into(), 1000)),
-        Err(_) => Err(Status::invalid_argument(format!(
-            "{count} at once are more than this tenant's {quota} of {limit} allows in a whole second"
-        ))),
-    }
-}
-
 fn check_user(user: &str) -> Result<(), Status> {
     if user.is_empty() || is_name(user) {
         return Ok(());
@@ -550,7 +612,7 @@ fn private_owner(tenant: &TenantId, epoch: u32) -> String {
     format!("private/{tenant}#{epoch}")
 }
 
-/// Over a quota: which, and when to come again. The pushback is in the metadata that gRPC clients honour.
+/// The pushback is in the metadata that gRPC clients honour.
 pub(crate) fn over(quota: &'static str, limit: u64, used: u64, retry_after_ms: u64) -> Status {
     crate::metrics::refused(quota);
     let text = format!("quota {quota}: limit {limit}, used {used}; try again in {retry_after_ms} ms");

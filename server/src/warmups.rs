@@ -6,10 +6,12 @@
 //! requests leave it ([`live`](crate::live)).
 //!
 //! Prompts are forgotten as soon as a job has ended, whichever way; of ended jobs a tenant's newest [`MAX_JOBS`] are
-//! remembered.
+//! remembered. A job is of the epoch in which it was submitted: when its tenant is erased it is over, and whatever a crash
+//! left of it goes at the next start.
 
 pub(crate) mod job;
 mod plan;
+mod prompts;
 mod run;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use esker_proto::v1;
+use esker_store::Sealer;
 use tokio::sync::watch;
 use tonic::Status;
 
@@ -24,8 +27,10 @@ use crate::audit::Event;
 use crate::control::{Control, Table};
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, TenantId};
-use crate::tenants::over;
+use crate::service::from_gate;
+use crate::tenants::Tenants;
 pub(crate) use job::{Job, Record, Stage, Submission};
+use prompts::{Kept, Prompts};
 pub(crate) use run::Runner;
 use run::Turn;
 
@@ -39,6 +44,7 @@ type Key = (TenantId, String);
 /// The jobs of a node.
 pub(crate) struct Warmups {
     control: Arc<Control>,
+    prompts: Prompts,
     /// Part of the time, in percent, that jobs take while live requests run.
     pub(crate) share: u32,
     table: Mutex<Jobs>,
@@ -67,24 +73,44 @@ pub(crate) struct Totals {
 }
 
 impl Warmups {
-    /// Takes up the jobs that were written down.
-    pub(crate) fn open(control: Arc<Control>, share: u32) -> anyhow::Result<Self> {
+    /// Takes up the jobs that were written down, and drops those of tenants that were erased since.
+    pub(crate) fn open(
+        control: Arc<Control>,
+        sealer: Option<Arc<dyn Sealer>>,
+        tenants: &Tenants,
+        share: u32,
+    ) -> anyhow::Result<Self> {
+        let prompts = Prompts::new(Arc::clone(&control), sealer);
         let mut jobs = Jobs::default();
-        for (key, record) in control.scan::<Record>(Table::Warmups, "", "", usize::MAX)? {
-            let Some((tenant, name)) = key.split_once('/') else { continue };
+        for (row, mut record) in control.scan::<Record>(Table::Warmups, "", "", usize::MAX)? {
+            let Some(key) = key_of(&row) else { continue };
             jobs.number = jobs.number.max(record.number);
-            if record.has_ended() {
-                // A crash between the two writes of an end.
-                control.delete(Table::WarmupPrompts, &key)?;
+            let epoch = tenants.get(&key.0).epoch();
+            if record.epoch.is_some_and(|known| known != epoch) {
+                control.delete(Table::Warmups, &row)?;
+                continue;
             }
-            let (tenant, name) = (TenantId(tenant.to_owned()), name.to_owned());
-            jobs.all.insert((tenant.clone(), name.clone()), Arc::new(Job::new(tenant, name, record)));
+            if record.epoch.replace(epoch).is_none() && !record.has_ended() {
+                control.put(Table::Warmups, &row, &record)?;
+            }
+            let (tenant, name) = key.clone();
+            jobs.all.insert(key, Arc::new(Job::new(tenant, name, record)));
+        }
+        // A crash came between the two writes of a beginning or an end, or into an erasure.
+        for row in control.names(Table::WarmupPrompts, "")? {
+            let job = key_of(&row).and_then(|key| jobs.all.get(&key));
+            match job.filter(|job| !job.record.borrow().has_ended()).cloned() {
+                None => control.delete(Table::WarmupPrompts, &row)?,
+                // The erasure had destroyed the key and no more.
+                Some(job) if prompts.are_shredded(&row)? => drop_rows(&control, &mut jobs, &job)?,
+                Some(_) => {}
+            }
         }
         let waiting = jobs.all.values().filter(|job| !job.record.borrow().has_ended()).count();
         if waiting > 0 {
             tracing::info!(jobs = waiting, "warm-up jobs go on");
         }
-        Ok(Self { control, share, table: Mutex::new(jobs), changed: Condvar::new() })
+        Ok(Self { control, prompts, share, table: Mutex::new(jobs), changed: Condvar::new() })
     }
 
     /// Takes a job, durably, or gives the one of this name.
@@ -100,6 +126,8 @@ impl Warmups {
         let plan = plan::plan(node, engine, submission, &place);
         let digest = submission.digest();
         let key = (tenant.clone(), submission.name.clone());
+        // An erasure sees the job, or is seen by it.
+        let _inside = place.pass.enter().map_err(from_gate)?;
         let mut jobs = self.jobs();
         if let Some(known) = jobs.all.get(&key) {
             let record = known.now();
@@ -120,9 +148,9 @@ impl Warmups {
         if let Some(limit) = node.tenants.rules(tenant).warmups
             && unfinished >= limit
         {
-            return Err(over("warmups", limit, unfinished, 10_000));
+            return Err(node.tenants.over(tenant, "warmups", limit, unfinished, 10_000));
         }
-        self.forget_old(&mut jobs, tenant)?;
+        self.forget_old(node, &mut jobs, tenant)?;
         let before = jobs.all.get(&key).map(|job| job.now());
         jobs.number += 1;
         let (free_tokens, free_bytes) =
@@ -134,6 +162,7 @@ impl Warmups {
             new_bytes: plan.new_bytes,
             free_tokens,
             free_bytes,
+            epoch: Some(place.pass.epoch()),
             ..Record::new(engine, submission, principal, node.store.now_s())
         };
         let record = match before {
@@ -152,11 +181,10 @@ impl Warmups {
             },
         };
         let name = name_of(tenant, &submission.name);
-        let prompts: Vec<Vec<u32>> =
-            submission.prompts.iter().map(|prompt| prompt.iter().map(|token| token.0).collect()).collect();
+        let scope = node.tenants.reminded(tenant).scope;
         // The prompts first: a job without them could not be done, prompts without a job are overwritten.
-        self.control
-            .put(Table::WarmupPrompts, &name, &prompts)
+        self.prompts
+            .keep(&name, scope, &submission.prompts)
             .and_then(|()| self.control.put(Table::Warmups, &name, &record))
             .map_err(|error| unwritten(&error))?;
         // Whoever watched the one before it has seen its end.
@@ -245,15 +273,15 @@ impl Warmups {
     /// Forgets everything of a tenant: when this returns nothing more is stored for it, and none of its prompts are kept.
     pub(crate) fn erase(&self, tenant: &TenantId) -> Result<(), Status> {
         let mut jobs = self.jobs();
-        let theirs: Vec<Arc<Job>> = jobs.of(tenant).cloned().collect();
-        for job in theirs {
-            job.cancel();
-            jobs = self
-                .changed
-                .wait_timeout_while(jobs, LEAVE_WAIT, |jobs| jobs.is_running(&job))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-            self.forget(&mut jobs, &job)?;
+        // From here on nobody is shown or given one of them.
+        let theirs = jobs.take(tenant);
+        theirs.iter().for_each(|job| job.erase());
+        let is_running = |jobs: &mut Jobs| theirs.iter().any(|job| jobs.is_running(job));
+        let left = self.changed.wait_timeout_while(jobs, LEAVE_WAIT, is_running);
+        let (_jobs, _) = left.unwrap_or_else(PoisonError::into_inner);
+        for table in [Table::WarmupPrompts, Table::Warmups] {
+            let rows = self.control.names(table, &name_of(tenant, ""));
+            rows.and_then(|rows| self.control.delete_all(table, &rows)).map_err(|error| unwritten(&error))?;
         }
         Ok(())
     }
@@ -307,6 +335,8 @@ impl Warmups {
         let mut jobs = self.jobs();
         jobs.running = None;
         match turn {
+            // Its rows are gone, or go.
+            _ if job.is_erased() => {}
             Turn::Ended(stage, reason) => {
                 if let Err(error) = self.end(job, stage, reason) {
                     tracing::error!(
@@ -316,6 +346,11 @@ impl Warmups {
                 }
             }
             Turn::Left => job.record.send_modify(|_| {}),
+            Turn::Erased => {
+                if let Err(error) = self.forget(&mut jobs, job) {
+                    tracing::error!(%error, "a warm-up of an erased tenant goes at the next start");
+                }
+            }
         }
         self.changed.notify_all();
     }
@@ -332,8 +367,11 @@ impl Warmups {
         self.control.delete(Table::WarmupPrompts, &name)
     }
 
-    /// Changes a record, durably.
+    /// Changes a record, durably. Of one that was erased nothing is written any more.
     fn update(&self, job: &Job, change: impl FnOnce(&mut Record)) -> anyhow::Result<()> {
+        if job.is_erased() {
+            return Ok(());
+        }
         let mut record = job.now();
         change(&mut record);
         self.control.put(Table::Warmups, &name_of(&job.tenant, &job.name), &record)?;
@@ -341,8 +379,8 @@ impl Warmups {
         Ok(())
     }
 
-    fn prompts(&self, job: &Job) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
-        self.control.get(Table::WarmupPrompts, &name_of(&job.tenant, &job.name))
+    fn prompts(&self, job: &Job) -> anyhow::Result<Kept> {
+        self.prompts.read(&name_of(&job.tenant, &job.name))
     }
 
     fn measured(&self, tokens: usize, compute: Duration) {
@@ -351,12 +389,12 @@ impl Warmups {
     }
 
     /// Makes room for one more record.
-    fn forget_old(&self, jobs: &mut Jobs, tenant: &TenantId) -> Result<(), Status> {
+    fn forget_old(&self, node: &Node, jobs: &mut Jobs, tenant: &TenantId) -> Result<(), Status> {
         while jobs.of(tenant).count() >= MAX_JOBS {
             let ended = jobs.of(tenant).filter(|job| job.record.borrow().has_ended());
             let Some(oldest) = ended.min_by_key(|job| job.record.borrow().number).cloned() else {
                 let limit = MAX_JOBS as u64;
-                return Err(over("unfinished_warmups", limit, limit, 60_000));
+                return Err(node.tenants.over(tenant, "unfinished_warmups", limit, limit, 60_000));
             };
             self.forget(jobs, &oldest)?;
         }
@@ -364,13 +402,7 @@ impl Warmups {
     }
 
     fn forget(&self, jobs: &mut Jobs, job: &Job) -> Result<(), Status> {
-        let name = name_of(&job.tenant, &job.name);
-        let forgotten = self.control.delete(Table::WarmupPrompts, &name);
-        forgotten
-            .and_then(|()| self.control.delete(Table::Warmups, &name))
-            .map_err(|error| unwritten(&error))?;
-        jobs.all.remove(&(job.tenant.clone(), job.name.clone()));
-        Ok(())
+        drop_rows(&self.control, jobs, job).map_err(|error| unwritten(&error))
     }
 
     fn jobs(&self) -> MutexGuard<'_, Jobs> {
@@ -383,6 +415,15 @@ impl Jobs {
         let tenant = tenant.clone();
         let from = (tenant.clone(), String::new());
         self.all.range(from..).take_while(move |((owner, _), _)| *owner == tenant).map(|(_, job)| job)
+    }
+
+    /// All of a tenant, which are there no more.
+    fn take(&mut self, tenant: &TenantId) -> Vec<Arc<Job>> {
+        let theirs: Vec<Arc<Job>> = self.of(tenant).cloned().collect();
+        for job in &theirs {
+            self.all.remove(&(job.tenant.clone(), job.name.clone()));
+        }
+        theirs
     }
 
     fn waiting(&self) -> impl Iterator<Item = &Arc<Job>> {
@@ -410,6 +451,20 @@ fn wire(job: &Arc<Job>, jobs: &Jobs) -> v1::WarmupJob {
 /// '/' is in no tenant's name, so no job of one tenant is another's.
 fn name_of(tenant: &TenantId, name: &str) -> String {
     format!("{tenant}/{name}")
+}
+
+/// The prompts first: they are not to stay without a job.
+fn drop_rows(control: &Control, jobs: &mut Jobs, job: &Job) -> anyhow::Result<()> {
+    let name = name_of(&job.tenant, &job.name);
+    control.delete(Table::WarmupPrompts, &name)?;
+    control.delete(Table::Warmups, &name)?;
+    jobs.all.remove(&(job.tenant.clone(), job.name.clone()));
+    Ok(())
+}
+
+fn key_of(row: &str) -> Option<Key> {
+    let (tenant, name) = row.split_once('/')?;
+    Some((TenantId(tenant.to_owned()), name.to_owned()))
 }
 
 fn unknown(name: &str) -> Status {

@@ -170,7 +170,8 @@ mod tests {
         };
         let (erased, other) = (Arc::new(Gate::default()), Arc::new(Gate::default()));
         let pass = erased.pass(0);
-        erased.close_before(1);
+        erased.close();
+        erased.open_from(1);
         let queue = WriteBehind::start(Arc::clone(&store)).unwrap();
         let receipt = Arc::new(Receipt::default());
         for (byte, pass) in [(1, other.pass(0)), (2, pass), (3, erased.pass(1))] {

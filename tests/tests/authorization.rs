@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use esker_proto::v1::FILE_DESCRIPTOR_SET;
+use esker_proto::v1::events_client::EventsClient;
+use esker_proto::v1::sessions_client::SessionsClient;
+use esker_proto::v1::{self, FILE_DESCRIPTOR_SET};
 use esker_tests::identity::{Bearer, Claims, Issuer, forged, spiffe};
-use esker_tests::{Node, scratch};
+use esker_tests::{Node, output, scratch, text_of, web};
 use http::uri::PathAndQuery;
 use prost::Message;
 use tonic::client::Grpc;
@@ -171,6 +173,82 @@ async fn a_token_that_is_not_quite_right_is_refused() -> Result<()> {
     node.kill()
 }
 
+/// Lines of an audit log with all of these texts.
+fn audited<'l>(log: &'l str, texts: &[&str]) -> Vec<&'l str> {
+    log.lines().filter(|line| texts.iter().all(|text| line.contains(text))).collect()
+}
+
+#[tokio::test]
+async fn what_is_refused_is_in_the_audit_log_and_a_flood_of_it_is_a_few_lines() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let policy = issuer.policy("[tenants.acme]\norg = \"research\"\nsessions = 0\n")?;
+    let options = [
+        "--no-model",
+        "--segment-mib",
+        "4",
+        "--http",
+        "127.0.0.1:0",
+        "--policy",
+        policy.to_str().context("a path")?,
+    ];
+    let node = Node::start(&data, &options).await?;
+    let mut stranger = Grpc::new(node.channel.clone());
+    let token = forged(&Claims::new("acme", &["admin"]))?;
+    let mut forger = caller(&node, Bearer::new(&token)?);
+    for _ in 0..150 {
+        for path in ["/esker.v1.Admin/ListTenants", "/made.up/Method"] {
+            ensure!(call(&mut stranger, path).await? == Code::Unauthenticated);
+            ensure!(call(&mut forger, path).await? == Code::Unauthenticated);
+        }
+    }
+    let site = node.http.clone().context("an address")?;
+    let status = web(&site, "GET", "/api/overview", &[], "")?.status;
+    ensure!(status == 401, "{status}");
+    // A scope whose events are for publishers, and a quota.
+    let channel = InterceptedService::new(node.channel.clone(), issuer.token("acme", &["reader", "pinner"])?);
+    let follow = v1::SubscribeRequest { scope: v1::Scope::Org.into(), ..Default::default() };
+    let open = v1::OpenSessionRequest {
+        session: "chat".into(),
+        namespace: vec![7; 32].into(),
+        tokens: vec![1, 2, 3],
+        keep_s: 60,
+        user: String::new(),
+    };
+    for _ in 0..3 {
+        let denied = EventsClient::new(channel.clone()).subscribe(follow.clone()).await.err();
+        ensure!(denied.is_some_and(|status| status.code() == Code::PermissionDenied));
+        let refused = SessionsClient::new(channel.clone()).open_session(open.clone()).await.err();
+        ensure!(refused.is_some_and(|status| status.code() == Code::ResourceExhausted));
+    }
+    let denial = ["acme/engine", "/esker.v1.Events/Subscribe", "role publisher", "denied"];
+    let quota =
+        ["\"who\":\"acme\"", "\"operation\":\"quota\",\"object\":\"sessions\",\"result\":\"refused\""];
+    let unknown = ["127.0.0.1", "unauthenticated"];
+    let log = std::fs::read_to_string(data.join("audit.jsonl"))?;
+    ensure!(
+        audited(&log, &denial).len() == 1 && audited(&log, &quota).len() == 1,
+        "at once, and once: {log}"
+    );
+    ensure!(audited(&log, &unknown).len() == 3, "one for each method, and for the page: {log}");
+    ensure!(node.stop().await?.success());
+    let log = std::fs::read_to_string(data.join("audit.jsonl"))?;
+    for (texts, count) in [
+        (&denial[..], 2),
+        (&quota[..], 2),
+        (&[unknown[0], unknown[1], "/esker.v1.Admin/ListTenants"][..], 299),
+        (&[unknown[0], unknown[1], "\"unknown\""][..], 299),
+    ] {
+        let lines = audited(&log, texts);
+        ensure!(lines.len() == 2 && lines[1].contains(&format!("\"count\":{count},")), "{texts:?}: {log}");
+    }
+    ensure!(!log.contains(token.split('.').nth(1).context("claims")?) && !log.contains("chat"), "{log}");
+    let checked = output([std::ffi::OsStr::new("audit"), data.as_os_str()]);
+    ensure!(checked.status.success(), "{}", text_of(&checked.stderr));
+    Ok(())
+}
+
 #[tokio::test]
 async fn certificates_say_who_calls() -> Result<()> {
     let folder = scratch();
@@ -235,7 +313,7 @@ async fn beyond_loopback_only_with_tls_and_a_policy() -> Result<()> {
     let folder = scratch();
     let data = folder.path().join("data");
     let data = data.to_str().context("a path")?;
-    let output = esker_tests::output(["serve", "--no-model", "--listen", "0.0.0.0:0", "--data", data]);
+    let output = output(["serve", "--no-model", "--listen", "0.0.0.0:0", "--data", data]);
     ensure!(!output.status.success(), "it listened to the world");
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(error.contains("refusing to listen on 0.0.0.0") && error.contains("--tls-cert"), "{error}");

@@ -10,6 +10,7 @@ use esker_prefix::TokenId;
 use esker_tests::{Node, esker, output, question, scratch, text_of, tokens};
 use tonic::Code;
 use v1::WarmupState as State;
+use v1::admin_client::AdminClient;
 
 type Change = fn(&mut v1::SubmitWarmupRequest);
 
@@ -282,6 +283,126 @@ async fn the_command_can_be_interrupted_and_taken_up_again() -> Result<()> {
     assert!(before.tokens_computed > 0 && before.tokens_computed < 3 * 4096);
     assert_eq!(done["tokens_computed"], 3 * 4096, "nothing is computed twice");
     node.kill()
+}
+
+/// Whether the prompt lies readable in one of the files below a folder, as it is written down.
+fn is_readable(folder: &Path, prompt: &[TokenId]) -> Result<bool> {
+    let text: Vec<String> = prompt[..20].iter().map(|token| token.0.to_string()).collect();
+    let text = text.join(",");
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let found = match path.is_dir() {
+            true => is_readable(&path, prompt)?,
+            false => std::fs::read(&path)?.windows(text.len()).any(|part| part == text.as_bytes()),
+        };
+        if found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+#[tokio::test]
+async fn a_job_that_runs_while_its_tenant_is_erased_is_over_and_its_prompts_are_gone() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let mut node = Node::start(&data, &[]).await?;
+    let prompts = [tokens(41, 8192), tokens(42, 8192)];
+    submit(&node, &request("runs", &prompts)).await?;
+    submit(&node, &request("waits", &prompts[1..])).await?;
+    until(&node, "runs", |job| job.tokens_computed > 0).await?;
+    ensure!(is_readable(&data, &prompts[0])?, "the control: they lie there as long as the job is not over");
+    let mut admin = AdminClient::new(node.channel.clone());
+    admin.erase_tenant(v1::EraseTenantRequest { tenant: "default".into() }).await?;
+    for start in 0..2 {
+        assert!(node.client.list_warmups("").await?.is_empty(), "start {start}");
+        assert_eq!(node.client.get_warmup("runs").await.unwrap_err().code(), Some(Code::NotFound));
+        for prompt in &prompts {
+            ensure!(!is_readable(&data, prompt)?, "a prompt is on the drive, start {start}");
+        }
+        // Nothing more of it is stored, under whatever name.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let mut admin = AdminClient::new(node.channel.clone());
+        let tenants = admin.list_tenants(v1::ListTenantsRequest {}).await?.into_inner().tenants;
+        assert!(tenants.iter().all(|tenant| tenant.stored_bytes == 0), "{tenants:?}");
+        node.kill()?;
+        node = Node::start(&data, &[]).await?;
+    }
+    // The tenant goes on.
+    submit(&node, &request("runs", &[tokens(43, 300)])).await?;
+    assert_eq!(ended(&node, "runs").await?.state(), State::Done);
+    node.kill()
+}
+
+#[tokio::test]
+async fn a_kill_amid_an_erasure_leaves_every_job_of_the_tenant_or_none() -> Result<()> {
+    let folder = scratch();
+    let prompts = [tokens(61, 4096), tokens(62, 4096)];
+    let mut erased = 0;
+    for delay_ms in [0, 1, 2, 4, 8, 12, 16, 24, 48] {
+        let data = folder.path().join(delay_ms.to_string());
+        let node = Node::start(&data, &[]).await?;
+        for job in ["a", "b"] {
+            submit(&node, &request(job, &prompts)).await?;
+        }
+        let mut admin = AdminClient::new(node.channel.clone());
+        let request = v1::EraseTenantRequest { tenant: "default".into() };
+        let erasing = tokio::spawn(async move { admin.erase_tenant(request).await });
+        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        node.kill()?;
+        // How it ended is for the node that starts next to say.
+        let _ = erasing.await?;
+        let node = Node::start(&data, &[]).await?;
+        let mut admin = AdminClient::new(node.channel.clone());
+        let tenants = admin.list_tenants(v1::ListTenantsRequest {}).await?.into_inner().tenants;
+        let epoch = tenants.iter().find(|tenant| tenant.tenant == "default").map_or(0, |tenant| tenant.epoch);
+        let jobs = node.client.list_warmups("").await?.len();
+        if epoch == 0 {
+            assert_eq!(jobs, 2, "killed after {delay_ms} ms, before anything was erased");
+        } else {
+            erased += 1;
+            assert_eq!(jobs, 0, "killed after {delay_ms} ms, when the epoch was given up");
+            for prompt in &prompts {
+                ensure!(!is_readable(&data, prompt)?, "killed after {delay_ms} ms: a prompt is on the drive");
+            }
+        }
+        node.kill()?;
+    }
+    println!("{erased} of 9 kills came behind the end of the epoch");
+    ensure!(erased > 0, "every kill came too early");
+    Ok(())
+}
+
+#[tokio::test]
+async fn with_a_root_key_prompts_are_sealed_and_the_job_goes_on_after_a_crash() -> Result<()> {
+    let folder = scratch();
+    let key = folder.path().join("root.key");
+    std::fs::write(&key, [9; 32])?;
+    let options = ["--root-key", path(&key)];
+    let text = "What is said in confidence is for nobody who finds the drive. ".repeat(60);
+    for options in [&options[..], &[]] {
+        let is_sealed = !options.is_empty();
+        let data = folder.path().join(if is_sealed { "sealed" } else { "plain" });
+        let node = Node::start(&data, options).await?;
+        let prompt = node.client.tokenize(&text).await?;
+        let said = v1::WarmupPrompt { prompt: Some(v1::warmup_prompt::Prompt::Text(text.clone())) };
+        // The other one is before it, and long.
+        let mut request = request("a", &[tokens(51, 2048)]);
+        request.prompts.push(said);
+        submit(&node, &request).await?;
+        node.kill()?;
+        // The control: without a root key it lies there.
+        assert_eq!(is_readable(&data, &prompt)?, !is_sealed, "sealed: {is_sealed}");
+        let node = Node::start(&data, options).await?;
+        let done = ended(&node, "a").await?;
+        assert_eq!((done.state(), done.prompts_done), (State::Done, 2), "{done:?}");
+        let whole = prompt.len() as u64 / BLOCK_TOKENS * BLOCK_TOKENS;
+        let question = question(&[&prompt[..], &tokens(52, 3)].concat());
+        assert_eq!(node.ask(question).await?.usage.prompt_cache_hit_tokens, whole);
+        node.kill()?;
+        ensure!(!is_sealed || !is_readable(&data, &prompt)?, "it lies there once the job is done");
+    }
+    Ok(())
 }
 
 fn path(path: &Path) -> &str {

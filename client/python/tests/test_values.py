@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import grpc
 import numpy as np
 import pytest
 
+import esker
 from esker import Dtype, Field, Group, Kind, Layout
 from esker.buffers import Scatter, flat
-from esker.errors import ProtocolError
+from esker.errors import ProtocolError, from_rpc
 from esker.resume import Need, Presence, common, resume_points
 from esker.wire import MAX_CHUNK_BYTES, PlaneChunk, message, message_class, put_chunks, read_fetch_reply
 from layouts import DSA, WINDOWED
@@ -117,3 +119,26 @@ def test_resume_points_equal_the_brute_force_model(rng: random.Random) -> None:
 def test_ranks_have_in_common_what_each_of_them_has() -> None:
     assert common([[512, 1024, 1536], [512, 1536]]) == [512, 1536]
     assert common([[512, 1536], [1024]]) == [] and common([]) == []
+
+
+class Refused(grpc.RpcError):
+    """What gRPC reports of a call that the node refused."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+def test_who_is_refused_amid_an_erasure_is_told_what_to_do() -> None:
+    said = "the tenant is being erased; try again after that"
+    error = from_rpc(Refused(grpc.StatusCode.ABORTED, said), "node:7410")
+    assert isinstance(error, esker.Conflict) and not error.retry
+    told = "node:7410: the tenant is being erased; try again after that"
+    assert str(error) == f"{told} (look the prefix up again, put what is missing, and begin anew)"
+    # Where the node's own words say all there is to do, nothing is added.
+    assert str(from_rpc(Refused(grpc.StatusCode.ALREADY_EXISTS, said), "node:7410")) == told

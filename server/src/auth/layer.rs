@@ -1,14 +1,13 @@
 //! The layer around every service: establishes who calls and whether the method is theirs, before anything of the message
-//! is read.
+//! is read. What it refuses, and what a service behind it does not let a caller have, is in the audit log.
 
-use std::future::Ready;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use futures_util::future::Either;
-use http::{Request, Response};
-use tonic::Status;
+use http::{Extensions, HeaderMap, Request, Response};
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo};
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 use super::Authenticator;
@@ -43,11 +42,14 @@ impl AuthLayer {
         }
         let tls = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>();
         let certificates = tls.and_then(TlsConnectInfo::peer_certs);
-        let principal = self.authenticator.principal_of_peer(
-            request.headers(),
-            certificates.as_ref().map(|certificates| certificates.as_slice()),
-            request.extensions().get::<UdsConnectInfo>().map(|peer| peer_uid(peer.peer_cred)).transpose()?,
-        )?;
+        let uid = request.extensions().get::<UdsConnectInfo>().map(|peer| peer_uid(peer.peer_cred));
+        let principal = uid.transpose().and_then(|uid| {
+            let certificates = certificates.as_ref().map(|certificates| certificates.as_slice());
+            self.authenticator.principal_of_peer(request.headers(), certificates, uid)
+        });
+        let principal = principal.inspect_err(|_| {
+            self.audit.record(&Event::unauthenticated(peer(request.extensions()), access::method(path)));
+        })?;
         let allowed = match rule {
             Some(access::Rule::Anyone | access::Rule::Known) => true,
             Some(access::Rule::Roles(roles)) => principal.roles.has_any(roles),
@@ -58,6 +60,16 @@ impl AuthLayer {
         }
         self.audit.record(&Event::denied(&principal, path));
         Err(Status::permission_denied(access::missing(path)))
+    }
+}
+
+/// Notes that a service did not let its caller have what it asked for. What fails at once says so in the headers; later nothing
+/// is denied.
+fn note_denial(audit: &Audit, principal: &Principal, method: &str, headers: &HeaderMap) {
+    if let Some(status) =
+        Status::from_header_map(headers).filter(|status| status.code() == Code::PermissionDenied)
+    {
+        audit.record(&Event::new(principal, method, status.message(), "denied"));
     }
 }
 
@@ -72,11 +84,12 @@ impl<S> Layer<S> for AuthLayer {
 impl<S, B, R> Service<Request<B>> for Authorized<S>
 where
     S: Service<Request<B>, Response = Response<R>>,
+    S::Future: Send + 'static,
     R: Default,
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Either<S::Future, Ready<Result<Response<R>, S::Error>>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<R>, S::Error>> + Send>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
@@ -84,14 +97,31 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         match self.layer.check(&request) {
-            Ok(principal) => {
-                if let Some(principal) = principal {
-                    request.extensions_mut().insert(principal);
-                }
-                Either::Left(self.inner.call(request))
+            Ok(None) => Box::pin(self.inner.call(request)),
+            Ok(Some(principal)) => {
+                let (audit, method) = (Arc::clone(&self.layer.audit), access::method(request.uri().path()));
+                request.extensions_mut().insert(principal.clone());
+                let answer = self.inner.call(request);
+                Box::pin(async move {
+                    let answer = answer.await?;
+                    note_denial(&audit, &principal, method, answer.headers());
+                    Ok(answer)
+                })
             }
-            Err(status) => Either::Right(std::future::ready(Ok(status.into_http()))),
+            Err(status) => Box::pin(async move { Ok(status.into_http()) }),
         }
+    }
+}
+
+/// Where a call comes from, of which nothing else is known.
+fn peer(extensions: &Extensions) -> String {
+    let tcp = extensions.get::<TlsConnectInfo<TcpConnectInfo>>().map(TlsConnectInfo::get_ref);
+    let tcp = tcp.or_else(|| extensions.get::<TcpConnectInfo>()).and_then(TcpConnectInfo::remote_addr);
+    let uid = extensions.get::<UdsConnectInfo>().and_then(|peer| peer.peer_cred).map(|peer| peer.uid());
+    match (tcp, uid) {
+        (Some(address), _) => address.ip().to_string(),
+        (None, Some(uid)) => format!("uid {uid}"),
+        (None, None) => "unknown".into(),
     }
 }
 

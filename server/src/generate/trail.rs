@@ -10,7 +10,7 @@ use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, StateObj
 use esker_store::{Found, PutObject, Store, TtlClass};
 
 use super::GenerateError;
-use crate::gate::{Erased, Inside};
+use crate::gate::{Inside, Refused};
 use crate::lookup::Tails;
 use crate::node::Engine;
 use crate::write_behind::Receipt;
@@ -214,7 +214,7 @@ impl<'a> Trail<'a> {
     }
 
     /// Held while something is stored here.
-    pub(super) fn enter(&self) -> Result<Inside<'_>, Erased> {
+    pub(super) fn enter(&self) -> Result<Inside<'_>, Refused> {
         self.place.pass.enter()
     }
 

@@ -25,6 +25,10 @@ use crate::principal::Principal;
 #[derive(Clone)]
 pub(super) struct PeerCertificates(pub(super) Arc<Vec<CertificateDer<'static>>>);
 
+/// The address at the other end of a connection.
+#[derive(Clone, Copy)]
+pub(super) struct PeerAddress(pub(super) IpAddr);
+
 /// See the module.
 #[derive(Clone)]
 pub(super) struct Guard {
@@ -62,7 +66,13 @@ pub(super) async fn check(State(guard): State<Guard>, mut request: Request, next
     if guard.rule != Rule::Anyone {
         let principal = match guard.principal(&request) {
             Ok(principal) => principal,
-            Err(status) => return refuse(status.into(), request.uri()),
+            Err(status) => {
+                let peer =
+                    request.extensions().get::<PeerAddress>().map(|PeerAddress(peer)| peer.to_string());
+                let peer = peer.unwrap_or_else(|| "unknown".into());
+                guard.audit.record(&Event::unauthenticated(peer, request.uri().path()));
+                return refuse(status.into(), request.uri());
+            }
         };
         if let Rule::Roles(roles) = guard.rule
             && !principal.roles.has_any(roles)

@@ -28,7 +28,7 @@ use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{RootCertStore, ServerConfig};
 use tower::ServiceExt;
 
-use super::guard::PeerCertificates;
+use super::guard::{PeerAddress, PeerCertificates};
 use crate::serve::TlsFiles;
 
 /// Connections at a time; more wait in the system's queue.
@@ -76,12 +76,14 @@ impl Listening {
                 Some(_) = connections.join_next() => continue,
             };
             match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     let (router, tls, ended) = (self.router.clone(), self.tls.clone(), ended.clone());
                     connections.spawn(async move {
                         let _slot = slot;
                         // Errors of a connection are its peer's: gone, late, or no HTTP.
-                        if let Err(error) = connection(stream, router, tls, ended).await {
+                        if let Err(error) =
+                            connection(stream, PeerAddress(peer.ip()), router, tls, ended).await
+                        {
                             tracing::debug!(%error, "an HTTP connection ended early");
                         }
                     });
@@ -101,26 +103,29 @@ impl Listening {
 
 async fn connection(
     stream: TcpStream,
+    peer: PeerAddress,
     router: Router,
     tls: Option<TlsAcceptor>,
     ended: watch::Receiver<()>,
 ) -> anyhow::Result<()> {
     stream.set_nodelay(true)?;
-    let Some(tls) = tls else { return requests(stream, router, None, ended).await };
+    let Some(tls) = tls else { return requests(stream, peer, router, None, ended).await };
     let handshake = tokio::time::timeout(HEAD_TIMEOUT, tls.accept(stream)).await;
     let stream = handshake.map_err(io::Error::from)??;
     let (_, session) = stream.get_ref();
     let shown = session.peer_certificates().map(|shown| PeerCertificates(Arc::new(shown.to_vec())));
-    requests(stream, router, shown, ended).await
+    requests(stream, peer, router, shown, ended).await
 }
 
 async fn requests(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: PeerAddress,
     router: Router,
     certificates: Option<PeerCertificates>,
     mut ended: watch::Receiver<()>,
 ) -> anyhow::Result<()> {
     let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
         if let Some(certificates) = certificates.clone() {
             request.extensions_mut().insert(certificates);
         }

@@ -239,7 +239,7 @@ impl Collector for Snapshot {
         page.gauge("granted_objects", "Objects that they list", self.granted_objects)?;
         page.counter(
             "audit_left_out",
-            "Refusals that were counted and not written down, as there were too many",
+            "Refusals of which the audit log has only the number, as there were too many kinds in a minute",
             self.audit_left_out,
         )?;
         page.gauge(

@@ -22,12 +22,12 @@ use super::cache::layout;
 use super::status::{from_gate, from_join, from_store, from_wire};
 use crate::audit::Event;
 use crate::author::Author;
-use crate::gate::Erased;
+use crate::gate::Refused;
 use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
 use crate::staging::WAIT;
-use crate::tenants::{InFlight, Tenant, full, over};
+use crate::tenants::{InFlight, Tenant, full};
 
 /// A client that sends nothing, or takes no results, for this long is let go.
 const IDLE_PROGRESS: Duration = Duration::from_secs(30);
@@ -53,7 +53,7 @@ impl Numbered {
 }
 
 /// What became of a batch: `None` for an object that waits in its turn.
-type Stored = Result<Vec<Result<Option<PutOutcome>, StoreError>>, Erased>;
+type Stored = Result<Vec<Result<Option<PutOutcome>, StoreError>>, Refused>;
 
 /// What the caller named the prefix by: one of the two.
 #[derive(Default)]
@@ -134,7 +134,7 @@ impl Put {
         let held = |ahead: u64| (gathered + ahead).max(2 * object);
         let free = (admission.put_memory.available_permits() as u64) << 10;
         let ample = Some(held(PUT_AMPLE_BYTES)).filter(|held| free - free.min(*held) >= PUT_MEMORY_BYTES / 2);
-        let ample = ample.and_then(|held| Some((held, node.tenants.fly(&tenant, held).ok()?)));
+        let ample = ample.and_then(|held| Some((held, node.tenants.try_fly(&tenant, held).ok()?)));
         let (held, in_flight) = match ample {
             Some(ample) => ample,
             None => (held(PUT_AHEAD_BYTES), node.tenants.fly(&tenant, held(PUT_AHEAD_BYTES))?),
@@ -311,7 +311,7 @@ impl Put {
         let added = added.map_err(|no_room| {
             let (limit, used) = (no_room.limit_bytes as u64, no_room.used_bytes as u64);
             match no_room.of_tenant {
-                true => over("staged_bytes", limit, used, 1_000),
+                true => self.node.tenants.over(tenant, "staged_bytes", limit, used, 1_000),
                 false => full("staged bytes", limit, 1_000),
             }
         })?;

@@ -11,7 +11,7 @@ use super::cache::blocking;
 use super::status::from_wire;
 use crate::node::Node;
 use crate::principal::principal_of;
-use crate::sessions::{Session, question};
+use crate::sessions::{Kept, Session};
 
 /// Sessions in one answer.
 const MAX_LISTED: usize = 1000;
@@ -45,8 +45,8 @@ impl v1::sessions_server::Sessions for SessionsService {
         }
         let node = self.node.clone();
         blocking(move || {
-            let question = question(&node, &principal, namespace, tokens, &request.user)?;
-            node.sessions.hold(&node, &principal, &request.session, &question, &request.user, request.keep_s)
+            let kept = Kept { namespace, tokens, user: &request.user };
+            node.sessions.hold(&node, &principal, &request.session, kept, request.keep_s)
         })
         .await
         .map(wire)
@@ -63,8 +63,8 @@ impl v1::sessions_server::Sessions for SessionsService {
         let node = self.node.clone();
         blocking(move || {
             let (namespace, user) = node.sessions.about(&principal.tenant, &request.session)?;
-            let question = question(&node, &principal, namespace, tokens, &user)?;
-            node.sessions.hold(&node, &principal, &request.session, &question, &user, request.keep_s)
+            let kept = Kept { namespace, tokens, user: &user };
+            node.sessions.hold(&node, &principal, &request.session, kept, request.keep_s)
         })
         .await
         .map(wire)

@@ -5,7 +5,7 @@ use esker_proto::WireError;
 use esker_store::StoreError;
 use tonic::Status;
 
-use crate::gate::Erased;
+use crate::gate::Refused;
 use crate::generate::GenerateError;
 use crate::ledger::LedgerError;
 use crate::namespaces::RegisterError;
@@ -36,8 +36,9 @@ pub(super) fn from_register(error: &RegisterError) -> Status {
     }
 }
 
-pub(super) fn from_gate(erased: Erased) -> Status {
-    Status::aborted(erased.to_string())
+/// What a caller sees whose tenant is erased: whatever it does anew is of the tenant as it is then.
+pub(crate) fn from_gate(refused: Refused) -> Status {
+    Status::aborted(refused.to_string())
 }
 
 pub(super) fn from_generate(error: &GenerateError) -> Status {
@@ -45,7 +46,7 @@ pub(super) fn from_generate(error: &GenerateError) -> Status {
         GenerateError::Decoder(decoder) => from_decoder(decoder),
         GenerateError::Store(store) => from_store(store),
         GenerateError::Cancelled => Status::cancelled(error.to_string()),
-        GenerateError::Erased(erased) => from_gate(*erased),
+        GenerateError::Erased(refused) => from_gate(*refused),
         GenerateError::Thread(_) => exhausted(error.to_string(), 1000),
     }
 }

@@ -19,7 +19,12 @@ impl Folder {
         let settings = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
         let store = Store::open_sealed(&self.0.path().join("store"), settings, None).unwrap();
         let policy = Arc::new(PolicyFile::open(None).unwrap());
-        Tenants::open(RootSecret::new([7; 32]), policy, self.control(), None, &Arc::new(store)).unwrap()
+        let store = Arc::new(store);
+        let audit = Arc::new(Audit::open(&self.0.path().join("audit.jsonl")).unwrap());
+        let root = RootSecret::new([7; 32]);
+        let tenants = Tenants::open(root, policy, self.control(), None, &store, audit).unwrap();
+        tenants.finish_erasures().unwrap();
+        tenants
     }
 }
 

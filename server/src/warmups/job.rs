@@ -65,6 +65,9 @@ pub(crate) enum Stage {
 /// What is written down of a job.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
+    /// Of its tenant: in another one the job is over. Earlier builds wrote none; there is one in memory.
+    #[serde(default)]
+    pub(crate) epoch: Option<u32>,
     /// Of the submission.
     pub(crate) digest: String,
     /// The account that submitted it.
@@ -112,6 +115,7 @@ impl Record {
         let seconds = u32::try_from(submission.deadline_s).unwrap_or(u32::MAX);
         let whole = |prompt: &Vec<TokenId>| whole_tokens(layout, prompt.len()) as u64;
         Self {
+            epoch: None,
             digest: String::new(),
             account: principal.name.clone(),
             publishes: principal.roles.has(Role::Publisher),
@@ -241,11 +245,13 @@ pub(crate) struct Job {
     /// The record, for everyone who watches it.
     pub(crate) record: watch::Sender<Record>,
     cancelled: AtomicBool,
+    erased: AtomicBool,
 }
 
 impl Job {
     pub(crate) fn new(tenant: TenantId, name: String, record: Record) -> Self {
-        Self { tenant, name, record: watch::Sender::new(record), cancelled: AtomicBool::new(false) }
+        let (cancelled, erased) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { tenant, name, record: watch::Sender::new(record), cancelled, erased }
     }
 
     pub(crate) fn now(&self) -> Record {
@@ -255,6 +261,16 @@ impl Job {
     /// Whoever works on it leaves it before the next step.
     pub(crate) fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
+    }
+
+    /// Whoever works on it leaves it likewise, and writes nothing down of it any more.
+    pub(crate) fn erase(&self) {
+        self.erased.store(true, Ordering::Release);
+        self.cancel();
+    }
+
+    pub(crate) fn is_erased(&self) -> bool {
+        self.erased.load(Ordering::Acquire)
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use esker_prefix::TokenId;
 use esker_proto::v1;
 
 use super::job::{Job, Stage};
+use super::prompts::Kept;
 use super::record_error;
 use crate::generate::{GenerateError, Prefix, Step, warm, whole_tokens};
 use crate::live::Pace;
@@ -47,6 +47,8 @@ pub(super) enum Turn {
     Ended(Stage, String),
     /// Something more urgent came, or the node stops; the job goes on later from where it is.
     Left,
+    /// Its tenant was erased since it was submitted.
+    Erased,
 }
 
 fn run(node: &Arc<Node>) {
@@ -69,28 +71,29 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
         Ok(place) => place,
         Err(status) => return failed(status.message()),
     };
+    if record.epoch != Some(place.pass.epoch()) {
+        return Turn::Erased;
+    }
     let prompts = match node.warmups.prompts(job) {
-        Ok(Some(prompts)) => prompts,
-        Ok(None) => return failed("its prompts are gone"),
+        Ok(Kept::All(prompts)) => prompts,
+        Ok(Kept::Nothing) => return failed("its prompts are gone"),
+        Ok(Kept::Shredded) => return Turn::Erased,
         Err(error) => return record_error(&error),
     };
-    let epoch = node.tenants.get(&job.tenant).epoch();
     let class = ttl_class(v1::TtlClass::try_from(record.ttl).unwrap_or_default());
     let mut pace = Pace::new(&node.live, node.warmups.share);
     let done = usize::try_from(record.prompts_done).unwrap_or(usize::MAX);
-    for prompt in prompts.iter().skip(done) {
-        let tokens: Vec<TokenId> = prompt.iter().map(|&id| TokenId(id)).collect();
+    for tokens in prompts.iter().skip(done) {
         let mut left = None;
-        let result =
-            warm(node, engine, &Prefix { tokens: &tokens, place: &place, class }, &mut |step| match observe(
-                node, job, epoch, &mut pace, step,
-            ) {
-                None => ControlFlow::Continue(()),
-                Some(turn) => {
-                    left = Some(turn);
-                    ControlFlow::Break(())
-                }
-            });
+        let result = warm(node, engine, &Prefix { tokens, place: &place, class }, &mut |step| match observe(
+            node, job, &mut pace, step,
+        ) {
+            None => ControlFlow::Continue(()),
+            Some(turn) => {
+                left = Some(turn);
+                ControlFlow::Break(())
+            }
+        });
         match (left, result) {
             (Some(turn), _) => return turn,
             (None, Ok(())) => {}
@@ -105,7 +108,7 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
 }
 
 /// Notes a step; gives how the turn ends if it is to end here.
-fn observe(node: &Node, job: &Job, epoch: u32, pace: &mut Pace<'_>, step: Step) -> Option<Turn> {
+fn observe(node: &Node, job: &Job, pace: &mut Pace<'_>, step: Step) -> Option<Turn> {
     let noted = match step {
         Step::Found { tokens } => {
             let before = job.now().prompt_tokens;
@@ -129,9 +132,8 @@ fn observe(node: &Node, job: &Job, epoch: u32, pace: &mut Pace<'_>, step: Step) 
                 });
             }
             let tenant = node.tenants.get(&job.tenant);
-            if tenant.epoch() != epoch {
-                // Erased meanwhile: nothing more goes under its old name.
-                return Some(Turn::Left);
+            if job.record.borrow().epoch != Some(tenant.epoch()) {
+                return Some(Turn::Erased);
             }
             if let Err(status) = node.tenants.admit_stored(&node.store, &tenant) {
                 return Some(Turn::Ended(Stage::Stopped, status.message().to_owned()));

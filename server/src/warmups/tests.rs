@@ -1,7 +1,11 @@
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 use crate::bundled;
 use crate::node::NodeSettings;
 use crate::principal::{Role, Roles};
+use crate::sessions;
 use esker_decoder::KvFormat;
 use esker_prefix::TokenId;
 use esker_store::StoreSettings;
@@ -9,12 +13,21 @@ use tonic::Code;
 
 const POLICY: &str = "[tenants.a]\nwarmups = 3\n[tenants.b]\n";
 
-fn node(dir: &std::path::Path) -> Node {
+fn node(dir: &Path) -> Node {
+    sealed_node(dir, None)
+}
+
+fn sealed_node(dir: &Path, root_key: Option<&Path>) -> Node {
     let policy = dir.join("policy.toml");
     std::fs::write(&policy, POLICY).unwrap();
     let store = StoreSettings { segment_bytes: 4 << 20, ..StoreSettings::default() };
-    let settings =
-        NodeSettings { data: dir.join("data"), store, policy: Some(policy), ..NodeSettings::default() };
+    let settings = NodeSettings {
+        data: dir.join("data"),
+        store,
+        policy: Some(policy),
+        root_key: root_key.map(Path::to_owned),
+        ..NodeSettings::default()
+    };
     Node::open(&settings, Some(bundled::load(KvFormat::Bf16, 128).unwrap())).unwrap()
 }
 
@@ -111,9 +124,9 @@ fn another_payload_is_refused_and_an_ended_job_goes_on_only_if_asked() {
     assert_eq!(resumed.state(), v1::WarmupState::Queued);
     // The prompts of an ended job are kept nowhere, those of a waiting one are.
     let job = node.warmups.next().unwrap();
-    assert!(node.warmups.prompts(&job).unwrap().is_some());
+    assert!(matches!(node.warmups.prompts(&job).unwrap(), Kept::All(_)));
     node.warmups.finish(&job, Turn::Ended(Stage::Done, String::new()));
-    assert!(node.warmups.prompts(&job).unwrap().is_none());
+    assert_eq!(node.warmups.prompts(&job).unwrap(), Kept::Nothing);
 }
 
 #[test]
@@ -132,6 +145,188 @@ fn jobs_survive_the_process_and_an_erasure_leaves_nothing() {
     assert_eq!(node.warmups.get(&a.tenant, "x").unwrap_err().code(), Code::NotFound);
     assert_eq!(node.warmups.control.get::<Vec<Vec<u32>>>(Table::WarmupPrompts, "a/x").unwrap(), None);
     assert_eq!(take(&node), "b/x");
+}
+
+/// As `Admin.EraseTenant` does it; `meanwhile` once the epoch is given up.
+fn erase(node: &Node, tenant: &TenantId, meanwhile: impl FnOnce()) {
+    let stop = || {
+        meanwhile();
+        node.sessions.close_all(node, tenant).and(node.warmups.erase(tenant))
+    };
+    node.tenants.erase(&node.store, tenant, stop).unwrap();
+}
+
+fn rows(node: &Node, tenant: &TenantId) -> Vec<(String, Record)> {
+    node.warmups.control.scan(Table::Warmups, &name_of(tenant, ""), "", usize::MAX).unwrap()
+}
+
+#[test]
+fn what_is_submitted_or_opened_while_its_tenant_is_erased_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    let b = principal("b", &[Role::Writer]);
+    let mut refused = Vec::new();
+    erase(&node, &b.tenant, || {
+        let kept = || sessions::Kept {
+            namespace: node.engine.as_ref().unwrap().namespace,
+            tokens: Vec::new(),
+            user: "",
+        };
+        refused.extend(submit(&node, &b, &submission("x", 0)).err());
+        refused.extend(node.sessions.hold(&node, &b, "x", kept(), 60).err());
+        refused.extend(node.sessions.renew(&node, &b.tenant, "x", 60).err());
+    });
+    assert_eq!(refused.len(), 3);
+    for refused in refused {
+        assert_eq!(refused.code(), Code::Aborted, "{refused}");
+        assert!(refused.message().contains("the tenant is being erased; try again after"), "{refused}");
+    }
+    submit(&node, &b, &submission("x", 0)).unwrap();
+}
+
+#[test]
+fn a_job_that_comes_beside_an_erasure_is_of_the_epoch_behind_it_or_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node(dir.path());
+    let b = principal("b", &[Role::Writer]);
+    let over = AtomicBool::new(false);
+    let mut of_before = Vec::new();
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let (node, b, over) = (&node, &b, &over);
+            scope.spawn(move || {
+                for number in (0..).take_while(|_| !over.load(Ordering::Relaxed)) {
+                    let _ = submit(node, b, &submission(&format!("{thread}-{number}"), 0));
+                }
+            });
+        }
+        for _ in 0..30 {
+            erase(&node, &b.tenant, || {});
+            let epoch = Some(node.tenants.get(&b.tenant).epoch());
+            of_before.extend(rows(&node, &b.tenant).into_iter().filter(|(_, record)| record.epoch != epoch));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(of_before.is_empty(), "{of_before:?}");
+}
+
+/// Copies a folder and everything below it: what a kill at this moment leaves.
+fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        match from.is_dir() {
+            true => copy_tree(&from, &to),
+            false => std::fs::copy(&from, &to).map(drop).unwrap(),
+        }
+    }
+}
+
+/// Whether a text is in one of the files below a folder.
+fn holds(folder: &Path, text: &str) -> bool {
+    std::fs::read_dir(folder).unwrap().any(|entry| {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => holds(&path, text),
+            false => std::fs::read(&path).unwrap().windows(text.len()).any(|part| part == text.as_bytes()),
+        }
+    })
+}
+
+#[test]
+fn a_crash_amid_an_erasure_leaves_no_job_and_no_session_of_its_tenant() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (principal("a", &[Role::Writer]), principal("b", &[Role::Writer]));
+    let marked = |name| {
+        let prompts = vec![(0..400).map(|id| TokenId(9 + 7 * id % 300)).collect()];
+        Submission { prompts, ..submission(name, 0) }
+    };
+    let marker = "9,16,23,30,37,44,51,58,65,72";
+    {
+        // What a session can keep, and a job that waits, in files of an earlier process.
+        let node = Arc::new(node(dir.path()));
+        let runner = Runner::start(&node).unwrap();
+        submit(&node, &a, &marked("stored")).unwrap();
+        let started = std::time::Instant::now();
+        while node.warmups.get(&a.tenant, "stored").unwrap().state() != v1::WarmupState::Done {
+            assert!(started.elapsed() < Duration::from_secs(120));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        drop(runner);
+        for who in [&a, &b] {
+            submit(&node, who, &submission("waits", 0)).unwrap();
+        }
+        submit(&node, &a, &marked("marked")).unwrap();
+    }
+    let node = node(dir.path());
+    submit(&node, &a, &marked("in the log")).unwrap();
+    let namespace = node.engine.as_ref().unwrap().namespace;
+    let tokens = marked("").prompts.swap_remove(0);
+    node.sessions.hold(&node, &a, "chat", sessions::Kept { namespace, tokens, user: "" }, 3600).unwrap();
+    assert_eq!(node.sessions.totals(&node, &a.tenant).unwrap().0, 1);
+    let crashed = tempfile::tempdir().unwrap();
+    erase(&node, &a.tenant, || copy_tree(dir.path(), crashed.path()));
+    assert!(holds(&crashed.path().join("data"), marker), "nothing was there to be forgotten");
+    for (folder, after) in [(dir.path(), "the erasure"), (crashed.path(), "the crash")] {
+        let reopened;
+        let node = if folder == dir.path() {
+            &node
+        } else {
+            reopened = self::node(folder);
+            &reopened
+        };
+        assert_eq!(node.tenants.get(&a.tenant).epoch(), 1, "after {after}");
+        assert!(node.warmups.list(&a.tenant, "", 10).is_empty(), "after {after}");
+        assert!(rows(node, &a.tenant).is_empty(), "after {after}");
+        assert!(!holds(&folder.join("data"), marker), "prompts are on the drive after {after}");
+        assert_eq!(node.warmups.control.names(Table::Sessions, "a/").unwrap(), [""; 0], "after {after}");
+        assert!(node.store.leases().is_empty(), "after {after}");
+        assert_eq!(take(node), "b/waits", "another tenant's stays");
+    }
+}
+
+#[test]
+fn a_job_of_an_epoch_that_was_given_up_is_dropped_when_it_is_met() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = Arc::new(node(dir.path()));
+    let a = principal("a", &[Role::Writer]);
+    // The gate and the start let none in: this one is made.
+    submit(&node, &a, &submission("x", 0)).unwrap();
+    node.warmups.jobs().of(&a.tenant).for_each(|job| job.record.send_modify(|record| record.epoch = Some(7)));
+    let runner = Runner::start(&node).unwrap();
+    let started = std::time::Instant::now();
+    while node.warmups.get(&a.tenant, "x").is_ok() {
+        assert!(started.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(runner);
+    assert!(rows(&node, &a.tenant).is_empty());
+    assert!(node.warmups.control.names(Table::WarmupPrompts, "").unwrap().is_empty());
+    assert_eq!(node.tenants.stored_bytes(&node.store, &a.tenant), 0);
+}
+
+#[test]
+fn a_job_whose_key_was_destroyed_is_dropped_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, root) = (dir.path().join("data"), dir.path().join("root.key"));
+    std::fs::write(&root, [9; 32]).unwrap();
+    let (a, b) = (principal("a", &[Role::Writer]), principal("b", &[Role::Writer]));
+    {
+        let node = sealed_node(dir.path(), Some(&root));
+        for who in [&a, &b] {
+            submit(&node, who, &submission("x", 0)).unwrap();
+        }
+    }
+    // A crash came between this and the end of the epoch.
+    assert_eq!(crate::keys::Keys::open(&data, &root).unwrap().destroy("private/a#0").unwrap(), 1);
+    let node = sealed_node(dir.path(), Some(&root));
+    assert_eq!(node.warmups.get(&a.tenant, "x").unwrap_err().code(), Code::NotFound);
+    assert!(rows(&node, &a.tenant).is_empty());
+    assert_eq!(node.warmups.control.names(Table::WarmupPrompts, "").unwrap(), ["b/x"]);
+    let job = node.warmups.next().unwrap();
+    assert_eq!(node.warmups.prompts(&job).unwrap(), Kept::All(submission("x", 0).prompts));
 }
 
 #[test]

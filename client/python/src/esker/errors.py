@@ -64,7 +64,8 @@ class Denied(EskerError):
 
 
 class Conflict(EskerError):
-    """Other bytes are stored under the same name, or a parent is missing."""
+    """What the call builds on is not as it expects: other bytes are stored under the same name, a parent is missing, or the
+    tenant was erased meanwhile. Look the prefix up again, put what is missing, and begin the call anew."""
 
 
 class NotSupported(EskerError):
@@ -84,7 +85,7 @@ _BY_CODE: dict[Any, tuple[type[EskerError], str]] = {
     grpc.StatusCode.NOT_FOUND: (NotFound, ""),
     grpc.StatusCode.UNAUTHENTICATED: (Unauthenticated, "give token=..., or a client certificate"),
     grpc.StatusCode.PERMISSION_DENIED: (Denied, "ask the operator for the role"),
-    grpc.StatusCode.ABORTED: (Conflict, ""),
+    grpc.StatusCode.ABORTED: (Conflict, "look the prefix up again, put what is missing, and begin anew"),
     grpc.StatusCode.FAILED_PRECONDITION: (Conflict, ""),
     grpc.StatusCode.ALREADY_EXISTS: (Conflict, ""),
     grpc.StatusCode.UNIMPLEMENTED: (NotSupported, "upgrade the node, or start it with the part that offers this"),
