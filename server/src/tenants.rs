@@ -18,6 +18,7 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde::{Deserialize, Serialize};
 use tonic::Status;
 
+use crate::budget::{Budget, Share, Use};
 use crate::control::{Control, Table};
 use crate::gate::Gate;
 use crate::keys::Keys;
@@ -34,6 +35,7 @@ pub(crate) struct Tenants {
     control: Arc<Control>,
     keys: Option<Arc<Keys>>,
     store: Arc<Store>,
+    budget: Arc<Budget>,
     writers: Writers,
     known: RwLock<HashMap<TenantId, Arc<Tenant>>>,
 }
@@ -73,10 +75,12 @@ struct Rates {
     hashes: Option<(u32, DefaultDirectRateLimiter)>,
 }
 
-/// A share of a tenant's bytes in flight, given back when it is dropped.
+/// A share of the node's bytes in flight that counts as a tenant's, given back when it is dropped.
 pub(crate) struct InFlight {
     tenant: Arc<Tenant>,
-    bytes: u64,
+    /// Of all that is the tenant's.
+    limit_bytes: u64,
+    share: Share,
 }
 
 impl Tenants {
@@ -87,11 +91,12 @@ impl Tenants {
         control: Arc<Control>,
         keys: Option<Arc<Keys>>,
         store: &Arc<Store>,
+        budget: &Arc<Budget>,
     ) -> anyhow::Result<Self> {
         let writers = Writers::open(Arc::clone(&control))?;
         store.set_owners(writers.owners());
-        let store = Arc::clone(store);
-        let tenants = Self { root, policy, control, keys, store, writers, known: RwLock::default() };
+        let (store, budget) = (Arc::clone(store), Arc::clone(budget));
+        let tenants = Self { root, policy, control, keys, store, budget, writers, known: RwLock::default() };
         for (name, mut record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
             let id = TenantId(name);
             if !record.users.is_empty() {
@@ -469,14 +474,15 @@ impl Tenants {
         charge(&mut rates.hashes, "hashes_per_s", limit, count)
     }
 
-    /// Takes a share of the tenant's bytes in flight.
-    pub(crate) fn fly(&self, tenant: &Arc<Tenant>, bytes: u64) -> Result<InFlight, Status> {
-        let limit = self.rules(&tenant.id).bytes_in_flight.unwrap_or(u64::MAX);
-        let room = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit || used == 0);
-        match tenant.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, room) {
-            Ok(_) => Ok(InFlight { tenant: Arc::clone(tenant), bytes }),
-            Err(used) => Err(over("bytes_in_flight", limit, used, 100)),
-        }
+    /// Takes a share of the node's bytes in flight, and of what of them this tenant may have. Where there are several tenants none
+    /// gets all.
+    pub(crate) fn fly(&self, tenant: &Arc<Tenant>, of: Use, bytes: u64) -> Result<InFlight, Status> {
+        let most = if self.policy.is_file() { self.budget.limit_bytes() / 4 * 3 } else { u64::MAX };
+        let limit_bytes = self.rules(&tenant.id).bytes_in_flight.unwrap_or(most);
+        let mut in_flight =
+            InFlight { tenant: Arc::clone(tenant), limit_bytes, share: self.budget.share(of) };
+        in_flight.grow(bytes)?;
+        Ok(in_flight)
     }
 
     /// Refuses a tenant that stores as much as it may.
@@ -502,9 +508,23 @@ impl Tenant {
     }
 }
 
+impl InFlight {
+    /// Takes more. One thing alone may be more than its tenant may have, but not more than there is.
+    pub(crate) fn grow(&mut self, bytes: u64) -> Result<(), Status> {
+        let (in_flight, limit) = (&self.tenant.in_flight, self.limit_bytes);
+        let room = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit || used == 0);
+        in_flight
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, room)
+            .map_err(|used| over("bytes_in_flight", limit, used, 100))?;
+        self.share.grow(bytes).inspect_err(|_| {
+            in_flight.fetch_sub(bytes, Ordering::AcqRel);
+        })
+    }
+}
+
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.tenant.in_flight.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.tenant.in_flight.fetch_sub(self.share.bytes(), Ordering::AcqRel);
     }
 }
 

@@ -10,20 +10,20 @@ use esker_prefix::{BlockObject, KvLayout, NamespaceId, ObjectId, ObjectKind, Sta
 use esker_proto::v1::{self, put_request};
 use esker_proto::{Assembled, PlaneAssembler, PlaneReader, WholePlane, check_namespace_id, check_prefix};
 use esker_store::{PutObject, PutOutcome, StoreError, TtlClass};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinError, JoinHandle};
 use tonic::{Status, Streaming};
 
-use super::admission::{Admission, PUT_MEMORY_BYTES};
 use super::cache::layout;
 use super::status::{from_gate, from_join, from_store, from_wire};
 use crate::audit::Event;
 use crate::author::Author;
+use crate::budget::Use;
 use crate::gate::Erased;
 use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
-use crate::staging::WAIT;
+use crate::staging::{Bound, Full, WAIT};
 use crate::tenants::{InFlight, Tenant, full, over};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use names::hear;
@@ -72,7 +72,6 @@ pub(super) struct Put {
     committing_bytes: usize,
     /// Raw bytes of the longest object on the block grid: what the put began with has room for such.
     object_bytes: u64,
-    memory: Arc<Semaphore>,
     held: Arc<Held>,
     /// Of the object that was named last.
     last_name: Mutex<Option<(ObjectKind, u64, Name)>>,
@@ -82,24 +81,16 @@ pub(super) struct Put {
 
 /// What a put may use, until its last batch is stored: also if the client has left by then.
 struct Held {
-    _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
     /// For states off the block grid, once one has come.
-    more: OnceLock<(OwnedSemaphorePermit, InFlight)>,
-}
-
-/// A part of the memory that all puts have together.
-fn take_memory(memory: &Arc<Semaphore>, bytes: u64) -> Result<OwnedSemaphorePermit, Status> {
-    let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
-    let taken = |_| full("put memory", PUT_MEMORY_BYTES, 200);
-    Arc::clone(memory).try_acquire_many_owned(kib).map_err(taken)
+    more: OnceLock<InFlight>,
 }
 
 impl Put {
-    /// Checks the first message and takes what the put may use.
+    /// Checks the first message and takes what the put may use: all that it can come to need, so that none waits for another
+    /// half-way.
     pub(super) fn open(
         node: &Arc<Node>,
-        admission: &Admission,
         principal: &Principal,
         prefix: v1::PutPrefix,
     ) -> Result<Self, Status> {
@@ -114,15 +105,15 @@ impl Put {
         let object = layout.object_bytes(ObjectKind::Block).max(state);
         let gathered = object.max(PUT_BATCH_BYTES as u64);
         let held = |ahead: u64| (gathered + ahead).max(2 * object);
-        let free = (admission.put_memory.available_permits() as u64) << 10;
-        let ample = Some(held(PUT_AMPLE_BYTES)).filter(|held| free - free.min(*held) >= PUT_MEMORY_BYTES / 2);
-        let ample = ample.and_then(|held| Some((held, node.tenants.fly(&tenant, held).ok()?)));
+        let (free, all) = node.budget.put_bytes();
+        let ample = Some(held(PUT_AMPLE_BYTES)).filter(|held| free.saturating_sub(*held) >= all / 2);
+        let fly = |held| node.tenants.fly(&tenant, Use::Put, held);
+        let ample = ample.and_then(|held| Some((held, fly(held).ok()?)));
         let (held, in_flight) = match ample {
             Some(ample) => ample,
-            None => (held(PUT_AHEAD_BYTES), node.tenants.fly(&tenant, held(PUT_AHEAD_BYTES))?),
+            None => (held(PUT_AHEAD_BYTES), fly(held(PUT_AHEAD_BYTES))?),
         };
         let committing_bytes = usize::try_from(held - gathered).unwrap_or(usize::MAX);
-        let permit = take_memory(&admission.put_memory, held)?;
         let place = node.tenants.writable(principal, &prefix.user, scope)?;
         if scope != v1::Scope::Private && scope != v1::Scope::Unspecified {
             let what = format!("{scope:?} {namespace}");
@@ -141,8 +132,7 @@ impl Put {
             tenant,
             committing_bytes,
             object_bytes: object,
-            memory: Arc::clone(&admission.put_memory),
-            held: Arc::new(Held { _permit: permit, _in_flight: in_flight, more: OnceLock::new() }),
+            held: Arc::new(Held { _in_flight: in_flight, more: OnceLock::new() }),
             last_name: Mutex::default(),
             sent: Mutex::default(),
         })
@@ -245,8 +235,7 @@ impl Put {
             // One that is gathered, and one on its way to the drive.
             let most = self.layout.max_object_bytes().min(MAX_OBJECT_BYTES);
             let bytes = 2 * (most - self.object_bytes);
-            let more = (take_memory(&self.memory, bytes)?, self.node.tenants.fly(&self.tenant, bytes)?);
-            let _ = self.held.more.set(more);
+            let _ = self.held.more.set(self.node.tenants.fly(&self.tenant, Use::Put, bytes)?);
         }
         Ok(())
     }
@@ -271,12 +260,10 @@ impl Put {
         let tenant = self.tenant.id();
         let _inside = self.author.place.pass.enter().map_err(from_gate)?;
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
-        let added = added.map_err(|no_room| {
-            let (limit, used) = (no_room.limit_bytes as u64, no_room.used_bytes as u64);
-            match no_room.of_tenant {
-                true => over("staged_bytes", limit, used, 1_000),
-                false => full("staged bytes", limit, 1_000),
-            }
+        let added = added.map_err(|Full { bound, limit_bytes, used_bytes }| match bound {
+            Bound::Tenant => over("staged_bytes", limit_bytes, used_bytes, 1_000),
+            Bound::Staged => full("staged bytes", limit_bytes, 1_000),
+            Bound::InFlight => full("memory in flight", limit_bytes, 1_000),
         })?;
         match added {
             Some(planes) => {
