@@ -5,6 +5,7 @@
 //! whether bytes are right: that is the store's word alone.
 
 mod access;
+mod arrival;
 mod audit;
 mod auth;
 mod author;
