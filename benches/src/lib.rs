@@ -11,6 +11,8 @@
 #![allow(clippy::cast_possible_truncation)]
 
 mod floor;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod measure;
 mod page_cache;
 pub mod replay;

@@ -31,4 +31,6 @@ pub use policy::Policy;
 pub use real::{RealOptions, RealRun, replay_real};
 pub use report::{Table, human_bytes};
 pub use run::{Run, replay, replay_all};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use trace::hear;
 pub use trace::{Request, Trace, TraceError};

@@ -3,6 +3,8 @@
 //! Only with the feature `fuzzing`, which nothing but the fuzz crate asks for, and in this crate's own test, which changes the kept
 //! corpus by chance and needs no fuzzer.
 
+use std::sync::Arc;
+
 use esker_prefix::{Dtype, Family, Field, Group, KvLayout};
 use esker_proto::v1;
 use esker_proto::{PlaneAssembler, check_name, check_namespace_id, check_prefix, namespace_of};
@@ -10,6 +12,7 @@ use prost::Message;
 
 use crate::ledger;
 use crate::ledger::frame::{self, Parsed};
+use crate::service::hear;
 
 /// A follower of KV events, of either kind of socket: its greeting, its handshake and what it says then.
 pub fn zmtp(said: &[u8]) -> bool {
@@ -100,10 +103,15 @@ pub fn replay_file(bytes: &[u8]) -> bool {
     crate::replay::hear(bytes)
 }
 
+/// A bearer token, or its claims.
+pub fn bearer_token(bytes: &[u8]) -> bool {
+    crate::auth::jwt::hear_token(bytes)
+}
+
 /// Messages of clients, and every check that they go through before anything is done for them.
 pub fn request(bytes: &[u8]) -> bool {
     let Some((&kind, bytes)) = bytes.split_first() else { return false };
-    match kind % 3 {
+    match kind % KINDS {
         0 => {
             let Ok(request) = v1::LookupRequest::decode(bytes) else { return false };
             let _ = check_namespace_id(&request.namespace);
@@ -119,12 +127,23 @@ pub fn request(bytes: &[u8]) -> bool {
             assert!(again.is_ok_and(|again| again == layout), "a layout that does not come back");
             true
         }
-        _ => planes(bytes),
+        2 => planes(bytes),
+        3 => hear::settle(bytes),
+        4 => hear::put(&layout(), bytes),
+        5 => hear::fetch(&layout(), bytes),
+        6 => hear::session(bytes),
+        7 => hear::warmup(bytes),
+        8 => hear::usage(bytes),
+        9 => hear::generate(bytes),
+        _ => hear::deadline(bytes),
     }
 }
 
-/// Chunks of planes for a small layout, each as a message behind its length, one byte.
-fn planes(mut bytes: &[u8]) -> bool {
+/// Of requests, by their first byte.
+const KINDS: u8 = 11;
+
+/// A small layout with groups of every kind.
+fn layout() -> Arc<KvLayout> {
     let group = |name: &str, family, rows| Group {
         name: name.into(),
         family,
@@ -145,6 +164,12 @@ fn planes(mut bytes: &[u8]) -> bool {
         group("open", Family::State, 7),
     ];
     let Ok(layout) = KvLayout::new("fuzzed", 4, groups) else { panic!("this layout is sound") };
+    Arc::new(layout)
+}
+
+/// Chunks of planes for that layout, each as a message behind its length, one byte.
+fn planes(mut bytes: &[u8]) -> bool {
+    let layout = layout();
     let mut assembler = PlaneAssembler::new(&layout);
     let mut whole = false;
     while let Some((&length, rest)) = bytes.split_first() {

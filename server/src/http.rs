@@ -86,9 +86,9 @@ pub(crate) async fn bind(
 }
 
 fn router(site: Site, authenticator: Arc<Authenticator>) -> Router {
-    let audit = Arc::clone(&site.node.audit);
+    let node = Arc::clone(&site.node);
     let guarded = |routes: Router<Site>, rule: Rule| {
-        let guard = Guard::new(Arc::clone(&authenticator), Arc::clone(&audit), rule);
+        let guard = Guard::new(Arc::clone(&authenticator), Arc::clone(&node), rule);
         routes.layer(middleware::from_fn_with_state(guard, guard::check))
     };
     // What load balancers probe, and the page without its figures.

@@ -5,9 +5,11 @@
 //! whether bytes are right: that is the store's word alone.
 
 mod access;
+mod arrival;
 mod audit;
 mod auth;
 mod author;
+mod budget;
 pub mod bundled;
 mod chat_template;
 pub mod command;
@@ -25,6 +27,7 @@ mod ledger;
 mod live;
 mod local;
 mod lookup;
+mod memory;
 mod metrics;
 mod model_folder;
 mod namespaces;

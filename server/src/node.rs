@@ -8,6 +8,7 @@ use esker_prefix::{Namespace, NamespaceId};
 use esker_store::{Observer, Sealer, Store, StoreSettings};
 
 use crate::audit::{Audit, Event};
+use crate::budget::{self, Budget};
 use crate::control::Control;
 use crate::events::Events;
 use crate::generate::Guessing;
@@ -54,6 +55,8 @@ pub struct NodeSettings {
     pub warmup_share: u32,
     /// The file of the root key; with it what tenants store is encrypted.
     pub root_key: Option<PathBuf>,
+    /// Memory for what is on its way; `None`: a half of what this process may use.
+    pub in_flight_bytes: Option<u64>,
 }
 
 /// Everything one process serves. All methods may block on the disk.
@@ -62,6 +65,7 @@ pub struct Node {
     pub(crate) namespaces: Namespaces,
     pub(crate) grants: Grants,
     pub(crate) staging: Staging,
+    pub(crate) budget: Arc<Budget>,
     pub(crate) policy: Arc<PolicyFile>,
     pub(crate) tenants: Tenants,
     pub(crate) replay: Replay,
@@ -115,12 +119,14 @@ impl Node {
         let policy = Arc::new(PolicyFile::open(settings.policy.as_deref())?);
         let control = Arc::new(Control::open(&data.join("control"))?);
         let audit = Arc::new(Audit::open(&data.join("audit.jsonl"))?);
+        let budget = Budget::new(settings.in_flight_bytes.unwrap_or_else(budget::default_bytes));
         let tenants = Tenants::open(
             secret,
             Arc::clone(&policy),
             Arc::clone(&control),
             keys,
             &store,
+            &budget,
             Arc::clone(&audit),
         )?;
         let replay = Replay::open(&data.join("replay"), sealer.clone(), |tenant| tenants.reminded(tenant));
@@ -146,7 +152,8 @@ impl Node {
             store,
             namespaces,
             grants,
-            staging: Staging::default(),
+            staging: Staging::new(&budget),
+            budget,
             policy,
             tenants,
             replay,

@@ -25,6 +25,7 @@ use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
+use crate::arrival::ArrivalLayer;
 use crate::auth::{AuthLayer, Authenticator};
 use crate::events::publisher::{Publisher, PublisherSettings};
 use crate::http::{self, Site};
@@ -39,6 +40,8 @@ use crate::traces::TraceLayer;
 use crate::warmups::Runner;
 
 const MAX_STREAMS_PER_CONNECTION: u32 = 256;
+/// Longest message of calls that name a service or a symbol.
+const MAX_NAMING_BYTES: usize = 8 << 10;
 const MAX_PENDING_RESETS: usize = 32;
 /// Connections are closed in good order after this long, so that load balancers can move clients.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(3600);
@@ -197,6 +200,8 @@ pub async fn start(
     let arenas = LocalServer::new(LocalService::new(node.clone(), admission));
     let decoder = DecoderServer::from_arc(Arc::clone(&decoding)).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let (health, health_service) = tonic_health::server::health_reporter();
+    // These name a service: nobody who calls without being asked who it is brings more.
+    let health_service = health_service.max_decoding_message_size(MAX_NAMING_BYTES);
     health.set_serving::<PrefixCacheServer<CacheService>>().await;
     if node.engine.is_some() {
         health.set_serving::<DecoderServer<DecoderService>>().await;
@@ -205,7 +210,8 @@ pub async fn start(
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
-        .context("the descriptors of esker.v1 are not usable")?;
+        .context("the descriptors of esker.v1 are not usable")?
+        .max_decoding_message_size(MAX_NAMING_BYTES);
 
     let sessions =
         SessionsServer::new(SessionsService::new(node.clone())).max_decoding_message_size(MAX_MESSAGE_BYTES);
@@ -238,6 +244,7 @@ pub async fn start(
         .add_service(arenas)
         .add_service(admin);
     let traces = TraceLayer(node.traces.clone());
+    let arrival = ArrivalLayer(node.clone());
     let local = local.map(|sockets| {
         let (calls, handing_out) = sockets.serve(Arc::clone(&node.arenas), authenticator);
         let router = server
@@ -245,6 +252,7 @@ pub async fn start(
             .layer(traces.clone())
             .layer(MetricsLayer(node.clone()))
             .layer(auth.clone())
+            .layer(arrival.clone())
             .add_routes(routes.clone());
         let calls = tokio::spawn(router.serve_with_incoming(UnixListenerStream::new(calls)));
         [AbortOnDrop(handing_out.abort_handle()), AbortOnDrop(calls.abort_handle())]
@@ -253,7 +261,8 @@ pub async fn start(
         Some(tls) => server.tls_config(tls.config()?).context("the TLS files cannot be used")?,
         None => server,
     };
-    let router = server.layer(traces).layer(MetricsLayer(node.clone())).layer(auth).add_routes(routes);
+    let router =
+        server.layer(traces).layer(MetricsLayer(node.clone())).layer(auth).layer(arrival).add_routes(routes);
     let serving = tokio::spawn(async move {
         let _housekeeping = AbortOnDrop(housekeeping.abort_handle());
         let _local = local;

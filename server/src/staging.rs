@@ -14,6 +14,7 @@ use esker_prefix::ObjectId;
 use esker_store::PutObject;
 
 use crate::author::Author;
+use crate::budget::{Budget, Share, Use};
 use crate::node::Node;
 use crate::principal::TenantId;
 
@@ -27,12 +28,12 @@ const OBJECT_BYTES: usize = 512;
 const PLANE_BYTES: usize = 128;
 
 /// See the module.
-#[derive(Default)]
 pub(crate) struct Staging(Mutex<Table>);
 
-#[derive(Default)]
 struct Table {
     bytes: usize,
+    /// Of the node's memory, as many bytes.
+    share: Share,
     tenants: HashMap<TenantId, usize>,
     /// Objects that lack planes.
     parts: HashMap<Key, Parts>,
@@ -63,13 +64,29 @@ struct Orphan {
 /// Nothing more may wait.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Full {
-    /// Of the tenant's own; or else of all tenants'.
-    pub(crate) of_tenant: bool,
-    pub(crate) limit_bytes: usize,
-    pub(crate) used_bytes: usize,
+    pub(crate) bound: Bound,
+    pub(crate) limit_bytes: u64,
+    pub(crate) used_bytes: u64,
+}
+
+/// What has no room for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bound {
+    /// What may wait of one tenant.
+    Tenant,
+    /// What may wait.
+    Staged,
+    /// The node's memory for what is on its way.
+    InFlight,
 }
 
 impl Staging {
+    pub(crate) fn new(budget: &Arc<Budget>) -> Self {
+        let share = budget.share(Use::Staged);
+        let (tenants, parts, orphans) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self(Mutex::new(Table { bytes: 0, share, tenants, parts, orphans }))
+    }
+
     /// Adds a plane of an object that has so many; all of them once none is missing. A plane that is there already stays as it
     /// is: first writer wins.
     pub(crate) fn add(
@@ -191,8 +208,8 @@ impl Staging {
     }
 
     /// Bytes that wait.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for metrics"))]
-    pub(crate) fn bytes(&self) -> usize {
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
         self.table().bytes
     }
 
@@ -211,13 +228,16 @@ impl OfTenant<'_> {
 impl Table {
     fn take_room(&mut self, tenant: &TenantId, bytes: usize) -> Result<(), Full> {
         let of_tenant = self.tenants.get(tenant).copied().unwrap_or(0);
-        for (is_own, limit_bytes, used_bytes) in
-            [(true, MAX_TENANT_BYTES, of_tenant), (false, MAX_BYTES, self.bytes)]
+        let full = |bound, limit_bytes, used: usize| Full { bound, limit_bytes, used_bytes: used as u64 };
+        for (bound, limit_bytes, used_bytes) in
+            [(Bound::Tenant, MAX_TENANT_BYTES, of_tenant), (Bound::Staged, MAX_BYTES, self.bytes)]
         {
             if used_bytes + bytes > limit_bytes {
-                return Err(Full { of_tenant: is_own, limit_bytes, used_bytes });
+                return Err(full(bound, limit_bytes as u64, used_bytes));
             }
         }
+        let taken = self.share.try_grow(bytes as u64);
+        taken.map_err(|no_room| full(Bound::InFlight, no_room.limit_bytes, self.bytes))?;
         self.bytes += bytes;
         self.tenants.insert(tenant.clone(), of_tenant + bytes);
         Ok(())
@@ -225,6 +245,7 @@ impl Table {
 
     fn give_room(&mut self, tenant: &TenantId, bytes: usize) {
         self.bytes -= bytes;
+        self.share.shrink(bytes as u64);
         if let Some(of_tenant) = self.tenants.get_mut(tenant) {
             *of_tenant -= bytes;
             if *of_tenant == 0 {
@@ -313,7 +334,7 @@ mod tests {
 
     #[test]
     fn planes_come_in_any_order_and_the_first_writer_wins() {
-        let staging = Staging::default();
+        let staging = Staging::new(&Budget::new(1 << 30));
         let now = Instant::now();
         let add =
             |plane, byte: u8| staging.add(&tenant("a"), id(1), 3, (plane, Bytes::from(vec![byte; 10])), now);
@@ -329,7 +350,7 @@ mod tests {
 
     #[test]
     fn nobody_completes_what_another_tenant_has_begun() {
-        let staging = Staging::default();
+        let staging = Staging::new(&Budget::new(1 << 30));
         let now = Instant::now();
         let add = |name: &str, plane, byte: u8| {
             staging.add(&tenant(name), id(1), 2, (plane, Bytes::from(vec![byte])), now).unwrap()
@@ -350,19 +371,23 @@ mod tests {
 
     #[test]
     fn memory_and_time_are_bounded() {
-        let staging = Staging::default();
+        let staging = Staging::new(&Budget::new(1 << 30));
         let now = Instant::now();
         let some = Bytes::from(vec![0; (16 << 20) - object_bytes(2)]);
         let add = |name: &str, byte| staging.add(&tenant(name), id(byte), 2, (0, some.clone()), now);
         assert_eq!((add("a", 1), add("a", 2)), (Ok(None), Ok(None)));
         assert_eq!(
             add("a", 3),
-            Err(Full { of_tenant: true, limit_bytes: MAX_TENANT_BYTES, used_bytes: MAX_TENANT_BYTES })
+            Err(Full {
+                bound: Bound::Tenant,
+                limit_bytes: MAX_TENANT_BYTES as u64,
+                used_bytes: MAX_TENANT_BYTES as u64
+            })
         );
         assert_eq!((add("b", 4), add("b", 5)), (Ok(None), Ok(None)));
         assert_eq!(
             add("c", 6),
-            Err(Full { of_tenant: false, limit_bytes: MAX_BYTES, used_bytes: MAX_BYTES })
+            Err(Full { bound: Bound::Staged, limit_bytes: MAX_BYTES as u64, used_bytes: MAX_BYTES as u64 })
         );
         staging.expire(now + WAIT / 2);
         assert_eq!(staging.bytes(), MAX_BYTES);
@@ -372,8 +397,25 @@ mod tests {
     }
 
     #[test]
+    fn what_waits_is_charged_to_what_is_in_flight() {
+        let budget = Budget::new(40 << 20);
+        let (staging, now) = (Staging::new(&budget), Instant::now());
+        let some = Bytes::from(vec![0; 8 << 20]);
+        let add = |byte| staging.add(&tenant("a"), id(byte), 2, (0, some.clone()), now);
+        assert_eq!(add(1), Ok(None));
+        let mut fetch = budget.share(Use::Fetch);
+        fetch.grow(28 << 20).unwrap();
+        assert_eq!(add(2).unwrap_err().bound, Bound::InFlight);
+        let staged = staging.bytes() as u64;
+        assert_eq!(budget.used_by()[Use::Staged as usize], ("staged", staged));
+        staging.expire(now + WAIT);
+        assert_eq!(budget.used_by()[Use::Staged as usize], ("staged", 0));
+        assert_eq!(add(2), Ok(None));
+    }
+
+    #[test]
     fn what_waits_keeps_no_message_whatever_its_length() {
-        let staging = Staging::default();
+        let staging = Staging::new(&Budget::new(1 << 30));
         let now = Instant::now();
         let message = Bytes::from(vec![7; 1 << 20]);
         let of_message = |plane: &Bytes| message.as_ptr_range().contains(&plane.as_ptr());
@@ -389,7 +431,7 @@ mod tests {
 
     #[test]
     fn what_tiny_planes_take_counts_and_no_plane_keeps_its_message() {
-        let staging = Staging::default();
+        let staging = Staging::new(&Budget::new(1 << 30));
         let now = Instant::now();
         let message = Bytes::from(vec![7; 1 << 20]);
         let add = |number: u32| {

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tonic::Status;
 
 use crate::audit::{Audit, Event};
+use crate::budget::{Budget, Share, Use};
 use crate::control::{Control, Table};
 use crate::gate::{Gate, Pass};
 use crate::keys::Keys;
@@ -35,6 +36,7 @@ pub(crate) struct Tenants {
     control: Arc<Control>,
     keys: Option<Arc<Keys>>,
     store: Arc<Store>,
+    budget: Arc<Budget>,
     audit: Arc<Audit>,
     writers: Writers,
     known: RwLock<HashMap<TenantId, Arc<Tenant>>>,
@@ -77,10 +79,13 @@ struct Rates {
     hashes: Option<(u32, DefaultDirectRateLimiter)>,
 }
 
-/// A share of a tenant's bytes in flight, given back when it is dropped.
+/// A share of the node's bytes in flight that counts as a tenant's, given back when it is dropped.
 pub(crate) struct InFlight {
     tenant: Arc<Tenant>,
-    bytes: u64,
+    /// Of all that is the tenant's.
+    limit_bytes: u64,
+    share: Share,
+    audit: Arc<Audit>,
 }
 
 impl Tenants {
@@ -91,12 +96,13 @@ impl Tenants {
         control: Arc<Control>,
         keys: Option<Arc<Keys>>,
         store: &Arc<Store>,
+        budget: &Arc<Budget>,
         audit: Arc<Audit>,
     ) -> anyhow::Result<Self> {
         let writers = Writers::open(Arc::clone(&control))?;
         store.set_owners(writers.owners());
-        let store = Arc::clone(store);
-        let tenants = Self { root, policy, control, keys, store, audit, writers, known: RwLock::default() };
+        let (store, budget, known) = (Arc::clone(store), Arc::clone(budget), RwLock::default());
+        let tenants = Self { root, policy, control, keys, store, budget, audit, writers, known };
         for (name, mut record) in tenants.control.scan::<Record>(Table::Tenants, "", "", usize::MAX)? {
             let id = TenantId(name);
             if !record.users.is_empty() {
@@ -507,20 +513,27 @@ impl Tenants {
         self.charge(tenant, &mut rates.hashes, "hashes_per_s", limit, count)
     }
 
-    /// Takes a share of the tenant's bytes in flight.
-    pub(crate) fn fly(&self, tenant: &Arc<Tenant>, bytes: u64) -> Result<InFlight, Status> {
-        let refused = |(limit, used)| self.over(&tenant.id, "bytes_in_flight", limit, used, 100);
-        self.try_fly(tenant, bytes).map_err(refused)
+    /// Takes a share of the node's bytes in flight, and of what of them this tenant may have. Where there are several tenants none
+    /// gets all.
+    pub(crate) fn fly(&self, tenant: &Arc<Tenant>, of: Use, bytes: u64) -> Result<InFlight, Status> {
+        let mut in_flight = self.none_in_flight(tenant, of);
+        in_flight.grow(bytes)?;
+        Ok(in_flight)
     }
 
-    /// The same for somebody who can do with less. Without it: the limit, and what is used.
-    pub(crate) fn try_fly(&self, tenant: &Arc<Tenant>, bytes: u64) -> Result<InFlight, (u64, u64)> {
-        let limit = self.rules(&tenant.id).bytes_in_flight.unwrap_or(u64::MAX);
-        let room = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= limit || used == 0);
-        match tenant.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, room) {
-            Ok(_) => Ok(InFlight { tenant: Arc::clone(tenant), bytes }),
-            Err(used) => Err((limit, used)),
-        }
+    /// The same for somebody who can do with less, and is not refused without it.
+    pub(crate) fn try_fly(&self, tenant: &Arc<Tenant>, of: Use, bytes: u64) -> Option<InFlight> {
+        let mut in_flight = self.none_in_flight(tenant, of);
+        in_flight.charge(bytes).ok()?;
+        in_flight.share.grow(bytes).inspect_err(|_| in_flight.give(bytes)).ok()?;
+        Some(in_flight)
+    }
+
+    fn none_in_flight(&self, tenant: &Arc<Tenant>, of: Use) -> InFlight {
+        let most = if self.policy.is_file() { self.budget.limit_bytes() / 4 * 3 } else { u64::MAX };
+        let limit_bytes = self.rules(&tenant.id).bytes_in_flight.unwrap_or(most);
+        let (tenant, audit) = (Arc::clone(tenant), Arc::clone(&self.audit));
+        InFlight { tenant, limit_bytes, share: self.budget.share(of), audit }
     }
 
     /// Refuses a tenant that stores as much as it may.
@@ -586,9 +599,30 @@ impl Tenant {
     }
 }
 
+impl InFlight {
+    /// Takes more. One thing alone may be more than its tenant may have, but not more than there is.
+    pub(crate) fn grow(&mut self, bytes: u64) -> Result<(), Status> {
+        self.charge(bytes).map_err(|used| {
+            self.audit.record(&Event::over_quota(&self.tenant.id, "bytes_in_flight"));
+            over("bytes_in_flight", self.limit_bytes, used, 100)
+        })?;
+        self.share.grow(bytes).inspect_err(|_| self.give(bytes))
+    }
+
+    /// Of what the tenant may have. Without it: what is used.
+    fn charge(&self, bytes: u64) -> Result<(), u64> {
+        let room = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.limit_bytes || used == 0);
+        self.tenant.in_flight.fetch_update(Ordering::AcqRel, Ordering::Acquire, room).map(drop)
+    }
+
+    fn give(&self, bytes: u64) {
+        self.tenant.in_flight.fetch_sub(bytes, Ordering::AcqRel);
+    }
+}
+
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.tenant.in_flight.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.tenant.in_flight.fetch_sub(self.share.bytes(), Ordering::AcqRel);
     }
 }
 

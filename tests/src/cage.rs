@@ -1,14 +1,17 @@
 //! A group of processes with a limit of memory: past it the kernel kills.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A memory cgroup of its own, version 1 or 2. Gone when dropped.
 pub struct Cage(PathBuf);
 
 impl Cage {
-    /// `None`, with the reason on standard output, where this process may not make one.
+    /// A new one each time. `None`, with the reason on standard output, where this process may not make one.
     pub fn new(limit_bytes: u64) -> Option<Self> {
-        let name = format!("esker-test-{}", std::process::id());
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("esker-test-{}-{number}", std::process::id());
         let hierarchies =
             [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
         for (root, limit) in hierarchies {

@@ -95,18 +95,30 @@ impl Trace {
     /// Other fields are ignored. Times may not go back.
     pub fn read(path: &Path, mut progress: impl FnMut(u64)) -> Result<Self, TraceError> {
         let io = |error| TraceError::Io(path.to_owned(), error);
-        let odd = |line, reason| TraceError::Line { path: path.to_owned(), line, reason };
-        let mut file = File::open(path).map_err(io)?;
-        let mut magic = [0; 4];
-        let compressed = file.read_exact(&mut magic).is_ok() && magic == ZSTD_MAGIC;
-        file.seek(SeekFrom::Start(0)).map_err(io)?;
+        let file = File::open(path).map_err(io)?;
         let position = file.try_clone().map_err(io)?;
-        let mut lines: Box<dyn BufRead> = if compressed {
-            Box::new(BufReader::new(zstd::Decoder::new(file).map_err(io)?))
+        // The decoder's file and `position` share one offset.
+        let told = || (&position).stream_position().map(&mut progress).map_err(io);
+        Self::parse(file, path, TraceBuilder::default(), told)
+    }
+
+    /// The same of what need not be a file; `read_some` is called now and then.
+    fn parse(
+        mut source: impl Read + Seek,
+        path: &Path,
+        mut builder: TraceBuilder,
+        mut read_some: impl FnMut() -> Result<(), TraceError>,
+    ) -> Result<Self, TraceError> {
+        let io = |error| TraceError::Io(path.to_owned(), error);
+        let odd = |line, reason| TraceError::Line { path: path.to_owned(), line, reason };
+        let mut magic = [0; 4];
+        let compressed = source.read_exact(&mut magic).is_ok() && magic == ZSTD_MAGIC;
+        source.seek(SeekFrom::Start(0)).map_err(io)?;
+        let mut lines: Box<dyn BufRead + '_> = if compressed {
+            Box::new(BufReader::new(zstd::Decoder::new(source).map_err(io)?))
         } else {
-            Box::new(BufReader::new(file))
+            Box::new(BufReader::new(source))
         };
-        let mut builder = TraceBuilder::default();
         let mut text = String::new();
         for line in 1.. {
             text.clear();
@@ -124,8 +136,7 @@ impl Trace {
             let parsed = Line::parse(&text).and_then(|line| builder.push_line(&line));
             parsed.map_err(|reason| odd(line, reason))?;
             if line % 256 == 0 {
-                // The decoder's file and `position` share one offset.
-                progress((&position).stream_position().map_err(io)?);
+                read_some()?;
             }
         }
         builder.finish().ok_or_else(|| TraceError::Empty(path.to_owned()))
@@ -186,15 +197,47 @@ impl Trace {
     }
 }
 
+/// For fuzzing: a trace, of few blocks. Whether it is one; then every path leads to its beginning.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let builder = TraceBuilder { blocks_max: 1 << 12, ..TraceBuilder::default() };
+    let parsed = Trace::parse(std::io::Cursor::new(bytes), Path::new("trace"), builder, || Ok(()));
+    let Ok(trace) = parsed else { return false };
+    assert!(!trace.requests.is_empty() && trace.requests.is_sorted_by_key(|request| request.second));
+    let mut path = Vec::new();
+    for request in &trace.requests {
+        trace.path(request, &mut path);
+        assert_eq!(path.len(), request.blocks as usize);
+        assert!(path.is_sorted_by(|before, block| trace.parent(*block) == Some(*before)));
+        assert!(path.first().is_none_or(|first| trace.parent(*first).is_none()), "a path without beginning");
+    }
+    true
+}
+
 /// Collects requests into a [`Trace`].
-#[derive(Default)]
 pub(super) struct TraceBuilder {
+    /// Most distinct blocks.
+    blocks_max: usize,
     block_tokens: Option<u32>,
     first_ms: Option<u64>,
     last_second: u32,
     requests: Vec<Request>,
     parents: Vec<u32>,
     numbers: HashMap<(u32, u64), u32, BuildHasherDefault<MixHasher>>,
+}
+
+impl Default for TraceBuilder {
+    fn default() -> Self {
+        Self {
+            blocks_max: BLOCKS_MAX,
+            block_tokens: None,
+            first_ms: None,
+            last_second: 0,
+            requests: Vec::new(),
+            parents: Vec::new(),
+            numbers: HashMap::default(),
+        }
+    }
 }
 
 impl TraceBuilder {
@@ -231,8 +274,8 @@ impl TraceBuilder {
                 self.parents.push(leaf);
                 u32::try_from(next).expect("bounded below")
             });
-            if next >= BLOCKS_MAX {
-                return Err(format!("more than {BLOCKS_MAX} distinct blocks"));
+            if next >= self.blocks_max {
+                return Err(format!("more than {} distinct blocks", self.blocks_max));
             }
             leaf = number;
         }

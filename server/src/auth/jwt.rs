@@ -70,22 +70,27 @@ impl Tokens {
         rules.leeway = SKEW_S;
         let claims =
             decode::<Claims>(token, &key.key, &rules).map_err(|error| refused(&error.to_string()))?.claims;
-        if claims.exp.saturating_sub(claims.iat) > MAX_LIFE_S {
-            return Err(refused("it lives longer than an hour"));
-        }
-        if claims.iat > jsonwebtoken::get_current_timestamp() + SKEW_S {
-            return Err(refused("it was issued in the future"));
-        }
-        let tenant = TenantId(claims.tenant);
-        if !policy.tenants.contains_key(&tenant) {
-            return Err(refused("its tenant is not in this node's policy"));
-        }
-        // What it puts can be taken back by this name.
-        if !is_account(&claims.sub) {
-            return Err(refused("its `sub` is empty, too long, or has control characters"));
-        }
-        Ok(Principal { tenant, name: claims.sub, roles: claims.roles.into_iter().collect() })
+        established(claims, policy, jsonwebtoken::get_current_timestamp()).map_err(refused)
     }
+}
+
+/// Who a token whose signature, audience and end were right says that its bearer is.
+fn established(claims: Claims, policy: &Policy, now_s: u64) -> Result<Principal, &'static str> {
+    if claims.exp.saturating_sub(claims.iat) > MAX_LIFE_S {
+        return Err("it lives longer than an hour");
+    }
+    if claims.iat > now_s.saturating_add(SKEW_S) {
+        return Err("it was issued in the future");
+    }
+    let tenant = TenantId(claims.tenant);
+    if !policy.tenants.contains_key(&tenant) {
+        return Err("its tenant is not in this node's policy");
+    }
+    // What it puts can be taken back by this name.
+    if !is_account(&claims.sub) {
+        return Err("its `sub` is empty, too long, or has control characters");
+    }
+    Ok(Principal { tenant, name: claims.sub, roles: claims.roles.into_iter().collect() })
 }
 
 fn read_keys(path: &Path) -> anyhow::Result<Vec<Key>> {
@@ -121,4 +126,35 @@ pub(crate) fn hear(bytes: &[u8]) -> bool {
     let keys = keys.unwrap_or_default();
     assert!(keys.iter().all(|key| matches!(key.algorithm, Algorithm::EdDSA | Algorithm::ES256)));
     !keys.is_empty()
+}
+
+/// For fuzzing: a bearer token as it came, or the claims of one whose signature was right. Whether its claims establish somebody, or it
+/// names a key that is known: nobody can sign with that here.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear_token(bytes: &[u8]) -> bool {
+    use std::sync::LazyLock;
+    /// The public half of the key in RFC 8037, appendix A.
+    const KEYS: &str = r#"{"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "k",
+        "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#;
+    const NOW_S: u64 = 1_795_003_200;
+    static KNOWN: LazyLock<(Tokens, Policy)> = LazyLock::new(|| {
+        let keys = parse_keys(KEYS, Path::new("jwks.json")).unwrap_or_default();
+        assert_eq!(keys.len(), 1);
+        let jwt = crate::policy::JwtPolicy { jwks: "jwks.json".into(), audience: "esker".into() };
+        let policy = Policy { jwt: Some(jwt), ..Policy::open() };
+        (Tokens { keys: Some(Watched::fixed(keys)) }, policy)
+    });
+    let (tokens, policy) = &*KNOWN;
+    let mut names_key = false;
+    if let Ok(header) = HeaderValue::from_bytes(bytes) {
+        assert!(tokens.principal(&header, policy).is_err(), "a signature without its key");
+        let token = header.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
+        names_key = token.and_then(|token| decode_header(token).ok()?.kid).is_some_and(|kid| kid == "k");
+    }
+    let claims = serde_json::from_slice::<Claims>(bytes).ok();
+    let known = claims.and_then(|claims| established(claims, policy, NOW_S).ok());
+    if let Some(Principal { tenant, name, .. }) = &known {
+        assert!(policy.tenants.contains_key(tenant) && is_account(name));
+    }
+    names_key || known.is_some()
 }

@@ -12,6 +12,7 @@ use esker_decoder::KvFormat;
 use esker_store::io::IoEngine;
 use esker_store::{OpenReport, StoreSettings};
 
+use crate::budget::LEAST_BYTES;
 use crate::events::publisher::PublisherSettings;
 use crate::generate::Guessing;
 use crate::ledger::LedgerSettings;
@@ -85,6 +86,10 @@ pub struct Args {
     /// twentieths of what is free]
     #[arg(long, value_name = "SIZE")]
     capacity: Option<ByteSize>,
+    /// Memory for what is on its way, such as 4GiB: fetches, puts and the bodies of requests; what does not fit is refused. At least
+    /// 256MiB [default: a half of the memory of this machine, or of its control group]
+    #[arg(long, value_name = "SIZE")]
+    in_flight: Option<ByteSize>,
     /// Space that leases may hold together, such as 100GiB [default: no limit of its own]
     #[arg(long, value_name = "SIZE")]
     leased: Option<ByteSize>,
@@ -208,6 +213,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         events: args.kv_events.map(|address| publisher(&args, address)).transpose()?,
     };
     anyhow::ensure!(args.ttl_s.len() == 4, "--ttl-s takes four numbers of seconds, got {}", args.ttl_s.len());
+    let in_flight = args.in_flight.unwrap_or(ByteSize(LEAST_BYTES));
+    anyhow::ensure!(
+        in_flight.as_u64() >= LEAST_BYTES,
+        "--in-flight {in_flight}: with less than {} the longest objects could not be put",
+        ByteSize(LEAST_BYTES)
+    );
     // Before anything is made or loaded.
     listen.check(args.policy.is_some())?;
     let format = match args.kv {
@@ -265,6 +276,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             policy: args.policy.clone(),
             warmup_share: args.warmup_share,
             root_key: args.root_key.clone(),
+            in_flight_bytes: args.in_flight.map(|size| size.as_u64()),
         },
         model,
     )?;

@@ -22,7 +22,7 @@ const MUTATIONS: usize = 8_000;
 
 type Target = fn(&[u8]) -> bool;
 
-const TARGETS: [(&str, Target); 16] = [
+const TARGETS: [(&str, Target); 17] = [
     ("zmtp", zmtp),
     ("ledger_frame", ledger_frame),
     ("ledger_head", ledger_head),
@@ -35,6 +35,7 @@ const TARGETS: [(&str, Target); 16] = [
     ("policy", policy),
     ("prices", prices),
     ("key_set", key_set),
+    ("bearer_token", bearer_token),
     ("certificate", certificate),
     ("warmup_prompts", warmup_prompts),
     ("warmup_job", warmup_job),
@@ -86,6 +87,14 @@ fn what_is_kept_of_each_target_can_be_damaged_at_will() {
     }
 }
 
+/// A kind of request that is never accepted would be fuzzed no further than to its first check.
+#[test]
+fn every_kind_of_request_has_sound_ones_in_the_corpus() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/request");
+    let kinds: BTreeSet<u8> = kept(&corpus).into_iter().map(|(_, bytes)| bytes[0]).collect();
+    assert_eq!(kinds, (0..KINDS).collect());
+}
+
 /// A decoder without a target, or a target that nothing feeds, would go unnoticed.
 #[test]
 fn every_target_is_built_and_has_a_corpus() {
@@ -123,6 +132,18 @@ fn write(corpus: &Path) {
         std::fs::create_dir_all(corpus.join(target)).unwrap();
         std::fs::write(corpus.join(target).join(name), bytes).unwrap();
     };
+    write_requests(&|kind, name, bytes| save("request", name, &[&[kind], bytes].concat()));
+    let claims = json!({
+        "sub": "engine", "exp": 1_795_006_000, "iat": 1_795_003_190, "tenant": "default", "aud": "esker",
+        "roles": ["reader", "billing-reader"]
+    });
+    save("bearer_token", "claims", claims.to_string().as_bytes());
+    // {"alg":"EdDSA","kid":"k"}, {"sub":"engine"}, and no signature.
+    save(
+        "bearer_token",
+        "unsigned",
+        b"Bearer eyJhbGciOiJFZERTQSIsImtpZCI6ImsifQ.eyJzdWIiOiJlbmdpbmUifQ.AAAA",
+    );
     let head = |sequence| Head {
         sequence,
         segment: 1,
@@ -231,4 +252,101 @@ fn write(corpus: &Path) {
         let len = u16::try_from(config.len()).unwrap().to_le_bytes();
         save("chat_template", name, &[&len, config.as_bytes(), body.to_string().as_bytes()].concat());
     }
+}
+
+/// Requests that are taken, of the kinds behind those that are written by hand.
+fn write_requests(save: &dyn Fn(u8, &str, &[u8])) {
+    let namespace = bytes::Bytes::from(vec![0x11; 32]);
+    let write_tokens = Some(v1::WriteTokens { ttl_24h: 128, ..Default::default() });
+    let settled = v1::SettleRequest {
+        request_id: "request-1".into(),
+        prompt_tokens: 1000,
+        computed_tokens: 1000,
+        namespace: namespace.clone(),
+        write_tokens,
+        ..Default::default()
+    };
+    let granted = v1::SettleRequest {
+        grant: vec![9; 16].into(),
+        namespace: bytes::Bytes::new(),
+        used_hit_tokens: 512,
+        computed_tokens: 488,
+        prompt_tokens: 0,
+        model: "m".into(),
+        ..settled.clone()
+    };
+    save(3, "settle", &settled.encode_to_vec());
+    save(3, "settle-grant", &granted.encode_to_vec());
+
+    let put = |at: u32, prefix: v1::PutPrefix| {
+        let step = Some(v1::put_request::Step::Prefix(prefix));
+        [&at.to_le_bytes()[..], &v1::PutRequest { step }.encode_to_vec()].concat()
+    };
+    let tokens =
+        v1::PutPrefix { namespace: namespace.clone(), tokens: (1..20).collect(), ..Default::default() };
+    let engine_hashes = vec![bytes::Bytes::from_static(b"one"), bytes::Bytes::from_static(b"two")];
+    let engine = v1::PutPrefix { tokens: Vec::new(), engine_hashes, unchained: true, ..tokens.clone() };
+    save(4, "put-block", &put(8, tokens.clone()));
+    save(4, "put-tail", &put(18, tokens));
+    save(4, "put-engine", &put(8, engine));
+
+    let fetch = v1::FetchRequest { grant: vec![9; 16].into(), tokens: 8, ..Default::default() };
+    let groups = vec!["window".into(), "latent".into()];
+    let some = v1::FetchRequest { groups, first_layer: 1, end_layer: 2, blocks: vec![0, 1], ..fetch.clone() };
+    save(5, "fetch", &fetch.encode_to_vec());
+    save(5, "fetch-some", &some.encode_to_vec());
+
+    let opened = v1::OpenSessionRequest {
+        session: "chat".into(),
+        namespace: namespace.clone(),
+        tokens: vec![1, 2, 300],
+        keep_s: 3600,
+        user: "ann".into(),
+    };
+    let extended = v1::ExtendSessionRequest { session: "chat".into(), tokens: vec![1, 2, 300], keep_s: 0 };
+    save(6, "session-open", &opened.encode_to_vec());
+    save(6, "session-extend", &extended.encode_to_vec());
+
+    let prompt = |prompt| v1::WarmupPrompt { prompt: Some(prompt) };
+    let job = v1::SubmitWarmupRequest {
+        job: "night".into(),
+        namespace,
+        prompts: vec![
+            prompt(v1::warmup_prompt::Prompt::Text("Once".into())),
+            prompt(v1::warmup_prompt::Prompt::Tokens(v1::WarmupTokens { ids: vec![7, 4000] })),
+        ],
+        max_tokens: 5000,
+        priority: 2,
+        ..Default::default()
+    };
+    save(7, "warmup", &job.encode_to_vec());
+
+    let query = v1::QueryUsageRequest {
+        start_unix_s: 3601,
+        end_unix_s: 90_001,
+        namespace: "11".into(),
+        group_by: vec![v1::UsageGroup::Tenant.into(), v1::UsageGroup::Day.into()],
+        ..Default::default()
+    };
+    let export = v1::ExportUsageRequest {
+        consumer: "books".into(),
+        cursor: ledger::Position::start("fleet").to_cursor(),
+        limit: 10,
+        follow: true,
+        ..Default::default()
+    };
+    save(8, "usage-query", &query.encode_to_vec());
+    save(8, "usage-export", &export.encode_to_vec());
+
+    let generate = v1::GenerateRequest {
+        prompt: Some(v1::generate_request::Prompt::Text("Once".into())),
+        max_new_tokens: 5,
+        temperature: 0.5,
+        top_p: 0.5,
+        seed: 7,
+        stop: vec!["\n".into()],
+        ..Default::default()
+    };
+    save(9, "generate", &generate.encode_to_vec());
+    save(10, "timeout", b"250m");
 }

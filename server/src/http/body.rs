@@ -1,17 +1,15 @@
-//! Bodies of requests: JSON, bounded in size and in the time that they may take.
+//! Bodies of requests: JSON, bounded in size; the guard has bounded the time and the memory that they take.
 
-use std::time::Duration;
+use std::error::Error;
 
 use axum::RequestExt;
 use axum::body::Bytes;
 use axum::extract::Request;
 use axum::http::header;
 use serde::de::DeserializeOwned;
+use tonic::{Code, Status};
 
 use super::failure::Failure;
-
-/// A body that takes longer than this to arrive is not waited for.
-const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reads and understands a body. The error names the field that is wrong.
 pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<T, Failure> {
@@ -21,10 +19,19 @@ pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<T, Fai
     if !kind.is_some_and(is_json) {
         return Err(Failure::invalid("the body must be JSON, with `content-type: application/json`"));
     }
-    let body = tokio::time::timeout(TIMEOUT, request.extract::<Bytes, _>()).await;
-    let body = body.map_err(|_| Failure::late("the body did not arrive in time"))?;
-    let body = body.map_err(|refused| Failure::unread(refused.status(), refused.body_text()))?;
+    let body = request.extract::<Bytes, _>().await;
+    let body = body.map_err(|refused| match of_arrival(&refused) {
+        Some(status) if status.code() == Code::DeadlineExceeded => Failure::late(status.message()),
+        Some(status) => status.clone().into(),
+        None => Failure::unread(refused.status(), refused.body_text()),
+    })?;
     parse(&body)
+}
+
+/// Why the guard ended a body, if it did.
+fn of_arrival<'a>(refused: &'a (dyn Error + 'static)) -> Option<&'a Status> {
+    let mut causes = std::iter::successors(Some(refused), |&cause| cause.source());
+    causes.find_map(|cause| cause.downcast_ref())
 }
 
 /// Understands a body.

@@ -8,6 +8,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, Uri, header};
 use axum::middleware::Next;
@@ -17,8 +18,10 @@ use tonic::transport::CertificateDer;
 
 use super::failure::Failure;
 use crate::access::Rule;
-use crate::audit::{Audit, Event};
+use crate::arrival::{Arrival, Kind};
+use crate::audit::Event;
 use crate::auth::Authenticator;
+use crate::node::Node;
 use crate::principal::Principal;
 
 /// The certificates that the peer of a connection showed.
@@ -33,13 +36,13 @@ pub(super) struct PeerAddress(pub(super) IpAddr);
 #[derive(Clone)]
 pub(super) struct Guard {
     authenticator: Arc<Authenticator>,
-    audit: Arc<Audit>,
+    node: Arc<Node>,
     rule: Rule,
 }
 
 impl Guard {
-    pub(super) fn new(authenticator: Arc<Authenticator>, audit: Arc<Audit>, rule: Rule) -> Self {
-        Self { authenticator, audit, rule }
+    pub(super) fn new(authenticator: Arc<Authenticator>, node: Arc<Node>, rule: Rule) -> Self {
+        Self { authenticator, node, rule }
     }
 
     fn principal(&self, request: &Request) -> Result<Principal, Status> {
@@ -57,7 +60,7 @@ impl Guard {
     }
 }
 
-/// The middleware.
+/// The middleware, which also bounds what the request's body takes.
 pub(super) async fn check(State(guard): State<Guard>, mut request: Request, next: Next) -> Response {
     let refuse = |failure: Failure, uri: &Uri| failure.at(uri).into_response();
     if let Err(failure) = of_this_site(request.headers(), !guard.authenticator.asks()) {
@@ -78,13 +81,16 @@ pub(super) async fn check(State(guard): State<Guard>, mut request: Request, next
             && !principal.roles.has_any(roles)
         {
             let path = request.uri().path();
-            guard.audit.record(&Event::denied(&principal, path));
+            guard.node.audit.record(&Event::denied(&principal, path));
             let missing = crate::access::needs(path, roles);
             return refuse(Failure::forbidden(missing), request.uri());
         }
         request.extensions_mut().insert(principal);
     }
-    next.run(request).await
+    let arrival = Arrival::new(&guard.node, request.extensions().get(), Kind::Whole);
+    let answer = next.run(request.map(|body| Body::new(arrival.watch(body)))).await;
+    drop(arrival);
+    answer
 }
 
 /// Refuses what a page of another origin sends, and, where nobody is asked who they are, what names this node by a name that

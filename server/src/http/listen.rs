@@ -35,6 +35,8 @@ use crate::serve::TlsFiles;
 const MAX_CONNECTIONS: usize = 1024;
 /// A peer that has not finished its handshake, or the head of its request, by then is let go.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// What a connection reads ahead at most, and the longest head of a request.
+const BUFFER_BYTES: usize = 64 << 10;
 /// After a failed accept, such as one for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -134,6 +136,7 @@ async fn requests(
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
+        .max_buf_size(BUFFER_BYTES)
         .header_read_timeout(HEAD_TIMEOUT)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);

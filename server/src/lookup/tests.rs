@@ -294,7 +294,10 @@ impl Round {
         let (scopes, sight) = (vec![self.key.clone()], Place::unshared(self.key.clone()).sight);
         let question = Question { namespace, layout, names, prompt_tokens, scopes, sight };
         let (answer, _pins) = question.answer(&self.store, true);
-        let reply = answer.reply(&Staging::default().of(&crate::principal::TenantId("a".into())), false);
+        let reply = answer.reply(
+            &Staging::new(&crate::budget::Budget::new(1 << 30)).of(&crate::principal::TenantId("a".into())),
+            false,
+        );
 
         let known = if by_hashes { prompt.len() / BLOCK_TOKENS * BLOCK_TOKENS } else { 0 };
         let points = self.model.resumable(&self.layout, prompt, known);

@@ -26,6 +26,8 @@ pub(super) struct Snapshot {
     write_behind_bytes: u64,
     audit_left_out: u64,
     replay_shut_out: u64,
+    in_flight: [Value; 4],
+    in_flight_limit: u64,
     ledger: Ledger,
 }
 
@@ -81,6 +83,8 @@ impl Snapshot {
                 .map_or(0, |engine| engine.write_behind.waiting_bytes() as u64),
             audit_left_out: node.audit.left_out(),
             replay_shut_out: node.replay.is_shut_out().into(),
+            in_flight: node.budget.used_by(),
+            in_flight_limit: node.budget.limit_bytes(),
             ledger: Ledger::take(node),
         }
     }
@@ -221,6 +225,13 @@ impl Collector for Snapshot {
             ("commit", store.putting_bytes),
             ("write_behind", self.write_behind_bytes),
         ])?;
+        page.gauges(
+            "in_flight_bytes",
+            "Bytes of memory taken for what is on its way, by use: for fetches, puts, what was put and waits for the rest, bodies of requests",
+            "use",
+            &self.in_flight,
+        )?;
+        page.gauge("in_flight_limit_bytes", "Of all of these together", self.in_flight_limit)?;
         page.gauge("io_in_flight", "Operations that the drive has not answered yet", store.io_in_flight)?;
         page.gauge(
             "live_requests",

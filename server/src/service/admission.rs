@@ -23,8 +23,6 @@ const OPEN: usize = 256;
 const PATIENCE: Duration = Duration::from_millis(500);
 /// When one that was refused should come again, at the soonest.
 const RETRY_AFTER_MS: u64 = 100;
-/// Memory of all puts together. Each takes what it can come to need when it begins, so that none waits for another half-way.
-pub(super) const PUT_MEMORY_BYTES: u64 = 160 << 20;
 
 /// What all services of a node share.
 #[derive(Clone)]
@@ -32,17 +30,14 @@ pub(crate) struct Admission {
     open: Arc<Semaphore>,
     fetches: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
-    pub(super) put_memory: Arc<Semaphore>,
 }
 
 impl Admission {
     pub(crate) fn new() -> Self {
-        let put_kib = usize::try_from(PUT_MEMORY_BYTES >> 10).unwrap_or(usize::MAX);
         Self {
             open: Arc::new(Semaphore::new(OPEN)),
             fetches: Arc::new(Semaphore::new(FETCHES)),
             waiting: Arc::new(Semaphore::new(WAITING)),
-            put_memory: Arc::new(Semaphore::new(put_kib)),
         }
     }
 

@@ -17,6 +17,7 @@ use super::fetch::{Chunks, Fetching, Replies, unknown_grant};
 use super::put::{Answers, Chunked, Put, next_step};
 use super::settle::settle;
 use super::status::{from_join, from_ledger, from_register, from_wire};
+use crate::budget::Use;
 use crate::grant::{GRANT_TTL, Granted};
 use crate::lookup::Question;
 use crate::node::Node;
@@ -136,7 +137,8 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
         let turn = self.admission.fetch(deadline).await?;
         let fetching = Fetching::plan(&self.node, &principal.tenant, request.get_ref(), deadline)?;
         let tenant = self.node.tenants.of(&principal);
-        let in_flight = self.node.tenants.fly(&tenant, fetching.bytes().min(FETCH_HOLDS_BYTES))?;
+        let in_flight =
+            self.node.tenants.fly(&tenant, Use::Fetch, fetching.bytes().min(FETCH_HOLDS_BYTES))?;
         let node = self.node.clone();
         let (sender, receiver) = mpsc::channel(FETCH_BUFFER_CHUNKS);
         let busy = node.live.enter();
@@ -160,8 +162,8 @@ impl v1::prefix_cache_server::PrefixCache for CacheService {
             Some(put_request::Step::Prefix(prefix)) => prefix,
             _ => return Err(Status::invalid_argument("the first message of a put must be `prefix`")),
         };
-        let (node, admission) = (self.node.clone(), self.admission.clone());
-        let put = blocking(move || Put::open(&node, &admission, &principal, prefix)).await?;
+        let node = self.node.clone();
+        let put = blocking(move || Put::open(&node, &principal, prefix)).await?;
         let (sender, receiver) = mpsc::channel(PUT_REPLIES);
         let busy = self.node.live.enter();
         tokio::spawn(async move {

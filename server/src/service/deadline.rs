@@ -28,6 +28,14 @@ fn timeout(text: &str) -> Option<Duration> {
     })
 }
 
+/// For fuzzing: the header. Whether it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    let timeout = std::str::from_utf8(bytes).ok().and_then(timeout);
+    assert!(timeout.is_none_or(|timeout| timeout.as_secs() < 100_000_000 * 3600));
+    timeout.is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

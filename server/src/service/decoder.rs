@@ -58,11 +58,11 @@ impl DecoderService {
         engine(&self.node)
     }
 
-    fn job(&self, principal: &Principal, request: v1::GenerateRequest) -> Result<Job, Status> {
+    fn job(&self, principal: &Principal, mut request: v1::GenerateRequest) -> Result<Job, Status> {
         let engine = self.engine()?;
         let class = ttl_class(request.ttl());
         let (place, stores) = self.place(principal, &request.user)?;
-        let prompt = match request.prompt.ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
+        let prompt = match request.prompt.take().ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
             generate_request::Prompt::Tokens(tokens) => check_tokens(tokens.ids).map_err(from_wire)?,
             generate_request::Prompt::Text(text) => tokenize(engine, &text)?,
         };
@@ -73,17 +73,9 @@ impl DecoderService {
                 prompt.len()
             )));
         }
-        let unusable = |stop: &String| stop.is_empty() || stop.len() > MAX_STOP_BYTES;
-        if request.stop.len() > MAX_STOPS || request.stop.iter().any(unusable) {
-            return Err(Status::invalid_argument(format!(
-                "`stop` may have {MAX_STOPS} sequences of 1 to {MAX_STOP_BYTES} bytes"
-            )));
-        }
+        let sampler = sampler(&request)?;
         let wanted = if request.max_new_tokens == 0 { DEFAULT_NEW_TOKENS } else { request.max_new_tokens };
         let max_new_tokens = (wanted as usize).min(context - prompt.len());
-        let top_p = if request.top_p == 0.0 { 1.0 } else { request.top_p };
-        let sampler = Sampler::seeded(request.temperature, top_p, request.seed)
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
         Ok(Job {
             prompt,
             max_new_tokens,
@@ -118,6 +110,35 @@ impl DecoderService {
             }
         }
         Ok((tenants.own_place(principal, user)?, false))
+    }
+}
+
+/// How tokens are picked, and that the stop sequences are some.
+fn sampler(request: &v1::GenerateRequest) -> Result<Sampler, Status> {
+    let unusable = |stop: &String| stop.is_empty() || stop.len() > MAX_STOP_BYTES;
+    if request.stop.len() > MAX_STOPS || request.stop.iter().any(unusable) {
+        return Err(Status::invalid_argument(format!(
+            "`stop` may have {MAX_STOPS} sequences of 1 to {MAX_STOP_BYTES} bytes"
+        )));
+    }
+    let top_p = if request.top_p == 0.0 { 1.0 } else { request.top_p };
+    Sampler::seeded(request.temperature, top_p, request.seed)
+        .map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+/// For fuzzing: a request for a generation. Whether it has a prompt that may be one, and a way to pick tokens; then one is picked.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use prost::Message;
+    let Ok(request) = v1::GenerateRequest::decode(bytes) else { return false };
+    let _ = ttl_class(request.ttl());
+    let Ok(mut sampler) = sampler(&request) else { return false };
+    let logits = [0.5, -1.0e30, 3.0, 3.0, -0.0];
+    assert!((sampler.next(&logits).0 as usize) < logits.len());
+    match request.prompt {
+        Some(generate_request::Prompt::Tokens(tokens)) => check_tokens(tokens.ids).is_ok(),
+        Some(generate_request::Prompt::Text(text)) => text.len() <= MAX_TEXT_BYTES,
+        None => false,
     }
 }
 

@@ -255,3 +255,22 @@ fn plane_selection(layout: &KvLayout, request: &v1::FetchRequest) -> Result<Plan
     });
     Ok(PlaneSelection::Layers(layers.collect()))
 }
+
+/// For fuzzing: a request to fetch. Whether it selects something of the layout; then only what is in it.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(layout: &KvLayout, bytes: &[u8]) -> bool {
+    use prost::Message;
+    let Ok(request) = v1::FetchRequest::decode(bytes) else { return false };
+    let _ = request.order();
+    match plane_selection(layout, &request) {
+        Ok(PlaneSelection::All) => true,
+        Ok(PlaneSelection::Layers(layers)) => {
+            for (group, layers) in &layers {
+                let group = &layout.groups()[usize::from(*group)];
+                assert!(!layers.is_empty() && usize::from(layers.end) <= group.layers.len());
+            }
+            !layers.is_empty()
+        }
+        Err(_) => false,
+    }
+}

@@ -20,6 +20,7 @@ use super::deadline::deadline_of;
 use super::fetch::{Delivery, Fetching, Replies};
 use super::put::{Answers, Next, Put, Source, next_message};
 use super::status::{from_ledger, from_wire};
+use crate::budget::Use;
 use crate::local::{Arena, Call, FetchSlot, SlotError};
 use crate::node::Node;
 use crate::principal::principal_of;
@@ -71,7 +72,8 @@ impl v1::local_server::Local for LocalService {
         let turn = self.admission.fetch(deadline).await?;
         let fetching = Fetching::plan(&self.node, &principal.tenant, &fetch, deadline)?;
         let tenant = self.node.tenants.of(&principal);
-        let in_flight = self.node.tenants.fly(&tenant, fetching.bytes().min(FETCH_HOLDS_BYTES))?;
+        let in_flight =
+            self.node.tenants.fly(&tenant, Use::Fetch, fetching.bytes().min(FETCH_HOLDS_BYTES))?;
         let node = self.node.clone();
         let (sender, receiver) = mpsc::channel(FETCH_REPLIES);
         let caller =
@@ -116,8 +118,8 @@ impl v1::local_server::Local for LocalService {
             ));
         };
         let arena = self.node.arenas.get(&arena, &principal.tenant)?;
-        let (node, admission) = (self.node.clone(), self.admission.clone());
-        let put = blocking(move || Put::open(&node, &admission, &principal, prefix)).await?;
+        let node = self.node.clone();
+        let put = blocking(move || Put::open(&node, &principal, prefix)).await?;
         let (sender, receiver) = mpsc::channel(PUT_REPLIES);
         let replies = sender.downgrade();
         let objects = Objects {

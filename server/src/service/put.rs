@@ -1,33 +1,33 @@
 //! `Put`: objects of one prefix, stored in batches.
 
+mod names;
+
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use esker_prefix::{
-    BlockHash, BlockObject, Chain, KvLayout, NamespaceId, ObjectId, ObjectKind, StateObject, TokenId, rekey,
-};
+use esker_prefix::{BlockObject, KvLayout, NamespaceId, ObjectId, ObjectKind, StateObject};
 use esker_proto::v1::{self, put_request};
-use esker_proto::{
-    Assembled, PlaneAssembler, PlaneReader, PrefixNames, WholePlane, check_namespace_id, check_prefix,
-};
+use esker_proto::{Assembled, PlaneAssembler, PlaneReader, WholePlane, check_namespace_id, check_prefix};
 use esker_store::{PutObject, PutOutcome, StoreError, TtlClass};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinError, JoinHandle};
 use tonic::{Status, Streaming};
 
-use super::admission::{Admission, PUT_MEMORY_BYTES};
 use super::cache::layout;
 use super::status::{from_gate, from_join, from_store, from_wire};
 use crate::audit::Event;
 use crate::author::Author;
+use crate::budget::Use;
 use crate::gate::Refused;
 use crate::namespaces::MAX_OBJECT_BYTES;
 use crate::node::Node;
 use crate::principal::Principal;
-use crate::staging::WAIT;
+use crate::staging::{Bound, Full, WAIT};
 use crate::tenants::{InFlight, Tenant, full};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use names::hear;
+use names::{Name, Prefix};
 
 /// A client that sends nothing, or takes no results, for this long is let go.
 const IDLE_PROGRESS: Duration = Duration::from_secs(30);
@@ -55,34 +55,23 @@ impl Numbered {
 /// What became of a batch: `None` for an object that waits in its turn.
 type Stored = Result<Vec<Result<Option<PutOutcome>, StoreError>>, Refused>;
 
-/// What the caller named the prefix by: one of the two.
-#[derive(Default)]
-struct Named {
-    tokens: Vec<TokenId>,
-    engine_hashes: Vec<Bytes>,
-}
-
 /// One put stream.
 pub(super) struct Put {
     node: Arc<Node>,
     namespace: NamespaceId,
     author: Arc<Author>,
     layout: Arc<KvLayout>,
+    prefix: Prefix,
     class: TtlClass,
     /// Answer as soon as an object is handed over.
     buffered: bool,
     /// Planes come in any order, and not all of them in this put.
     in_parts: bool,
-    /// Whether each block continues the one before it; if so, what comes before the first.
-    genesis: Option<BlockHash>,
-    hashes: Vec<BlockHash>,
-    named: Named,
     tenant: Arc<Tenant>,
     /// Raw bytes that may be on their way to the drive at a time; beside them the next batch is gathered.
     committing_bytes: usize,
     /// Raw bytes of the longest object on the block grid: what the put began with has room for such.
     object_bytes: u64,
-    memory: Arc<Semaphore>,
     held: Arc<Held>,
     /// Of the object that was named last.
     last_name: Mutex<Option<(ObjectKind, u64, Name)>>,
@@ -92,32 +81,16 @@ pub(super) struct Put {
 
 /// What a put may use, until its last batch is stored: also if the client has left by then.
 struct Held {
-    _permit: OwnedSemaphorePermit,
     _in_flight: InFlight,
     /// For states off the block grid, once one has come.
-    more: OnceLock<(OwnedSemaphorePermit, InFlight)>,
-}
-
-/// A part of the memory that all puts have together.
-fn take_memory(memory: &Arc<Semaphore>, bytes: u64) -> Result<OwnedSemaphorePermit, Status> {
-    let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
-    let taken = |_| full("put memory", PUT_MEMORY_BYTES, 200);
-    Arc::clone(memory).try_acquire_many_owned(kib).map_err(taken)
-}
-
-/// What an object is called, and how long the prefix is that it completes, as it is stored.
-#[derive(Clone, Copy)]
-struct Name {
-    parent: BlockHash,
-    hash: BlockHash,
-    tokens: u64,
+    more: OnceLock<InFlight>,
 }
 
 impl Put {
-    /// Checks the first message and takes what the put may use.
+    /// Checks the first message and takes what the put may use: all that it can come to need, so that none waits for another
+    /// half-way.
     pub(super) fn open(
         node: &Arc<Node>,
-        admission: &Admission,
         principal: &Principal,
         prefix: v1::PutPrefix,
     ) -> Result<Self, Status> {
@@ -132,54 +105,34 @@ impl Put {
         let object = layout.object_bytes(ObjectKind::Block).max(state);
         let gathered = object.max(PUT_BATCH_BYTES as u64);
         let held = |ahead: u64| (gathered + ahead).max(2 * object);
-        let free = (admission.put_memory.available_permits() as u64) << 10;
-        let ample = Some(held(PUT_AMPLE_BYTES)).filter(|held| free - free.min(*held) >= PUT_MEMORY_BYTES / 2);
-        let ample = ample.and_then(|held| Some((held, node.tenants.try_fly(&tenant, held).ok()?)));
+        let (free, all) = node.budget.put_bytes();
+        let ample = Some(held(PUT_AMPLE_BYTES)).filter(|held| free.saturating_sub(*held) >= all / 2);
+        let ample = ample.and_then(|held| Some((held, node.tenants.try_fly(&tenant, Use::Put, held)?)));
+        let fly = |held| node.tenants.fly(&tenant, Use::Put, held);
         let (held, in_flight) = match ample {
             Some(ample) => ample,
-            None => (held(PUT_AHEAD_BYTES), node.tenants.fly(&tenant, held(PUT_AHEAD_BYTES))?),
+            None => (held(PUT_AHEAD_BYTES), fly(held(PUT_AHEAD_BYTES))?),
         };
         let committing_bytes = usize::try_from(held - gathered).unwrap_or(usize::MAX);
-        let permit = take_memory(&admission.put_memory, held)?;
         let place = node.tenants.writable(principal, &prefix.user, scope)?;
-        let key = &place.key;
         if scope != v1::Scope::Private && scope != v1::Scope::Unspecified {
             let what = format!("{scope:?} {namespace}");
             node.audit.record(&Event::new(principal, "publish", what, "ok"));
         }
-        let mut named = Named::default();
-        let (genesis, hashes) = match names {
-            PrefixNames::Tokens(tokens) => {
-                let (genesis, hashes) = Chain::hashes(key, namespace, layout.block_tokens(), &tokens);
-                named.tokens = tokens;
-                (Some(genesis), hashes)
-            }
-            PrefixNames::Engine { hashes, chained } => {
-                let genesis = chained.then(|| Chain::genesis(key, namespace, &[]).tip());
-                let rekeyed = hashes.iter().map(|hash| rekey(key, namespace, 0, hash)).collect();
-                named.engine_hashes = hashes;
-                (genesis, rekeyed)
-            }
-            PrefixNames::Hashes(..) => {
-                return Err(Status::invalid_argument("a put names its prefix by tokens or engine_hashes"));
-            }
-        };
+        let named = Prefix::new(&place.key, namespace, Arc::clone(&layout), names)?;
         Ok(Self {
             node: node.clone(),
             namespace,
             author: Arc::new(Author { principal: principal.clone(), place }),
             layout,
+            prefix: named,
             class: ttl_class(ttl),
             buffered: durability == v1::Durability::Buffered,
             in_parts: prefix.in_parts,
-            genesis,
-            hashes,
-            named,
             tenant,
             committing_bytes,
             object_bytes: object,
-            memory: Arc::clone(&admission.put_memory),
-            held: Arc::new(Held { _permit: permit, _in_flight: in_flight, more: OnceLock::new() }),
+            held: Arc::new(Held { _in_flight: in_flight, more: OnceLock::new() }),
             last_name: Mutex::default(),
             sent: Mutex::default(),
         })
@@ -282,8 +235,7 @@ impl Put {
             // One that is gathered, and one on its way to the drive.
             let most = self.layout.max_object_bytes().min(MAX_OBJECT_BYTES);
             let bytes = 2 * (most - self.object_bytes);
-            let more = (take_memory(&self.memory, bytes)?, self.node.tenants.fly(&self.tenant, bytes)?);
-            let _ = self.held.more.set(more);
+            let _ = self.held.more.set(self.node.tenants.fly(&self.tenant, Use::Put, bytes)?);
         }
         Ok(())
     }
@@ -308,12 +260,10 @@ impl Put {
         let tenant = self.tenant.id();
         let _inside = self.author.place.pass.enter().map_err(from_gate)?;
         let added = self.node.staging.add(tenant, id, planes, (plane, bytes), Instant::now());
-        let added = added.map_err(|no_room| {
-            let (limit, used) = (no_room.limit_bytes as u64, no_room.used_bytes as u64);
-            match no_room.of_tenant {
-                true => self.node.tenants.over(tenant, "staged_bytes", limit, used, 1_000),
-                false => full("staged bytes", limit, 1_000),
-            }
+        let added = added.map_err(|Full { bound, limit_bytes, used_bytes }| match bound {
+            Bound::Tenant => self.node.tenants.over(tenant, "staged_bytes", limit_bytes, used_bytes, 1_000),
+            Bound::Staged => full("staged bytes", limit_bytes, 1_000),
+            Bound::InFlight => full("memory in flight", limit_bytes, 1_000),
         })?;
         match added {
             Some(planes) => {
@@ -334,55 +284,11 @@ impl Put {
             // Of an object that comes in parts it is asked for each of them.
             Some((of, at, name)) if (of, at) == (kind, tokens) => Ok(name),
             _ => {
-                let name = self.new_name(kind, tokens)?;
+                let name = self.prefix.name(&self.author.place.key, kind, tokens)?;
                 *last = Some((kind, tokens, name));
                 Ok(name)
             }
         }
-    }
-
-    fn new_name(&self, kind: ObjectKind, tokens: u64) -> Result<Name, Status> {
-        let block_tokens = u64::from(self.layout.block_tokens());
-        let blocks = usize::try_from(tokens / block_tokens).unwrap_or(usize::MAX);
-        let before = |blocks: usize| match (self.genesis, blocks.checked_sub(1)) {
-            (Some(genesis), None) => Some(genesis),
-            (_, Some(last)) => self.hashes.get(last).copied(),
-            (None, None) => None,
-        };
-        let name = if tokens.is_multiple_of(block_tokens) {
-            let hash = before(blocks).filter(|_| blocks > 0);
-            // A block that stands for itself is the same in whatever company it is put: as long as one block.
-            hash.and_then(|hash| match self.genesis {
-                None => Some(Name { parent: hash, hash, tokens: block_tokens }),
-                Some(_) => Some(Name { parent: before(blocks - 1)?, hash, tokens }),
-            })
-        } else {
-            // Behind whole blocks only tokens name something.
-            let of_tokens = |parent| {
-                let (begin, end) =
-                    (blocks * usize::try_from(block_tokens).ok()?, usize::try_from(tokens).ok()?);
-                let tail = self.named.tokens.get(begin..end)?;
-                let hash = Chain::resume(&self.author.place.key, parent).push(tail);
-                Some(Name { parent, hash, tokens })
-            };
-            let may_end = kind == ObjectKind::State && self.layout.has_boundary(tokens);
-            before(blocks).filter(|_| may_end).and_then(of_tokens)
-        };
-        name.ok_or_else(|| {
-            let kind = if kind == ObjectKind::State { "state" } else { "block" };
-            let whole = self.hashes.len();
-            Status::invalid_argument(match self.named.tokens.len() {
-                0 => format!(
-                    "a {kind} at {tokens} tokens does not fit: the prefix of this put has {whole} whole blocks of \
-                     {block_tokens} tokens"
-                ),
-                all => format!(
-                    "a {kind} at {tokens} tokens does not fit: the prefix of this put has {all} tokens, {whole} whole \
-                     blocks of {block_tokens}; blocks end with one of them, states anywhere but inside what a coarse \
-                     group has together"
-                ),
-            })
-        })
     }
 
     fn object(&self, whole: Assembled) -> Result<Numbered, Status> {
@@ -410,11 +316,11 @@ impl Put {
     /// Tells those who follow what they will want to know of a block.
     fn note(&self, index: usize) {
         let block_tokens = self.layout.block_tokens();
-        let (events, hash) = (&self.node.events, self.hashes[index]);
-        match self.named.engine_hashes.get(index) {
+        let (events, hash) = (&self.node.events, self.prefix.hashes[index]);
+        match self.prefix.engine_hashes.get(index) {
             Some(engine_hash) => events.note_engine(hash, block_tokens, engine_hash.clone()),
             None => {
-                let tokens = self.named.tokens.chunks_exact(block_tokens as usize).nth(index);
+                let tokens = self.prefix.tokens.chunks_exact(block_tokens as usize).nth(index);
                 events.note(hash, tokens.unwrap_or_default().iter().map(|token| token.0).collect());
             }
         }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use esker_prefix::{NamespaceId, TokenId};
 use esker_proto::v1;
 use esker_proto::{check_name, check_namespace_id, check_tokens};
 use tonic::{Request, Response, Status};
@@ -34,15 +35,8 @@ impl v1::sessions_server::Sessions for SessionsService {
         request: Request<v1::OpenSessionRequest>,
     ) -> Result<Response<v1::Session>, Status> {
         let principal = principal_of(&request)?;
-        let request = request.into_inner();
-        check_name("session", &request.session).map_err(from_wire)?;
-        let namespace = check_namespace_id(&request.namespace).map_err(from_wire)?;
-        let tokens = check_tokens(request.tokens).map_err(from_wire)?;
-        if request.keep_s == 0 {
-            return Err(Status::invalid_argument(
-                "keep_s must say for how many seconds the session keeps its prefix",
-            ));
-        }
+        let mut request = request.into_inner();
+        let (namespace, tokens) = opened(&mut request)?;
         let node = self.node.clone();
         blocking(move || {
             let kept = Kept { namespace, tokens, user: &request.user };
@@ -57,9 +51,8 @@ impl v1::sessions_server::Sessions for SessionsService {
         request: Request<v1::ExtendSessionRequest>,
     ) -> Result<Response<v1::Session>, Status> {
         let principal = principal_of(&request)?;
-        let request = request.into_inner();
-        check_name("session", &request.session).map_err(from_wire)?;
-        let tokens = check_tokens(request.tokens).map_err(from_wire)?;
+        let mut request = request.into_inner();
+        let tokens = extended(&mut request)?;
         let node = self.node.clone();
         blocking(move || {
             let (namespace, user) = node.sessions.about(&principal.tenant, &request.session)?;
@@ -107,6 +100,39 @@ impl v1::sessions_server::Sessions for SessionsService {
         let sessions = sessions.into_iter().map(|session| wire(session).into_inner()).collect();
         Ok(Response::new(v1::ListSessionsReply { sessions }))
     }
+}
+
+/// The prefix that a session begins with.
+fn opened(request: &mut v1::OpenSessionRequest) -> Result<(NamespaceId, Vec<TokenId>), Status> {
+    check_name("session", &request.session).map_err(from_wire)?;
+    let namespace = check_namespace_id(&request.namespace).map_err(from_wire)?;
+    let tokens = check_tokens(std::mem::take(&mut request.tokens)).map_err(from_wire)?;
+    if request.keep_s == 0 {
+        return Err(Status::invalid_argument(
+            "keep_s must say for how many seconds the session keeps its prefix",
+        ));
+    }
+    Ok((namespace, tokens))
+}
+
+/// Its newest prefix.
+fn extended(request: &mut v1::ExtendSessionRequest) -> Result<Vec<TokenId>, Status> {
+    check_name("session", &request.session).map_err(from_wire)?;
+    check_tokens(std::mem::take(&mut request.tokens)).map_err(from_wire)
+}
+
+/// For fuzzing: a request about a session, of any kind. Whether it opens, extends, renews or closes one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use prost::Message;
+    let is_name = |name: &str| check_name("session", name).is_ok();
+    let opens = v1::OpenSessionRequest::decode(bytes).is_ok_and(|mut request| opened(&mut request).is_ok());
+    let extends =
+        v1::ExtendSessionRequest::decode(bytes).is_ok_and(|mut request| extended(&mut request).is_ok());
+    let renews = v1::RenewSessionRequest::decode(bytes).is_ok_and(|request| is_name(&request.session));
+    let closes = v1::CloseSessionRequest::decode(bytes).is_ok_and(|request| is_name(&request.session));
+    let _ = v1::ListSessionsRequest::decode(bytes);
+    opens || extends || renews || closes
 }
 
 fn wire(session: Session) -> Response<v1::Session> {

@@ -109,12 +109,39 @@ fn check(
     request: &v1::SettleRequest,
     content: [u8; 16],
 ) -> Result<Checked, Status> {
+    let mut record = account(&principal.tenant, request, content)?;
+    let grant = if request.grant.is_empty() {
+        let namespace = without_grant(&mut record, request)?;
+        layout(node, namespace)?;
+        None
+    } else {
+        let granted = granted(node, &principal.tenant, &request.grant)?;
+        check_grant(&mut record, request, &granted)?;
+        let id = request.grant.as_ref().try_into().map_err(|_| Status::internal("a grant has 16 bytes"))?;
+        Some((id, granted))
+    };
+    check_sums(&record)?;
+    // Last: whoever claims must go on to close.
+    if let Some((_, granted)) = &grant {
+        granted.claim(&request.request_id).map_err(|other| {
+            Status::failed_precondition(format!("this grant is settled already, by request {other:?}"))
+        })?;
+    }
+    Ok(Checked { record, grant })
+}
+
+/// What a request says, before anything is held against it.
+fn account(
+    tenant: &TenantId,
+    request: &v1::SettleRequest,
+    content: [u8; 16],
+) -> Result<v1::UsageRecord, Status> {
     if request.model.len() > MAX_NAME_BYTES {
         return Err(Status::invalid_argument(format!("model is limited to {MAX_NAME_BYTES} bytes")));
     }
     let writes = request.write_tokens.unwrap_or_default();
     let mut record = v1::UsageRecord {
-        tenant: principal.tenant.0.clone(),
+        tenant: tenant.0.clone(),
         request_id: request.request_id.clone(),
         op: "fetch".into(),
         model: request.model.clone(),
@@ -135,31 +162,18 @@ fn check(
     if !record.complete {
         record.reason = "the caller says that it failed".into();
     }
-    let grant = if request.grant.is_empty() {
-        if request.used_hit_tokens != 0 {
-            return Err(Status::invalid_argument(
-                "used_hit_tokens without a grant: nothing can have been used",
-            ));
-        }
-        let namespace = check_namespace_id(&request.namespace).map_err(from_wire)?;
-        layout(node, namespace)?;
-        record.namespace = Bytes::copy_from_slice(namespace.as_bytes());
-        record.miss_reason = "absent".into();
-        None
-    } else {
-        let granted = granted(node, &principal.tenant, &request.grant)?;
-        check_grant(&mut record, request, &granted)?;
-        let id = request.grant.as_ref().try_into().map_err(|_| Status::internal("a grant has 16 bytes"))?;
-        Some((id, granted))
-    };
-    check_sums(&record)?;
-    // Last: whoever claims must go on to close.
-    if let Some((_, granted)) = &grant {
-        granted.claim(&request.request_id).map_err(|other| {
-            Status::failed_precondition(format!("this grant is settled already, by request {other:?}"))
-        })?;
+    Ok(record)
+}
+
+/// Completes the account of a request that had nothing granted; the namespace that it names.
+fn without_grant(record: &mut v1::UsageRecord, request: &v1::SettleRequest) -> Result<NamespaceId, Status> {
+    if request.used_hit_tokens != 0 {
+        return Err(Status::invalid_argument("used_hit_tokens without a grant: nothing can have been used"));
     }
-    Ok(Checked { record, grant })
+    let namespace = check_namespace_id(&request.namespace).map_err(from_wire)?;
+    record.namespace = Bytes::copy_from_slice(namespace.as_bytes());
+    record.miss_reason = "absent".into();
+    Ok(namespace)
 }
 
 /// Holds a request against its grant.
@@ -334,6 +348,38 @@ fn unsettled(tenant: &TenantId, namespace: NamespaceId) -> v1::UsageRecord {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// For fuzzing: the account of a request. Whether it adds up, without a grant or under one of 7 blocks of 128 tokens, of which 5 were
+/// delivered.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use prost::Message;
+    let Ok(request) = v1::SettleRequest::decode(bytes) else { return false };
+    let offer = Offer {
+        prompt_tokens: 1000,
+        prompt_given: request.model.is_empty(),
+        best: 7 * 128,
+        is_resumable: &|tokens| tokens <= 7 * 128 && tokens.is_multiple_of(128),
+        delivered: 5 * 128,
+        missed: Some(MissKind::ReadError).filter(|_| request.namespace.is_empty()),
+    };
+    let adds_up = || -> Result<v1::UsageRecord, Status> {
+        check_request_id(&request.request_id)?;
+        let mut record = account(&TenantId("acme".into()), &request, content_of(&request))?;
+        match request.grant.is_empty() {
+            true => without_grant(&mut record, &request).map(drop)?,
+            false => hold(&mut record, &offer)?,
+        }
+        check_sums(&record).map(|()| record)
+    };
+    let Ok(record) = adds_up() else { return false };
+    let (prompt, hit) = (record.prompt_tokens, record.hit_tokens);
+    assert!(hit < prompt && hit + record.miss_tokens == prompt && prompt <= MAX_PROMPT_TOKENS as u64);
+    assert!(hit == 0 || !request.grant.is_empty() && hit <= offer.delivered && hit.is_multiple_of(128));
+    assert!(sums::written(&record.write_tokens.unwrap_or_default()) <= record.miss_tokens);
+    assert!(!is_reserved(&record.request_id) && reply(&record).usage.is_some());
+    true
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! `Usage`: sums of the billing ledger, and its records.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +14,7 @@ use super::cache::blocking;
 use super::status::{from_ledger, from_wire};
 use crate::audit::Event;
 use crate::control::Table;
-use crate::ledger::sums::HOUR_S;
+use crate::ledger::sums::{Account, HOUR_S};
 use crate::ledger::{Position, Reader, Step};
 use crate::node::Node;
 use crate::principal::{Principal, Role, principal_of};
@@ -50,25 +51,13 @@ impl v1::usage_server::Usage for UsageService {
     ) -> Result<Response<v1::QueryUsageReply>, Status> {
         let principal = principal_of(&request)?;
         let request = request.into_inner();
-        let groups = request.group_by().collect::<Vec<_>>();
-        if request.namespace.len() > 64 || request.tenant.len() > MAX_NAME_BYTES {
-            return Err(Status::invalid_argument("tenant or namespace is too long to be one"));
-        }
-        let tenant = visible(&principal, request.tenant)?;
-        let start = request.start_unix_s / HOUR_S * HOUR_S;
-        let end = match request.end_unix_s {
-            0 => unix_s() + HOUR_S,
-            end => end.checked_next_multiple_of(HOUR_S).unwrap_or(u64::MAX),
-        };
+        let asked = Asked::of(&principal, request)?;
         let node = self.node.clone();
-        let namespace = request.namespace;
         blocking(move || {
+            let Range { start, end } = asked.hours;
             let (accounts, through_sequence) =
                 node.ledger.query(start, end).map_err(|error| from_ledger(&error))?;
-            let rows = group(&accounts, &Grouping::of(&groups), |account| {
-                tenant.as_ref().is_none_or(|tenant| account.tenant == *tenant)
-                    && (namespace.is_empty() || hex(&account.namespace).starts_with(&namespace))
-            });
+            let rows = group(&accounts, &asked.grouping, |account| asked.wants(account));
             if rows.len() > MAX_ROWS {
                 return Err(Status::out_of_range(format!(
                     "{} rows, more than the {MAX_ROWS} of one reply: ask for a shorter time",
@@ -77,7 +66,7 @@ impl v1::usage_server::Usage for UsageService {
             }
             let cluster = node.ledger.cluster().to_owned();
             // It counts everybody's records.
-            let through_sequence = if tenant.is_none() { through_sequence } else { 0 };
+            let through_sequence = if asked.tenant.is_none() { through_sequence } else { 0 };
             Ok(Response::new(v1::QueryUsageReply { rows, through_sequence, cluster }))
         })
         .await
@@ -129,18 +118,10 @@ impl UsageService {
         principal: &Principal,
         request: &v1::ExportUsageRequest,
     ) -> Result<Option<Position>, Status> {
-        let given = match request.cursor.as_str() {
-            "" => None,
-            text => Some(Position::from_cursor(text).ok_or_else(|| {
-                Status::invalid_argument(
-                    "cursor is not one that an export gave: leave it empty to begin anew",
-                )
-            })?),
-        };
+        let given = given(request)?;
         if request.consumer.is_empty() {
             return Ok(given);
         }
-        check_name("consumer", &request.consumer).map_err(from_wire)?;
         let name = format!("{}/{}", principal.tenant, request.consumer);
         let node = Arc::clone(&self.node);
         let text = request.cursor.clone();
@@ -157,6 +138,53 @@ impl UsageService {
             Ok(kept.and_then(|text| Position::from_cursor(&text)))
         })
         .await
+    }
+}
+
+/// The cursor that a request brings, beside a consumer's name if there is one.
+fn given(request: &v1::ExportUsageRequest) -> Result<Option<Position>, Status> {
+    let given = match request.cursor.as_str() {
+        "" => None,
+        text => Some(Position::from_cursor(text).ok_or_else(|| {
+            Status::invalid_argument("cursor is not one that an export gave: leave it empty to begin anew")
+        })?),
+    };
+    if !request.consumer.is_empty() {
+        check_name("consumer", &request.consumer).map_err(from_wire)?;
+    }
+    Ok(given)
+}
+
+/// A query, checked.
+struct Asked {
+    /// In seconds of Unix time, whole hours.
+    hours: Range<u64>,
+    grouping: Grouping,
+    /// Whose usage the caller sees; `None` for all.
+    tenant: Option<String>,
+    /// How the namespaces begin that are wanted, in hexadecimal.
+    namespace: String,
+}
+
+impl Asked {
+    fn of(principal: &Principal, request: v1::QueryUsageRequest) -> Result<Self, Status> {
+        let groups = request.group_by().collect::<Vec<_>>();
+        if request.namespace.len() > 64 || request.tenant.len() > MAX_NAME_BYTES {
+            return Err(Status::invalid_argument("tenant or namespace is too long to be one"));
+        }
+        let tenant = visible(principal, request.tenant)?;
+        let start = request.start_unix_s / HOUR_S * HOUR_S;
+        let end = match request.end_unix_s {
+            0 => unix_s() + HOUR_S,
+            end => end.checked_next_multiple_of(HOUR_S).unwrap_or(u64::MAX),
+        };
+        let (grouping, namespace) = (Grouping::of(&groups), request.namespace);
+        Ok(Self { hours: start..end, grouping, tenant, namespace })
+    }
+
+    fn wants(&self, account: &Account) -> bool {
+        self.tenant.as_ref().is_none_or(|tenant| account.tenant == *tenant)
+            && (self.namespace.is_empty() || hex(&account.namespace).starts_with(&self.namespace))
     }
 }
 
@@ -274,4 +302,37 @@ impl Export {
 
 fn unix_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// For fuzzing: a query or an export, asked by whoever sees all and by whoever sees its own. Whether it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use prost::Message;
+    let of = |tenant: &str, hour_unix_s| Account {
+        hour_unix_s,
+        tenant: tenant.into(),
+        namespace: vec![0x11; 32],
+        scope: "private".into(),
+    };
+    let sums = v1::UsageSums { requests: 1, hit_tokens: 128, ..Default::default() };
+    let accounts =
+        [("acme", 0), ("acme", 26 * HOUR_S), ("globex", HOUR_S)].map(|(t, hour)| (of(t, hour), sums));
+    let all = Principal::local();
+    let own = Principal {
+        tenant: crate::principal::TenantId("acme".into()),
+        roles: [Role::Reader].into_iter().collect(),
+        ..all.clone()
+    };
+    let queries = v1::QueryUsageRequest::decode(bytes).is_ok_and(|request| {
+        for (principal, most) in [(&all, 3), (&own, 2)] {
+            let Ok(asked) = Asked::of(principal, request.clone()) else { continue };
+            assert!(asked.hours.start.is_multiple_of(HOUR_S) && asked.hours.end > 0);
+            let rows = group(&accounts, &asked.grouping, |account| asked.wants(account));
+            let requests: u64 = rows.iter().filter_map(|row| row.sums).map(|sums| sums.requests).sum();
+            assert!(requests <= most, "more than the caller may see");
+        }
+        Asked::of(&all, request).is_ok()
+    });
+    let exports = v1::ExportUsageRequest::decode(bytes).is_ok_and(|request| given(&request).is_ok());
+    queries || exports
 }

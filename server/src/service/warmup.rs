@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use esker_prefix::TokenId;
+use esker_prefix::{NamespaceId, TokenId};
 use esker_proto::v1::{self, warmup_prompt};
 use esker_proto::{WireError, check_name, check_namespace_id, check_tokens};
 use tokio::sync::mpsc;
@@ -49,7 +49,7 @@ impl v1::warmup_server::Warmup for WarmupService {
         blocking(move || {
             let engine = engine(&node)?;
             let dry_run = request.dry_run;
-            let submission = submission(engine, request)?;
+            let submission = submission(&Takes::of(engine), request)?;
             if dry_run {
                 node.warmups.dry_run(&node, engine, &principal, &submission)
             } else {
@@ -124,15 +124,38 @@ impl v1::warmup_server::Warmup for WarmupService {
     }
 }
 
-fn submission(engine: &Engine, request: v1::SubmitWarmupRequest) -> Result<Submission, Status> {
+/// What a node's model takes.
+struct Takes<'a> {
+    namespace: NamespaceId,
+    /// Tokens.
+    context: usize,
+    vocabulary: usize,
+    tokenize: Box<Tokenize<'a>>,
+}
+
+type Tokenize<'a> = dyn Fn(&str) -> Result<Vec<TokenId>, Status> + 'a;
+
+impl<'a> Takes<'a> {
+    fn of(engine: &'a Engine) -> Self {
+        let config = engine.loaded.model.config();
+        Self {
+            namespace: engine.namespace,
+            context: config.max_position_embeddings,
+            vocabulary: config.vocab_size,
+            tokenize: Box::new(|text| tokenize(engine, text)),
+        }
+    }
+}
+
+fn submission(takes: &Takes<'_>, request: v1::SubmitWarmupRequest) -> Result<Submission, Status> {
     check_name("job", &request.job).map_err(from_wire)?;
     let (scope, ttl) = (request.scope(), request.ttl());
     if !request.namespace.is_empty() {
         let namespace = check_namespace_id(&request.namespace).map_err(from_wire)?;
-        if namespace != engine.namespace {
+        if namespace != takes.namespace {
             return Err(Status::failed_precondition(format!(
                 "this node computes namespace {} only: send the job to a node with the model of {namespace}",
-                engine.namespace
+                takes.namespace
             )));
         }
     }
@@ -145,7 +168,7 @@ fn submission(engine: &Engine, request: v1::SubmitWarmupRequest) -> Result<Submi
         _ => {}
     }
     let prompts = (1..).zip(request.prompts).map(|(number, prompt)| {
-        prompt_tokens(engine, prompt)
+        prompt_tokens(takes, prompt)
             .map_err(|status| Status::new(status.code(), format!("prompt {number}: {}", status.message())))
     });
     Ok(Submission {
@@ -162,12 +185,11 @@ fn submission(engine: &Engine, request: v1::SubmitWarmupRequest) -> Result<Submi
     })
 }
 
-fn prompt_tokens(engine: &Engine, prompt: v1::WarmupPrompt) -> Result<Vec<TokenId>, Status> {
-    let config = engine.loaded.model.config();
-    let (context, vocabulary) = (config.max_position_embeddings, config.vocab_size);
+fn prompt_tokens(takes: &Takes<'_>, prompt: v1::WarmupPrompt) -> Result<Vec<TokenId>, Status> {
+    let Takes { context, vocabulary, .. } = *takes;
     let tokens = match prompt.prompt.ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
         warmup_prompt::Prompt::Tokens(tokens) => check_tokens(tokens.ids).map_err(from_wire)?,
-        warmup_prompt::Prompt::Text(text) => tokenize(engine, &text)?,
+        warmup_prompt::Prompt::Text(text) => (takes.tokenize)(&text)?,
     };
     if let Some(unknown) = tokens.iter().find(|token| token.0 as usize >= vocabulary) {
         return Err(Status::invalid_argument(format!(
@@ -182,4 +204,26 @@ fn prompt_tokens(engine: &Engine, prompt: v1::WarmupPrompt) -> Result<Vec<TokenI
         )));
     }
     Ok(tokens)
+}
+
+/// For fuzzing: a job that is submitted, or one that is asked for. Whether it may be one for a model of 4,096 tokens and as long a context.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use prost::Message;
+    let tokenize = |text: &str| check_tokens(text.bytes().map(u32::from).collect()).map_err(from_wire);
+    let takes = Takes {
+        namespace: NamespaceId([0x11; 32]),
+        context: 4096,
+        vocabulary: 4096,
+        tokenize: Box::new(tokenize),
+    };
+    let submitted =
+        v1::SubmitWarmupRequest::decode(bytes).ok().and_then(|request| submission(&takes, request).ok());
+    let _ = (v1::GetWarmupRequest::decode(bytes), v1::ListWarmupsRequest::decode(bytes));
+    let Some(Submission { name, prompts, ttl, .. }) = submitted else { return false };
+    let _ = super::ttl_class(ttl);
+    assert!(!name.is_empty() && !prompts.is_empty() && prompts.len() <= MAX_PROMPTS);
+    assert!(prompts.iter().all(|tokens| (1..=4096).contains(&tokens.len())));
+    assert!(prompts.iter().flatten().all(|token| token.0 < 4096));
+    true
 }

@@ -22,7 +22,8 @@ impl Folder {
         let store = Arc::new(store);
         let audit = Arc::new(Audit::open(&self.0.path().join("audit.jsonl")).unwrap());
         let root = RootSecret::new([7; 32]);
-        let tenants = Tenants::open(root, policy, self.control(), None, &store, audit).unwrap();
+        let budget = Budget::new(1 << 30);
+        let tenants = Tenants::open(root, policy, self.control(), None, &store, &budget, audit).unwrap();
         tenants.finish_erasures().unwrap();
         tenants
     }
@@ -135,4 +136,19 @@ fn an_erasure_reaches_what_a_forgotten_user_had_and_lets_in_nothing_that_began_b
     assert_eq!(tenants.stored_bytes(&tenants.store, &local()), 0);
     assert!(anne.pass.enter().is_err() && org.pass.enter().is_err());
     assert!(write(&tenants, "anne").unwrap().pass.enter().is_ok());
+}
+
+#[test]
+fn what_is_in_flight_counts_for_the_tenant_and_for_the_node() {
+    let folder = Folder::new();
+    let tenants = folder.open();
+    let tenant = tenants.get(&local());
+    let mut in_flight = tenants.fly(&tenant, Use::Fetch, 700 << 20).unwrap();
+    assert_eq!(tenants.fly(&tenant, Use::Body, 400 << 20).err().unwrap().code(), Code::ResourceExhausted);
+    assert_eq!(tenant.in_flight.load(Ordering::Relaxed), 700 << 20, "what was refused was taken");
+    in_flight.grow(300 << 20).unwrap();
+    assert!(tenants.fly(&tenants.get(&TenantId("other".into())), Use::Body, 100 << 20).is_err());
+    drop(in_flight);
+    assert_eq!(tenant.in_flight.load(Ordering::Relaxed), 0);
+    tenants.fly(&tenant, Use::Body, 1 << 30).unwrap();
 }
