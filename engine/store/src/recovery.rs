@@ -414,11 +414,11 @@ impl Worker<'_> {
             }
             newest_s = newest_s.max(entry.time_s);
             *live_bytes.entry(entry.spot.segment).or_default() += entry.end() - entry.spot.offset;
-            if let Some(before) = self.shared.table.insert(&entry, None) {
+            if let Some(before) = self.shared.table.load(&entry) {
                 let earlier = self.shared.index.get(before.spot)?;
                 let earlier = earlier.filter(|before| before.sequence > entry.sequence);
                 if let Some(later) = earlier {
-                    self.shared.table.insert(&later, None);
+                    self.shared.table.load(&later);
                 }
                 let (loser, len_bytes) = match earlier {
                     Some(_) => (entry.spot, entry.end() - entry.spot.offset),
@@ -437,6 +437,7 @@ impl Worker<'_> {
                 _ => {}
             }
         }
+        self.shared.table.loaded();
         self.shared.index.write(changes)?;
         for (spot, file, len_bytes) in given_back {
             self.shared.give_back(spot.segment, file, spot.offset, len_bytes);

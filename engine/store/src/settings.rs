@@ -78,6 +78,8 @@ pub struct Sabotage {
     pub lapse_early: bool,
     /// Grant leases that hold nothing.
     pub skip_pins: bool,
+    /// Leave children that were read before their parent without it.
+    pub skip_adoption: bool,
 }
 
 impl Default for StoreSettings {
@@ -154,6 +156,13 @@ impl StoreSettings {
     pub(crate) fn skips_pins(&self) -> bool {
         #[cfg(any(test, feature = "testing"))]
         return self.sabotage.skip_pins;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+
+    pub(crate) fn skips_adoption(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.skip_adoption;
         #[cfg(not(any(test, feature = "testing")))]
         return false;
     }

@@ -180,7 +180,7 @@ impl Store {
                 settings: settings.clone(),
                 disk: Arc::clone(&disk),
                 index,
-                table: Table::new(),
+                table: Table::new(!settings.skips_adoption()),
                 time: StoreTime::open(dir, Arc::clone(&clock))?,
                 leases: Leases::default(),
                 lapses: Lapses::default(),
