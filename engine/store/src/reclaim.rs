@@ -116,7 +116,14 @@ impl Shared {
         // The newest first: what they hold hangs on what older ones hold.
         segments.sort_unstable_by_key(|(id, _)| std::cmp::Reverse(*id));
         for (id, _) in segments {
-            let entries = self.index.entries_of(id).collect::<Result<Vec<Entry>>>()?;
+            // One that cannot be read keeps no other: the next opening builds the index anew.
+            let entries = match self.index.entries_of(id).collect::<Result<Vec<Entry>>>() {
+                Ok(entries) => entries,
+                Err(error) => {
+                    tracing::error!(segment = %id, %error, "the entries of a segment that is over cannot be read");
+                    continue;
+                }
+            };
             if !self.table.remove_all(&entries) {
                 let loose = self.table.remove_loose(&entries);
                 self.counters.expired.add(loose.len() as u64);

@@ -52,8 +52,6 @@ pub(crate) struct Recovery {
     pub(crate) records_dropped: MissCounts,
     pub(crate) entries_dropped: u64,
     pub(crate) unreadable_segments: Vec<String>,
-    /// The index could not be read to its end, and is marked for it.
-    pub(crate) index_damaged: bool,
     /// Leases and erasures.
     pub(crate) own: Vec<Entry>,
 }
@@ -393,10 +391,7 @@ impl Worker<'_> {
         let mut newest_s = 0;
         let (mut holes, mut given_back) = (Holes::default(), Vec::new());
         for entry in self.shared.index.entries() {
-            let Ok(entry) = entry else {
-                self.report.index_damaged = true;
-                break;
-            };
+            let entry = entry?;
             let segment = self.shared.segments.get(entry.spot.segment);
             if segment.is_none_or(|segment| entry.end() > segment.len_bytes) {
                 changes.remove(entry.spot);
