@@ -30,9 +30,10 @@ pub struct StoreSettings {
     pub ttl_classes: Vec<Duration>,
     /// zstd level for planes that shrink by at least 3 %; `None` stores every plane raw.
     pub zstd_level: Option<i32>,
-    /// Bytes being read ahead by all fetches together. A fetch that gets no share still has one read in flight.
+    /// Bytes being read ahead by all fetches together, as they lie on the drive or decoded, whichever are more. A fetch that gets no
+    /// share still has one read in flight.
     pub read_bytes_in_flight: usize,
-    /// Bytes being read ahead by one fetch.
+    /// Bytes being read ahead by one fetch, likewise.
     pub fetch_window_bytes: usize,
     /// Neighbouring planes and records are joined into reads up to this many bytes.
     pub read_merge_bytes: usize,
@@ -92,7 +93,7 @@ impl Default for StoreSettings {
             ttl_classes: [5 * 60, 3600, 24 * 3600, 72 * 3600].map(Duration::from_secs).to_vec(),
             zstd_level: Some(1),
             read_bytes_in_flight: 64 << 20,
-            fetch_window_bytes: 16 << 20,
+            fetch_window_bytes: 24 << 20,
             read_merge_bytes: 1 << 20,
             verify_threads: std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(1, 8)),
             scrub_bytes_per_s: 8_000_000,

@@ -776,6 +776,11 @@ impl Located {
     pub(crate) fn record_bytes(&self) -> usize {
         self.record_pages as usize * PAGE
     }
+
+    /// Bytes of its record or of its planes, whichever are more.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.record_bytes().max(usize::try_from(self.raw_bytes).unwrap_or(usize::MAX))
+    }
 }
 
 /// What records have in common: where they belong, and whose word they are.
