@@ -2,14 +2,15 @@
 //!
 //! A batch is written, its completions are seen, its segments are flushed, the index is written, and then the putters
 //! hear of it: never the other way round. While one batch is being flushed the next is being written; they are
-//! published in the order in which they were formed, so a child is never durable before its parent. As this is the
-//! only thread that adds entries, races between writers of one id end here.
+//! published in the order in which they were formed, so a child is never durable before its parent, which stays until then
+//! (commit/hold.rs). As this is the only thread that adds entries, races between writers of one id end here.
 //!
 //! After a failed write or flush the segment is suspect for good: the kernel may report the next flush as a success
 //! and keep nothing. Everything that was under way is waited for, and what is not yet published is written again, from
 //! memory, to other places. After `max_write_failures` of these the device is not trusted with further writes.
 
 mod batch;
+mod hold;
 mod segments;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -28,6 +29,7 @@ use crate::segment::{Place, RECORDS_AT, SegmentId, last_page};
 use crate::shared::{Shared, is_own};
 use crate::{PutOutcome, Result, StoreError, TtlClass};
 use batch::{Batch, Pending, Putter, Repeat, Run};
+use hold::Hold;
 use segments::{Made, Maker};
 
 /// Records of one batch.
@@ -318,20 +320,20 @@ impl Writer {
             self.answer(putter, compare(id, known == digest));
             return None;
         }
-        let mut context = None;
-        if !own
-            && let Some(parent) = header.parent
-            && self.shared.table.get(parent).is_none()
-        {
-            if self.declined.contains(&parent) {
-                self.decline(id, putter);
-                return None;
+        let (mut context, mut held) = (None, None);
+        if !own && let Some(parent) = header.parent {
+            held = Hold::stored(&self.shared, parent);
+            if held.is_none() {
+                if self.declined.contains(&parent) {
+                    self.decline(id, putter);
+                    return None;
+                }
+                let Some(unpublished) = self.pending(parent, forming) else {
+                    self.answer(putter, Err(StoreError::MissingParent { id, parent }));
+                    return None;
+                };
+                (context, held) = (Some(unpublished.context), Some(unpublished.hold.clone()));
             }
-            let Some(unpublished) = self.pending(parent, forming) else {
-                self.answer(putter, Err(StoreError::MissingParent { id, parent }));
-                return None;
-            };
-            context = Some(unpublished.context);
         }
         let (now_s, bytes) = (self.shared.time.now_s(), record.len() as u64);
         let (candidate, context, admits) = self.shared.table.judge(&header, bytes, context, now_s);
@@ -340,8 +342,18 @@ impl Writer {
             self.decline(id, putter);
             return None;
         }
-        let (record, repeats) = (Some(record), Vec::new());
-        Some(Pending { header, digest, record, putter, repeats, candidate, context, _permit: permit })
+        Some(Pending {
+            header,
+            digest,
+            record: Some(record),
+            putter,
+            repeats: Vec::new(),
+            candidate,
+            context,
+            hold: Hold::default(),
+            _parent: held,
+            _permit: permit,
+        })
     }
 
     /// A record that has no entry yet.
@@ -564,7 +576,11 @@ impl Writer {
         let mut replaced = Vec::new();
         for run in &batch.runs {
             for (entry, record) in run.entries.iter().zip(&run.records) {
-                replaced.extend(self.shared.table.insert(entry, Some(record.candidate)));
+                let awaited = record.hold.is_awaited();
+                replaced.extend(self.shared.table.store(entry, record.candidate, awaited));
+                if awaited {
+                    record.hold.keep(&self.shared, entry.id);
+                }
             }
             let live_bytes = run.end - run.tail.append_at;
             self.shared.segments.update(run.tail.id, |segment| {

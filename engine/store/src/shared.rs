@@ -158,7 +158,7 @@ impl Shared {
             return;
         }
         self.observed.came([entry]);
-        self.table.insert(entry, None);
+        self.table.insert(entry);
         self.counters.reinstated.add(1);
     }
 

@@ -200,10 +200,21 @@ impl Table {
         slots.map(|slot| inner.realms.get(slot.realm).namespace).collect()
     }
 
-    /// Adds an object, or moves it to another place: the record it had before is returned. `candidate`: as it was judged
-    /// before it was stored; `None` if it was found on the drive.
-    pub(crate) fn insert(&self, entry: &Entry, candidate: Option<Candidate>) -> Option<Victim> {
-        self.write().insert(entry, candidate, true)
+    /// Adds an object, or moves it to another place: the record it had before is returned.
+    pub(crate) fn insert(&self, entry: &Entry) -> Option<Victim> {
+        self.write().insert(entry, None, true)
+    }
+
+    /// As [`Table::insert`], of what was just written. `pinned`: something that is to hang on it is on its way, and whoever asked
+    /// for that takes the pin back.
+    pub(crate) fn store(&self, entry: &Entry, candidate: Candidate, pinned: bool) -> Option<Victim> {
+        let mut inner = self.write();
+        let before = inner.insert(entry, Some(candidate), true);
+        if pinned && let Some(at) = inner.find(entry.id) {
+            // It cannot be held too often: nobody else could hold it before.
+            let _ = inner.retention.pin(at);
+        }
+        before
     }
 
     /// As [`Table::insert`], of entries found on the drive, in any order. [`Table::loaded`] comes after the last of them.
@@ -503,7 +514,8 @@ impl Inner {
         self.by_hash.find(like.bucket(), same).copied()
     }
 
-    /// See [`Table::insert`]. `checked`: a path never leads back to its beginning.
+    /// See [`Table::insert`]. `candidate`: as it was judged before it was stored; `None` if it was found on the drive. `checked`:
+    /// a path never leads back to its beginning.
     fn insert(&mut self, entry: &Entry, candidate: Option<Candidate>, checked: bool) -> Option<Victim> {
         let slot = Slot {
             hash: short(entry.id),

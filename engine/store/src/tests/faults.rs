@@ -374,3 +374,47 @@ fn writes_that_the_disk_lost_or_put_elsewhere_are_misses() {
         assert_eq!(got[2], Ok(planes(&object(2, 2, &LENS))), "{fault:?}");
     }
 }
+
+/// A parent that was judged to be there stays until its child is stored, whether it is stored itself by then or not.
+#[test]
+fn a_child_that_is_acknowledged_has_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, disk) = open(dir.path(), settings());
+    let waits = |count| {
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        while disk.waiting() < count {
+            assert!(std::time::Instant::now() < until, "no flush");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let evict = || store.shared.table.evict(u64::MAX, store.now_s()).len();
+    let objects = chain(0, 4, &LENS);
+    assert!(store.put(objects[..1].to_vec())[0].is_ok());
+    disk.hold(Some(OpKind::Sync));
+    // Behind one that is stored, then each behind one that is still being flushed.
+    let mut submitted = Vec::new();
+    for object in &objects[1..] {
+        let writes = disk.seen(OpKind::Write);
+        submitted.push(store.submit(vec![object.clone()]));
+        while disk.seen(OpKind::Write) == writes {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    // The second flush is of the last two.
+    for stored in 1..=2 {
+        waits(1);
+        assert_eq!(evict(), 0, "{stored} are stored");
+        disk.let_go();
+    }
+    disk.hold(None);
+    for outcome in submitted.into_iter().flat_map(crate::Submitted::wait) {
+        assert_eq!(outcome.unwrap(), PutOutcome::Stored);
+    }
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    assert_eq!(store.lookup(&ids).len(), 4);
+    // Nothing is held for long.
+    let mut evicted = 0;
+    while evicted < 4 {
+        evicted += evict();
+    }
+}
