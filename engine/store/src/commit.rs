@@ -636,6 +636,7 @@ impl Writer {
         let Some(tail) = tail else { return };
         self.tails.retain(|_, open| open.id != segment);
         self.full.retain(|(_, full)| full.id != segment);
+        self.shared.segments.update(segment, |abandoned| abandoned.sealed = true);
         let mut changes = Changes::default();
         changes.put_segment(segment, &tail.state(Phase::Suspect, self.next_sequence - 1));
         if let Err(error) = self.shared.index.write_durably(changes) {

@@ -182,8 +182,14 @@ impl Shared {
         self.write_segment_page(file, last_page(header.extent_bytes), PageKind::Header, header)
     }
 
-    /// Closes a segment whose records are all flushed.
+    /// Closes a segment whose records are all flushed. If that fails nothing is added to it all the same.
     pub(crate) fn seal(&self, tail: &Tail, sequence: u64) -> Result<()> {
+        self.write_seal(tail, sequence).inspect_err(|_| {
+            self.segments.update(tail.id, |segment| segment.sealed = true);
+        })
+    }
+
+    fn write_seal(&self, tail: &Tail, sequence: u64) -> Result<()> {
         let &Tail { id, class, generation, published_at, .. } = tail;
         let page = SegmentPage { id, class, generation, extent_bytes: published_at, sequence };
         self.write_segment_page(tail.file, tail.records_end(), PageKind::Seal, &page)

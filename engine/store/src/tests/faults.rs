@@ -418,3 +418,42 @@ fn a_child_that_is_acknowledged_has_its_parent() {
         evicted += evict();
     }
 }
+
+/// Whatever failed of a segment: what it holds goes when its time is over, and the segment with it.
+#[test]
+fn what_a_failed_segment_holds_expires_like_the_rest() {
+    let failing = [
+        // The flush of a record behind the first one.
+        (OpKind::Sync, 0, 1, 10_000),
+        // Where the second does not fit behind it: two headers, the record, the seal of the first segment; and the seal's flush.
+        (OpKind::Write, 3, 0, 30_000),
+        (OpKind::Sync, 1, 0, 30_000),
+    ];
+    for (kind, first, suspects, len) in failing {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = super::common::ManualClock::new();
+        let segments = dir.path().join("segments");
+        std::fs::create_dir_all(&segments).unwrap();
+        let (disk, _) = crate::io::choose(&segments, &[IoEngine::PositionalBuffered]).unwrap();
+        let disk = FaultyDisk::new(disk);
+        let small = StoreSettings { segment_bytes: SEGMENT_BYTES, ..settings() };
+        let store = Store::open_on_at(dir.path(), small, disk.clone(), clock.clone()).unwrap();
+        let short = |number, len| object(number, number, &[len]).with_class(TtlClass(0));
+        assert!(store.put(vec![short(0, 30_000)])[0].is_ok());
+        disk.arm(&once(kind, first, Fault::Errno(libc::EIO)));
+        assert!(store.put(vec![short(1, len)])[0].is_ok());
+        // Seals are written beside.
+        store.keep_house();
+        assert!(disk.seen(kind) > first, "{kind:?} {first} was not met");
+        assert!(store.put(vec![object(2, 2, &LENS).with_class(TtlClass(3))])[0].is_ok());
+        assert_eq!(store.stats().suspect_segments, suspects);
+        assert_eq!(store.get(&[id(0), id(1), id(2)]).iter().flatten().count(), 3);
+        // Half of its time closes the last one.
+        for _ in 0..4 {
+            clock.pass(Duration::from_secs(200));
+            store.keep_house();
+        }
+        assert_eq!(store.get(&[id(0), id(1), id(2)]).iter().flatten().count(), 1, "{kind:?} {first}");
+        assert_eq!(store.stats().segments, 1, "{kind:?} {first}");
+    }
+}
