@@ -24,8 +24,9 @@ pub struct StoreSettings {
     pub capacity_bytes: u64,
     /// Whether a full store may decline objects that are not worth their place.
     pub admission: bool,
-    /// Bytes of records that all leases together may hold, each counted with its whole paths.
-    pub leased_bytes: u64,
+    /// Bytes of records that all leases together may hold, each counted with its whole paths; `None` for four fifths of the
+    /// capacity, so that something may always go.
+    pub leased_bytes: Option<u64>,
     /// How long objects of each class are kept after their last use.
     pub ttl_classes: Vec<Duration>,
     /// zstd level for planes that shrink by at least 3 %; `None` stores every plane raw.
@@ -89,7 +90,7 @@ impl Default for StoreSettings {
             segment_bytes: 256 << 20,
             capacity_bytes: u64::MAX,
             admission: true,
-            leased_bytes: u64::MAX,
+            leased_bytes: None,
             ttl_classes: [5 * 60, 3600, 24 * 3600, 72 * 3600].map(Duration::from_secs).to_vec(),
             zstd_level: Some(1),
             read_bytes_in_flight: 64 << 20,
@@ -113,6 +114,19 @@ impl Default for StoreSettings {
 }
 
 impl StoreSettings {
+    /// Bytes that all leases together may hold.
+    pub(crate) fn leased_bytes(&self) -> u64 {
+        self.leased_bytes.unwrap_or(self.capacity_bytes / 5 * 4)
+    }
+
+    /// Bytes of the capacity that segments of a class leave free. In a store that is full of what may not go there is room for one
+    /// more segment of what the store writes about itself: renewals, and erasures, which make room.
+    pub(crate) fn reserve_bytes(&self, class: TtlClass) -> u64 {
+        let own_bytes = self.segment_bytes_of(TtlClass::PERMANENT);
+        let fits = self.segment_bytes.saturating_add(own_bytes) <= self.capacity_bytes;
+        if class == TtlClass::PERMANENT || !fits { 0 } else { own_bytes }
+    }
+
     /// Length of new segments of a class: what the store writes about itself is little.
     pub(crate) fn segment_bytes_of(&self, class: TtlClass) -> u64 {
         match class {

@@ -483,7 +483,7 @@ impl Store {
             .iter()
             .map(|&end| self.shared.table.path_bytes(end).ok_or(StoreError::NotStored { id: end }));
         let bytes = paths.sum::<Result<u64>>()?;
-        let limit_bytes = self.shared.settings.leased_bytes;
+        let limit_bytes = self.shared.settings.leased_bytes();
         let mut held = self.shared.leases.held();
         let leased_bytes = held.values().filter(|lease| lease.id != id).map(|lease| lease.bytes).sum::<u64>();
         if leased_bytes.saturating_add(bytes) > limit_bytes {

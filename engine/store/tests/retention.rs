@@ -124,7 +124,7 @@ fn what_is_leased_stays_whatever_comes_and_a_store_full_of_leases_says_so() {
 #[test]
 fn a_lease_is_refused_beyond_the_budget_and_for_what_is_not_there() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = StoreSettings { leased_bytes: 6 * 40_960, ..small() };
+    let settings = StoreSettings { leased_bytes: Some(6 * 40_960), ..small() };
     let store = Store::open_at(dir.path(), settings, ManualClock::new()).unwrap();
     assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
     let refused = store.lease(LeaseId([1; 32]), &[id(6)], HOUR).unwrap_err();
@@ -623,7 +623,8 @@ fn a_lease_that_is_renewed_while_it_ends_holds_after_a_restart() {
     const LEASES: u8 = 100;
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::new();
-    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let settings = StoreSettings { leased_bytes: Some(u64::MAX), ..small() };
+    let open = || Store::open_at(dir.path(), settings.clone(), clock.clone()).unwrap();
     let store = open();
     assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
     let name = |lease| LeaseId([lease; 32]);
