@@ -30,7 +30,7 @@ use crate::shared::{Shared, is_own};
 use crate::{PutOutcome, Result, StoreError, TtlClass};
 use batch::{Batch, Pending, Putter, Repeat, Run};
 use hold::Hold;
-use segments::{Made, Maker};
+use segments::{Kind, Made, Maker};
 
 /// Records of one batch.
 const MAX_BATCH_RECORDS: usize = 1024;
@@ -87,8 +87,8 @@ pub(crate) struct Committer {
 enum Event {
     Put(Submission),
     Completed(Completion),
-    /// A segment of this length was made, or not.
-    Made(u64, Made),
+    /// A segment of this kind was made, or not.
+    Made(Kind, Made),
     /// Time to keep house; who asked for it is told when it is done.
     House(Option<Sender<()>>),
     Close,
@@ -173,10 +173,10 @@ struct Writer {
     /// records.
     full: Vec<(u64, Tail)>,
     maker: Maker,
-    /// Segments made ahead, by their length, or why there are none.
-    spares: HashMap<u64, Made>,
-    /// Whether the spare of this length was ordered before it was needed.
-    ahead: HashSet<u64>,
+    /// Segments made ahead, by their kind, or why there are none.
+    spares: HashMap<Kind, Made>,
+    /// Whether the spare of this kind was ordered before it was needed.
+    ahead: HashSet<Kind>,
     /// Why what is under way will not be published.
     failed: Option<Failure>,
     failures: u64,
@@ -235,9 +235,9 @@ impl Writer {
                 self.queue.push_back(submission);
             }
             Event::Completed(completion) => self.completed(completion),
-            Event::Made(len_bytes, made) => {
-                self.maker.delivered(len_bytes);
-                self.spares.insert(len_bytes, made);
+            Event::Made(kind, made) => {
+                self.maker.delivered(kind);
+                self.spares.insert(kind, made);
             }
             Event::House(asked) => {
                 self.retire_old();
@@ -338,7 +338,8 @@ impl Writer {
         let (now_s, bytes) = (self.shared.time.now_s(), record.len() as u64);
         let (candidate, context, admits) = self.shared.table.judge(&header, bytes, context, now_s);
         let permanent = header.class == TtlClass::PERMANENT;
-        if !admits && !permanent && self.shared.settings.admission && !self.shared.has_capacity() {
+        if !admits && !permanent && self.shared.settings.admission && !self.shared.has_capacity(header.class)
+        {
             self.decline(id, putter);
             return None;
         }
@@ -378,25 +379,25 @@ impl Writer {
         if self.failures >= settings.max_write_failures {
             return Err(StoreError::WritesRefused { failures: self.failures });
         }
-        let len_bytes = settings.segment_bytes_of(class);
+        let kind = Kind::of(class);
         let tail = self.tails.get(&class).copied();
         if let Some(mut tail) = tail.filter(|tail| tail.append_at + bytes <= tail.records_end()) {
             let before = tail;
             tail.append_at += bytes;
             self.tails.insert(class, tail);
             // Made ahead, so that nobody waits for it.
-            if tail.append_at > tail.len_bytes / 2 && !self.spares.contains_key(&len_bytes) {
-                self.ahead.insert(len_bytes);
-                self.maker.order(len_bytes);
+            if tail.append_at > tail.len_bytes / 2 && !self.spares.contains_key(&kind) {
+                self.ahead.insert(kind);
+                self.maker.order(kind);
             }
             return Ok(Some(before));
         }
         // What failed ahead of time may work now.
-        let ahead = self.ahead.remove(&len_bytes);
-        let made = self.spares.remove(&len_bytes).filter(|made| !(ahead && matches!(made, Made::Not(_))));
+        let ahead = self.ahead.remove(&kind);
+        let made = self.spares.remove(&kind).filter(|made| !(ahead && matches!(made, Made::Not(_))));
         match made {
             None => {
-                self.maker.order(len_bytes);
+                self.maker.order(kind);
                 Ok(None)
             }
             Some(Made::Not(error)) => {

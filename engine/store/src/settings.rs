@@ -123,8 +123,9 @@ impl StoreSettings {
     /// more segment of what the store writes about itself: renewals, and erasures, which make room.
     pub(crate) fn reserve_bytes(&self, class: TtlClass) -> u64 {
         let own_bytes = self.segment_bytes_of(TtlClass::PERMANENT);
-        let fits = self.segment_bytes.saturating_add(own_bytes) <= self.capacity_bytes;
-        if class == TtlClass::PERMANENT || !fits { 0 } else { own_bytes }
+        // Where that is much, there is none: a quarter of the capacity at most.
+        let spares = own_bytes <= self.capacity_bytes / 4;
+        if class == TtlClass::PERMANENT || !spares { 0 } else { own_bytes }
     }
 
     /// Length of new segments of a class: what the store writes about itself is little.

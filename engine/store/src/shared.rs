@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use esker_prefix::{ObjectId, ObjectKind};
 
@@ -46,6 +47,8 @@ pub(crate) struct Shared {
     pub(crate) wear: WearFile,
     pub(crate) breaker: Arc<Breaker>,
     pub(crate) observed: Observed,
+    /// Whether the file system cannot give back parts of a file.
+    pub(crate) holeless: AtomicBool,
     pub(crate) reading: Arc<ByteGate>,
     pub(crate) putting: Arc<ByteGate>,
     /// The folder's lock; the kernel drops it with the file.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -190,6 +190,7 @@ impl Store {
                 wear: WearFile::open(dir),
                 breaker: Arc::default(),
                 observed: Observed::default(),
+                holeless: AtomicBool::new(false),
                 _lock: lock,
             }))
         };

@@ -379,6 +379,40 @@ impl Table {
         victims
     }
 
+    /// Removes all that lies in a segment and what hangs on it, wherever that lies. `None`, and nothing done, if anything of it is
+    /// pinned. Looks at everything once.
+    pub(crate) fn evict_segment(&self, segment: SegmentId) -> Option<Vec<Victim>> {
+        let mut inner = self.write();
+        let number = narrow_segment(segment);
+        // Of each slot whether it goes, once that is known: each path is walked as far as it is not.
+        let mut known: Vec<Option<bool>> = vec![None; inner.chunks.len() * CHUNK_SLOTS];
+        let (mut leaving, mut path) = (HashSet::new(), Vec::new());
+        for slot in (0..narrow(known.len())).filter(|&slot| inner.exists(slot)) {
+            let (mut at, mut goes) = (Some(slot), false);
+            while let Some(next) = at {
+                if let Some(known) = known[next as usize] {
+                    goes = known;
+                    break;
+                }
+                path.push(next);
+                at = inner.retention.parent(next);
+            }
+            for next in path.drain(..).rev() {
+                let here = inner.slot(next);
+                let hole = here.kind & HOLE != 0;
+                goes |= !hole && here.segment == number;
+                known[next as usize] = Some(goes);
+                if goes && inner.retention.is_pinned(next) {
+                    return None;
+                }
+                if goes && !hole {
+                    leaving.insert(next);
+                }
+            }
+        }
+        Some(inner.release_loose(&leaving))
+    }
+
     /// Removes those of `entries` that are still at their places, if neither a pin nor anything outside holds any of
     /// them. Tells whether it did.
     pub(crate) fn remove_all(&self, entries: &[Entry]) -> bool {
@@ -494,6 +528,12 @@ impl Inner {
     fn slot_mut(&mut self, at: u32) -> &mut Slot {
         let at = at as usize;
         &mut self.chunks[at / CHUNK_SLOTS][at % CHUNK_SLOTS]
+    }
+
+    /// Whether there is anything in a slot, if there is such a slot.
+    fn exists(&self, at: u32) -> bool {
+        let chunk = &self.chunks[at as usize / CHUNK_SLOTS];
+        chunk.get(at as usize % CHUNK_SLOTS).is_some_and(|slot| slot.kind != 0)
     }
 
     fn find(&self, id: ObjectId) -> Option<u32> {

@@ -56,6 +56,7 @@ struct State {
     plans: Plans,
     create_error: Option<i32>,
     trace: Vec<Trace>,
+    holeless: bool,
     /// Ops of this kind wait.
     held: Option<OpKind>,
     waiting: VecDeque<Op>,
@@ -102,6 +103,11 @@ impl FaultyDisk {
     /// Makes every creation of a file fail with this error number, or work again.
     pub fn fail_create(&self, errno: Option<i32>) {
         self.state().create_error = errno;
+    }
+
+    /// Makes it a disk that cannot give back parts of a file.
+    pub fn refuse_holes(&self) {
+        self.state().holeless = true;
     }
 
     /// From now on ops of this kind wait until they are let go of.
@@ -171,6 +177,9 @@ impl Disk for FaultyDisk {
     }
 
     fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
+        if self.state().holeless {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         self.inner.punch(file, offset, len_bytes)
     }
 

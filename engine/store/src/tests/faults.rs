@@ -191,6 +191,7 @@ fn a_full_disk_refuses_puts_and_serves_reads_until_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
     let (store, disk) = open(dir.path(), settings());
     assert!(store.put(chain(0, 3, &LENS)).iter().all(Result::is_ok));
+    let _pins = store.pin(&[id(2)]);
     disk.fail_create(Some(libc::ENOSPC));
     // What fits in the open segment still goes in.
     let outcomes = store.put((10..20).map(|number| object(number, number, &[200_000])).collect());
@@ -456,4 +457,126 @@ fn what_a_failed_segment_holds_expires_like_the_rest() {
         assert_eq!(store.get(&[id(0), id(1), id(2)]).iter().flatten().count(), 1, "{kind:?} {first}");
         assert_eq!(store.stats().segments, 1, "{kind:?} {first}");
     }
+}
+
+/// Of a store full of what is leased: renewals and erasures go on, and what they write about takes the space of what it replaces.
+#[test]
+fn a_store_full_of_leases_renews_and_erases() {
+    const SEGMENT: u64 = 9 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let full = StoreSettings {
+        segment_bytes: SEGMENT,
+        capacity_bytes: 4 * SEGMENT,
+        leased_bytes: Some(u64::MAX),
+        admission: false,
+        zstd_level: None,
+        ..settings()
+    };
+    let (store, _disk) = open(dir.path(), full);
+    let mut leased: Vec<u64> = Vec::new();
+    for number in 0..100 {
+        if matches!(store.put(vec![object(number, number, &[900_000])])[0], Ok(PutOutcome::Stored))
+            && store.lease(LeaseId([number as u8; 32]), &[id(number)], Duration::from_secs(3600)).is_ok()
+        {
+            leased.push(number);
+        }
+    }
+    let stored = leased.len() as u64;
+    assert!((18..40).contains(&stored), "{stored} fit");
+    // More than two segments of the store's own have room for.
+    for round in 0..250 {
+        for &number in &leased {
+            let renewed = store.lease(LeaseId([number as u8; 32]), &[id(number)], Duration::from_secs(3600));
+            renewed.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        }
+    }
+    assert!(250 * stored * 4096 > 2 * (8 << 20));
+    for number in leased {
+        assert_eq!(store.erase(Erase::Object(id(number))).unwrap(), 1);
+    }
+}
+
+#[test]
+fn leases_leave_a_fifth_of_the_capacity_unless_they_are_told_otherwise() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _disk) = open(dir.path(), StoreSettings { capacity_bytes: 10 << 20, ..settings() });
+    assert!(store.put(vec![object(1, 1, &[900_000])])[0].is_ok());
+    let lease = |number| store.lease(LeaseId([number; 32]), &[id(1)], Duration::from_secs(60));
+    assert!((1..=9).all(|number| lease(number).is_ok()));
+    assert_eq!(lease(10).unwrap_err().kind(), ErrorKind::Full);
+}
+
+/// Where parts of a file cannot be given back, evicting records makes no room: segments go as a whole.
+#[test]
+fn a_full_store_on_a_file_system_without_holes_stays_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let capacity_bytes = 16 * SEGMENT_BYTES;
+    let small = StoreSettings {
+        segment_bytes: SEGMENT_BYTES,
+        capacity_bytes,
+        admission: false,
+        zstd_level: None,
+        ..settings()
+    };
+    let (store, disk) = open(dir.path(), small);
+    disk.refuse_holes();
+    let kept = chain(0, 5, &[10_000]);
+    assert!(store.put(kept.clone()).iter().all(Result::is_ok));
+    store.lease(LeaseId([1; 32]), &[id(4)], Duration::from_secs(3600)).unwrap();
+    for prefix in 1..60 {
+        let outcomes = store.put(chain(prefix * 100, 5, &[10_000]));
+        assert!(
+            outcomes.iter().all(|outcome| matches!(outcome, Ok(PutOutcome::Stored))),
+            "{prefix}: {outcomes:?}"
+        );
+        // What is left of a path is its beginning.
+        for earlier in 0..=prefix {
+            let ids: Vec<_> = (earlier * 100..earlier * 100 + 5).map(id).collect();
+            let there = store.get(&ids).iter().flatten().count();
+            assert_eq!(store.lookup(&ids).len(), there, "prefix {earlier} after {prefix}");
+            assert!(earlier > 0 || there == 5, "what is leased went");
+        }
+        let stats = store.stats();
+        assert!(stats.segment_bytes <= capacity_bytes);
+        assert!(prefix < 16 || stats.live_bytes > capacity_bytes / 2, "{} bytes are left", stats.live_bytes);
+    }
+    drop((store, disk));
+    // The same in the next life.
+    let (store, disk) = open(
+        dir.path(),
+        StoreSettings { capacity_bytes, admission: false, segment_bytes: SEGMENT_BYTES, ..settings() },
+    );
+    disk.refuse_holes();
+    assert!(store.put(chain(9000, 5, &[10_000])).iter().all(Result::is_ok));
+    assert!(store.stats().live_bytes > capacity_bytes / 2);
+}
+
+/// Others have filled the disk: what is worth least goes for what comes, and not more than that if nothing comes of it.
+#[test]
+fn a_disk_that_others_have_filled_costs_what_is_worth_least() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = crate::io::sim::SimDisk::open(crate::io::sim::Image::default(), u64::MAX);
+    let small = StoreSettings { segment_bytes: SEGMENT_BYTES, zstd_level: None, ..settings() };
+    let store = Store::open_on(dir.path(), small, disk.clone()).unwrap();
+    let objects = |first| (first..first + 6).map(|number| object(number, number, &[25_000])).collect();
+    for first in (0..600).step_by(100) {
+        assert!(store.put(objects(first)).iter().all(Result::is_ok));
+    }
+    let stored = |store: &Store| store.stats().objects;
+    let before = stored(&store);
+    disk.arm(&[]);
+    disk.fail_creates(0..1, libc::ENOSPC);
+    assert!(store.put(objects(1000)).iter().all(Result::is_ok));
+    assert!(disk.creates() > 1, "it was tried again");
+    let evicted = store.stats().evicted;
+    assert!(evicted > 0, "nothing was evicted");
+    // No room comes of it, however often it is tried: it is not tried often.
+    assert!(store.put(objects(1100)).iter().all(Result::is_ok));
+    let _pins = store.pin(&(1000..1106).map(id).collect::<Vec<_>>());
+    disk.arm(&[]);
+    disk.fail_creates(0..u64::MAX, libc::ENOSPC);
+    for first in (2000..3000).step_by(100) {
+        let _ = store.put(objects(first));
+    }
+    assert!(store.stats().evicted - evicted <= before, "more went than for one try");
 }

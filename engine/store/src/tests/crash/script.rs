@@ -109,6 +109,7 @@ impl Recording {
             capacity_bytes: random.one_of(&[1 << 20, u64::MAX, u64::MAX]),
             pool_bytes: 256 << 10,
             max_write_failures: u64::MAX,
+            leased_bytes: Some(u64::MAX),
             lock_wait: Duration::from_secs(10),
             sabotage,
             bulk_entries: life.one_of(&[0, 0, 1, 6]),
@@ -159,7 +160,7 @@ impl Recording {
                     }
                     store = recording.open(dir, &disk)?;
                 }
-                1 | 2 if faults => arm(&disk, &mut random),
+                1 | 2 if faults => arm(&disk, &mut random, recording.lapses),
                 _ => recording.put(&store, &disk, &mut random, if late { WRITERS } else { 1 }),
             }
             if erases && life.once_in(5) {
@@ -373,8 +374,8 @@ fn lie(disk: &SimDisk, random: &mut Random) -> usize {
     may_lose
 }
 
-/// One fault soon: what a device does that reports its errors.
-fn arm(disk: &SimDisk, random: &mut Random) {
+/// One fault soon: what a device does that reports its errors. For a full one a store evicts, where it may: `lapses`.
+fn arm(disk: &SimDisk, random: &mut Random, lapses: bool) {
     let (kind, fault) = random.one_of(&[
         (OpKind::Sync, Fault::Errno(libc::EIO)),
         (OpKind::Write, Fault::Errno(libc::EIO)),
@@ -385,6 +386,7 @@ fn arm(disk: &SimDisk, random: &mut Random) {
     disk.arm(&[Plan { kind, first: random.below(6), count: 1, fault }]);
     if random.once_in(3) {
         let first = random.below(2);
-        disk.fail_creates(first..first + 1, random.one_of(&[libc::ENOSPC, libc::EIO]));
+        let errno = random.one_of(&[libc::ENOSPC, libc::EIO]);
+        disk.fail_creates(first..first + 1, if lapses { errno } else { libc::EIO });
     }
 }
