@@ -474,7 +474,7 @@ impl Fetch {
         let range = plan::pages(start..start + len);
         let read = Read { segment, range, items: vec![item], kept: None, decoded_bytes: 0 };
         let skip = usize::try_from(read.range.start - target.found.located.spot.offset).unwrap_or(0);
-        let bytes = self.shared.read(&target.found.located, skip, read.len_bytes());
+        let bytes = self.shared.read_until(&target.found.located, skip, read.len_bytes(), self.deadline);
         let steps = self.context.take(&read, bytes.map(|buf| buf.into_bytes()));
         self.current.push(Taken { tag: u64::MAX, steps, read_bytes: 0, kept: None, _permit: None });
         None

@@ -6,9 +6,10 @@
 //! between the two, space is lost until its segment goes, and nothing points at holes. Erasures go the same way once they lapse
 //! (erasure/lapse.rs).
 
+use std::collections::HashSet;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 
 use esker_prefix::{ObjectId, ObjectKind};
 
@@ -211,11 +212,16 @@ impl Shared {
         let mut erasures = Erasures::default();
         erasures.add(erase, sequence);
         if let Erase::Object(id) = erase {
-            // What was forgotten for a failed read must not come back.
-            self.breaker.suspects().clear();
+            // Held until it is gone: what a failed read takes out of the table meanwhile is among them or still there.
+            let suspects = self.breaker.suspects();
             let located = self.table.get(id);
-            let entry = located.map_or(Ok(None), |located| self.index.get(located.spot))?;
-            return self.erase_entries(entry.into_iter().filter(|entry| erasures.cover(entry)).collect());
+            let stored = located.map_or(Ok(None), |located| self.index.get(located.spot))?;
+            let mut entries: Vec<Entry> = stored.into_iter().chain(suspects.iter().copied()).collect();
+            entries.retain(|entry| erasures.cover(entry));
+            // One that is just being forgotten is both.
+            entries.sort_unstable_by_key(|entry| entry.spot);
+            entries.dedup_by_key(|entry| entry.spot);
+            return self.erase_entries(entries, suspects);
         }
         let mut changes = Changes::default();
         self.hits.erase(erase, &mut changes);
@@ -228,23 +234,31 @@ impl Shared {
         if erasures.is_empty() {
             return Ok(0);
         }
-        self.breaker.suspects().clear();
         let covered = |entry: &Result<Entry>| entry.as_ref().map_or(true, |entry| erasures.cover(entry));
-        self.erase_entries(self.index.entries().filter(covered).collect::<Result<_>>()?)
+        let entries = self.index.entries().filter(covered).collect::<Result<_>>()?;
+        self.erase_entries(entries, self.breaker.suspects())
     }
 
-    fn erase_entries(&self, entries: Vec<Entry>) -> Result<u64> {
-        let gone: Vec<Victim> = entries
-            .iter()
-            .map(|entry| {
-                self.table.remove_if(entry.id, entry.spot);
-                Victim { spot: entry.spot, record_bytes: entry.end() - entry.spot.offset }
-            })
-            .collect();
-        self.counters.erased.add(gone.len() as u64);
+    /// Removes these from table and index, while nothing that was forgotten for a failed read comes back.
+    fn erase_entries(&self, entries: Vec<Entry>, mut suspects: MutexGuard<'_, Vec<Entry>>) -> Result<u64> {
+        if entries.is_empty() {
+            return Ok(0);
+        }
+        let mut changes = Changes::default();
+        for entry in &entries {
+            self.table.remove_if(entry.id, entry.spot);
+            changes.remove(entry.spot);
+        }
+        let gone: HashSet<Spot> = entries.iter().map(|entry| entry.spot).collect();
+        suspects.retain(|suspect| !gone.contains(&suspect.spot));
+        self.index.write_durably(changes)?;
+        drop(suspects);
+        self.counters.erased.add(entries.len() as u64);
         self.observed.went(&entries, Removal::Erased);
-        self.free(&gone)?;
-        Ok(gone.len() as u64)
+        for entry in &entries {
+            self.punch(entry.spot, entry.end() - entry.spot.offset);
+        }
+        Ok(entries.len() as u64)
     }
 
     /// What is done every few seconds. What fails keeps nothing else from being done.

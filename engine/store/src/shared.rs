@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use esker_prefix::{ObjectId, ObjectKind};
 
@@ -92,12 +93,35 @@ impl Shared {
         start: usize,
         len: usize,
     ) -> std::result::Result<AlignedBuf, MissKind> {
+        self.read_until(located, start, len, None)
+    }
+
+    /// As [`Shared::read`], up to a deadline, if there is one.
+    pub(crate) fn read_until(
+        &self,
+        located: &Located,
+        start: usize,
+        len: usize,
+        deadline: Option<Instant>,
+    ) -> std::result::Result<AlignedBuf, MissKind> {
         let segment = self.segments.get(located.spot.segment).ok_or(MissKind::Absent)?;
         if !self.admits_read() {
             return Err(MissKind::Unavailable);
         }
         let offset = located.spot.offset + start as u64;
-        let read = read_exact(self.disk.as_ref(), &self.pool, segment.file, offset, len);
+        let read = match deadline {
+            None => read_exact(self.disk.as_ref(), &self.pool, segment.file, offset, len),
+            Some(deadline) => {
+                let (reply, completions) = mpsc::channel();
+                self.disk.submit(Op::read(segment.file, offset, self.pool.take(len), 0, &reply));
+                let left = deadline.saturating_duration_since(Instant::now());
+                // What comes later goes back to the pool.
+                let completion = completions.recv_timeout(left).map_err(|_| MissKind::Deadline)?;
+                completion
+                    .full()
+                    .and_then(|buf| buf.ok_or_else(|| io::Error::other("a read without its buffer")))
+            }
+        };
         match &read {
             Ok(_) => self.breaker.worked(),
             Err(error) if miss_of(error) == MissKind::ReadError => self.breaker.failed(),

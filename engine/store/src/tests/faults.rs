@@ -580,3 +580,51 @@ fn a_disk_that_others_have_filled_costs_what_is_worth_least() {
     }
     assert!(store.stats().evicted - evicted <= before, "more went than for one try");
 }
+
+/// A device that fails one read and hangs on the next.
+#[test]
+fn a_repeated_read_keeps_to_the_deadline() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, disk) = open(dir.path(), settings());
+    let put = object(1, 1, &LENS);
+    assert!(store.put(vec![put.clone()])[0].is_ok());
+    let found = store.lookup(&[id(1)]);
+    disk.arm(&once(OpKind::Read, 0, Fault::Errno(libc::EIO)));
+    disk.hold(Some(OpKind::Read));
+    let started = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while disk.waiting() == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            disk.let_go();
+        });
+        let deadline = Some(started + Duration::from_millis(500));
+        assert_eq!(fetch(&store, FetchRequest { deadline, ..all(found.clone()) }), [Err(MissKind::Deadline)]);
+    });
+    assert!(started.elapsed() < Duration::from_secs(10));
+    assert_eq!(disk.waiting(), 1, "it was read again");
+    disk.hold(None);
+    disk.let_go();
+    assert_eq!(fetch(&store, all(found)), [Ok(planes(&put))], "it stays stored");
+}
+
+/// What is forgotten for a failed read is erased like the rest: it does not come back when the device turns out to be at fault.
+#[test]
+fn what_was_forgotten_for_a_failed_read_can_be_erased() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _disk) = open(dir.path(), settings());
+    assert!(store.put(chain(0, 2, &LENS)).iter().all(Result::is_ok));
+    let entry = super::entry(&store, id(1));
+    let located = store.shared.table.get(id(1)).unwrap();
+    store.shared.quarantine(id(1), &located, MissKind::ReadError);
+    assert!(store.lookup(&[id(0), id(1)]).len() == 1 && store.shared.breaker.suspects().len() == 1);
+    assert_eq!(store.erase(Erase::Object(id(1))).unwrap(), 1);
+    assert_eq!(store.shared.index.get(entry.spot).unwrap(), None);
+    assert!(store.shared.breaker.suspects().is_empty());
+    // What was not erased comes back as before.
+    let located = store.shared.table.get(id(0)).unwrap();
+    store.shared.quarantine(id(0), &located, MissKind::ReadError);
+    assert_eq!(store.erase(Erase::Object(id(7))).unwrap(), 0);
+    assert_eq!(store.shared.breaker.suspects().len(), 1);
+}
