@@ -1,4 +1,4 @@
-//! Promise: on a full disk puts are refused and everything else goes on.
+//! Promise: on a full disk what is worth least goes; where nothing may go puts are refused, and everything else goes on.
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::Result;
-use esker_proto::v1;
+use bytes::Bytes;
+use esker_client::v1::{self, sessions_client::SessionsClient};
+use esker_prefix::TokenId;
 use esker_tests::{Journal, Node, Prompt, flat_layout, question, scratch, tokens};
 use tonic::Code;
 
@@ -66,16 +68,22 @@ async fn puts_are_refused_and_reads_go_on() -> Result<()> {
     let node = Node::start(&data, &options).await?;
     let answer = node.ask(question()).await?;
     node.settled(&tokens(3, 300)).await?;
+    keep(&node, "asked", node.client.describe().await?.namespace, &tokens(3, 300)).await?;
     let layout = flat_layout();
     let namespace = node.register(&layout, 1).await?;
     let journal = Journal::default();
     let mut refusal = None;
     for seed in 0..100 {
         let prompt = Prompt::new(namespace, &layout, seed, 20);
-        if let Err(error) = journal.put(&node, &prompt, 1..=20).await {
+        let put = journal.put(&node, &prompt, 1..=20).await;
+        // What nobody keeps would go for what comes.
+        let name = Bytes::copy_from_slice(namespace.as_bytes());
+        let kept = keep(&node, &format!("prompt {seed}"), name, &prompt.tokens).await;
+        if let Err(error) = put {
             refusal = Some(error.downcast::<tonic::Status>()?);
             break;
         }
+        kept?;
     }
     let refusal = refusal.expect("128 MiB hold 100 prompts of 2 MiB");
     assert_eq!(refusal.code(), Code::ResourceExhausted, "{refusal}");
@@ -141,6 +149,38 @@ async fn a_disk_that_the_store_has_to_itself_is_filled_and_then_kept() -> Result
         found += fetched.whole_objects(&prompt).len();
     }
     assert!(stored > 300 && found > 100, "{stored} blocks stored, {found} found");
+    assert!(node.stop().await?.success());
+    Ok(())
+}
+
+/// Opens a session: what there is of these tokens stays.
+async fn keep(node: &Node, session: &str, namespace: Bytes, tokens: &[TokenId]) -> Result<()> {
+    let request = v1::OpenSessionRequest {
+        session: session.into(),
+        namespace,
+        tokens: tokens.iter().map(|token| token.0).collect(),
+        keep_s: 24 * 3600,
+        user: String::new(),
+    };
+    SessionsClient::new(node.channel.clone()).open_session(request).await?;
+    Ok(())
+}
+
+/// A store that was told of more room than others leave it makes do with what there is.
+#[tokio::test]
+async fn a_disk_that_others_fill_costs_what_is_worth_least() -> Result<()> {
+    let folder = scratch();
+    let Some(disk) = SmallDisk::new(folder.path()) else { return Ok(()) };
+    let options = ["--segment-mib", "4", "--capacity", "1GiB", "--no-model"];
+    let node = Node::start(&disk.0.join("data"), &options).await?;
+    let layout = flat_layout();
+    let namespace = node.register(&layout, 1).await?;
+    let journal = Journal::default();
+    for seed in 0..60 {
+        journal.put(&node, &Prompt::new(namespace, &layout, seed, 20), 1..=20).await?;
+    }
+    let audit = journal.audit(&node).await?;
+    assert!(audit.lost > 0 && audit.lost < audit.acknowledged && audit.wrong == 0, "{audit:?}");
     assert!(node.stop().await?.success());
     Ok(())
 }

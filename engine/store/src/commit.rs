@@ -2,14 +2,15 @@
 //!
 //! A batch is written, its completions are seen, its segments are flushed, the index is written, and then the putters
 //! hear of it: never the other way round. While one batch is being flushed the next is being written; they are
-//! published in the order in which they were formed, so a child is never durable before its parent. As this is the
-//! only thread that adds entries, races between writers of one id end here.
+//! published in the order in which they were formed, so a child is never durable before its parent, which stays until then
+//! (commit/hold.rs). As this is the only thread that adds entries, races between writers of one id end here.
 //!
 //! After a failed write or flush the segment is suspect for good: the kernel may report the next flush as a success
 //! and keep nothing. Everything that was under way is waited for, and what is not yet published is written again, from
 //! memory, to other places. After `max_write_failures` of these the device is not trusted with further writes.
 
 mod batch;
+mod hold;
 mod segments;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -28,7 +29,8 @@ use crate::segment::{Place, RECORDS_AT, SegmentId, last_page};
 use crate::shared::{Shared, is_own};
 use crate::{PutOutcome, Result, StoreError, TtlClass};
 use batch::{Batch, Pending, Putter, Repeat, Run};
-use segments::{Made, Maker};
+use hold::Hold;
+use segments::{Kind, Made, Maker};
 
 /// Records of one batch.
 const MAX_BATCH_RECORDS: usize = 1024;
@@ -85,8 +87,8 @@ pub(crate) struct Committer {
 enum Event {
     Put(Submission),
     Completed(Completion),
-    /// A segment of this length was made, or not.
-    Made(u64, Made),
+    /// A segment of this kind was made, or not.
+    Made(Kind, Made),
     /// Time to keep house; who asked for it is told when it is done.
     House(Option<Sender<()>>),
     Close,
@@ -171,10 +173,10 @@ struct Writer {
     /// records.
     full: Vec<(u64, Tail)>,
     maker: Maker,
-    /// Segments made ahead, by their length, or why there are none.
-    spares: HashMap<u64, Made>,
-    /// Whether the spare of this length was ordered before it was needed.
-    ahead: HashSet<u64>,
+    /// Segments made ahead, by their kind, or why there are none.
+    spares: HashMap<Kind, Made>,
+    /// Whether the spare of this kind was ordered before it was needed.
+    ahead: HashSet<Kind>,
     /// Why what is under way will not be published.
     failed: Option<Failure>,
     failures: u64,
@@ -233,9 +235,9 @@ impl Writer {
                 self.queue.push_back(submission);
             }
             Event::Completed(completion) => self.completed(completion),
-            Event::Made(len_bytes, made) => {
-                self.maker.delivered(len_bytes);
-                self.spares.insert(len_bytes, made);
+            Event::Made(kind, made) => {
+                self.maker.delivered(kind);
+                self.spares.insert(kind, made);
             }
             Event::House(asked) => {
                 self.retire_old();
@@ -318,30 +320,41 @@ impl Writer {
             self.answer(putter, compare(id, known == digest));
             return None;
         }
-        let mut context = None;
-        if !own
-            && let Some(parent) = header.parent
-            && self.shared.table.get(parent).is_none()
-        {
-            if self.declined.contains(&parent) {
-                self.decline(id, putter);
-                return None;
+        let (mut context, mut held) = (None, None);
+        if !own && let Some(parent) = header.parent {
+            held = Hold::stored(&self.shared, parent);
+            if held.is_none() {
+                if self.declined.contains(&parent) {
+                    self.decline(id, putter);
+                    return None;
+                }
+                let Some(unpublished) = self.pending(parent, forming) else {
+                    self.answer(putter, Err(StoreError::MissingParent { id, parent }));
+                    return None;
+                };
+                (context, held) = (Some(unpublished.context), Some(unpublished.hold.clone()));
             }
-            let Some(unpublished) = self.pending(parent, forming) else {
-                self.answer(putter, Err(StoreError::MissingParent { id, parent }));
-                return None;
-            };
-            context = Some(unpublished.context);
         }
         let (now_s, bytes) = (self.shared.time.now_s(), record.len() as u64);
         let (candidate, context, admits) = self.shared.table.judge(&header, bytes, context, now_s);
         let permanent = header.class == TtlClass::PERMANENT;
-        if !admits && !permanent && self.shared.settings.admission && !self.shared.has_capacity() {
+        if !admits && !permanent && self.shared.settings.admission && !self.shared.has_capacity(header.class)
+        {
             self.decline(id, putter);
             return None;
         }
-        let (record, repeats) = (Some(record), Vec::new());
-        Some(Pending { header, digest, record, putter, repeats, candidate, context, _permit: permit })
+        Some(Pending {
+            header,
+            digest,
+            record: Some(record),
+            putter,
+            repeats: Vec::new(),
+            candidate,
+            context,
+            hold: Hold::default(),
+            _parent: held,
+            _permit: permit,
+        })
     }
 
     /// A record that has no entry yet.
@@ -366,25 +379,25 @@ impl Writer {
         if self.failures >= settings.max_write_failures {
             return Err(StoreError::WritesRefused { failures: self.failures });
         }
-        let len_bytes = settings.segment_bytes_of(class);
+        let kind = Kind::of(class);
         let tail = self.tails.get(&class).copied();
         if let Some(mut tail) = tail.filter(|tail| tail.append_at + bytes <= tail.records_end()) {
             let before = tail;
             tail.append_at += bytes;
             self.tails.insert(class, tail);
             // Made ahead, so that nobody waits for it.
-            if tail.append_at > tail.len_bytes / 2 && !self.spares.contains_key(&len_bytes) {
-                self.ahead.insert(len_bytes);
-                self.maker.order(len_bytes);
+            if tail.append_at > tail.len_bytes / 2 && !self.spares.contains_key(&kind) {
+                self.ahead.insert(kind);
+                self.maker.order(kind);
             }
             return Ok(Some(before));
         }
         // What failed ahead of time may work now.
-        let ahead = self.ahead.remove(&len_bytes);
-        let made = self.spares.remove(&len_bytes).filter(|made| !(ahead && matches!(made, Made::Not(_))));
+        let ahead = self.ahead.remove(&kind);
+        let made = self.spares.remove(&kind).filter(|made| !(ahead && matches!(made, Made::Not(_))));
         match made {
             None => {
-                self.maker.order(len_bytes);
+                self.maker.order(kind);
                 Ok(None)
             }
             Some(Made::Not(error)) => {
@@ -564,7 +577,11 @@ impl Writer {
         let mut replaced = Vec::new();
         for run in &batch.runs {
             for (entry, record) in run.entries.iter().zip(&run.records) {
-                replaced.extend(self.shared.table.insert(entry, Some(record.candidate)));
+                let awaited = record.hold.is_awaited();
+                replaced.extend(self.shared.table.store(entry, record.candidate, awaited));
+                if awaited {
+                    record.hold.keep(&self.shared, entry.id);
+                }
             }
             let live_bytes = run.end - run.tail.append_at;
             self.shared.segments.update(run.tail.id, |segment| {
@@ -620,6 +637,7 @@ impl Writer {
         let Some(tail) = tail else { return };
         self.tails.retain(|_, open| open.id != segment);
         self.full.retain(|(_, full)| full.id != segment);
+        self.shared.segments.update(segment, |abandoned| abandoned.sealed = true);
         let mut changes = Changes::default();
         changes.put_segment(segment, &tail.state(Phase::Suspect, self.next_sequence - 1));
         if let Err(error) = self.shared.index.write_durably(changes) {

@@ -6,6 +6,9 @@
 //! reads the headers of all objects first. Small records in the order by plane are read once, give the planes that lead as they
 //! come, and are kept till their last plane. The drive is asked for a few mebibytes at a time, so that the first come first.
 //!
+//! What is in flight counts as it is read or as it is decoded, whichever is more, so that what waits to be taken is bounded, however
+//! well it was compressed.
+//!
 //! Invariants: a plane is yielded only after it passed `verify.rs`; an object that fails yields one miss and nothing
 //! after it; a bad read is repeated once per object; dropping the fetch frees everything, what is in flight as it completes.
 
@@ -29,7 +32,7 @@ use crate::segment::SegmentId;
 use crate::shared::Shared;
 use crate::table::Located;
 use crate::{Found, MissKind};
-use plan::{Item, Kept, Part, Read};
+use plan::{Extent, Item, Kept, Part, Read};
 pub(crate) use verifying::Verifiers;
 use verifying::{Arrival, Context, Job, Route, Step, Taken, Target};
 
@@ -39,6 +42,8 @@ const SMALL_RECORD_BYTES: usize = 64 << 10;
 pub(crate) const READ_BYTES_AT_ONCE: usize = 8 << 20;
 /// Share of the bytes that all fetches may have in flight of which one may keep so much: the half.
 const KEPT_SHARE: usize = 2;
+/// The first plane is given along with the start of its record if it has no more than so many times that many bytes.
+const HEAD_EXPANSION: usize = 2;
 
 /// What to fetch.
 #[derive(Clone, Debug)]
@@ -172,7 +177,7 @@ struct Fate {
 
 struct InFlight {
     tag: u64,
-    len_bytes: usize,
+    held_bytes: usize,
     arrived: Option<Taken>,
 }
 
@@ -188,10 +193,11 @@ impl Fetch {
         let whole = all && (order == FetchOrder::ByObject || objects.len() < 2);
         // Of small records a read for each rank would come by nearly all of their bytes every time.
         let record_bytes: usize = objects.iter().map(|found| found.located.record_bytes()).sum();
+        let held_bytes: usize = objects.iter().map(|found| found.located.held_bytes()).sum();
         let keeps = all
             && !whole
             && record_bytes <= objects.len() * SMALL_RECORD_BYTES
-            && record_bytes <= shared.settings.read_bytes_in_flight / KEPT_SHARE;
+            && held_bytes <= shared.settings.read_bytes_in_flight / KEPT_SHARE;
         let context = Arc::new(Context {
             targets: objects.into_iter().map(target).collect(),
             planes,
@@ -268,6 +274,23 @@ impl Fetch {
         self.asked_bytes
     }
 
+    /// Waits for what was asked for, and tells how many bytes of planes wait to be taken.
+    #[cfg(test)]
+    pub(crate) fn waiting_bytes(&mut self) -> usize {
+        let is_taken = |fetch: &Self, tag| fetch.current.iter().any(|taken| taken.tag == tag);
+        while self.in_flight.iter().any(|read| read.arrived.is_none() && !is_taken(self, read.tag)) {
+            if let Ok(arrival) = self.arrivals.recv() {
+                self.note(arrival);
+            }
+        }
+        let taken = self.in_flight.iter().filter_map(|read| read.arrived.as_ref()).chain(&self.current);
+        let plane = |(_, step): &(Item, Result<Step, MissKind>)| match step {
+            Ok(Step::Plane(FetchEvent::Plane { bytes, .. })) => bytes.len(),
+            _ => 0,
+        };
+        taken.flat_map(|taken| taken.steps.iter().map(plane)).sum()
+    }
+
     /// Whether the first plane of all objects comes first and is read along with the header.
     fn reads_heads(&self) -> bool {
         self.context.order != FetchOrder::ByObject && self.context.planes == PlaneSelection::All
@@ -278,8 +301,9 @@ impl Fetch {
         let Context { targets, keeps, .. } = &*self.context;
         let extent = |item: &Item| {
             let part = if *keeps && item.part == Part::Head { Part::Record } else { item.part };
-            let (segment, start, len) = targets[item.object].extent(part);
-            (segment, start..start + len)
+            let target = &targets[item.object];
+            let (segment, start, len) = target.extent(part);
+            Extent { segment, range: start..start + len, decoded_bytes: target.decoded_bytes(part) }
         };
         self.planned = match self.kept.is_empty() {
             true => plan::join(items, merge_bytes, extent),
@@ -290,18 +314,18 @@ impl Fetch {
     /// Starts as many reads as the budgets allow; at least one if nothing else is going on.
     fn top_up(&mut self) {
         while let Some(read) = self.planned.front() {
-            let bytes = read.len_bytes();
+            let (bytes, held_bytes) = (read.len_bytes(), read.held_bytes());
             let idle = self.in_flight.is_empty() && self.current.is_empty();
             // One that is longer is asked for alone.
             let has_asked = read.kept.is_none() && self.asked_bytes > 0;
             let waits = has_asked && self.asked_bytes + bytes > READ_BYTES_AT_ONCE;
-            let fits = self.held_bytes + bytes <= self.shared.settings.fetch_window_bytes;
+            let fits = self.held_bytes + held_bytes <= self.shared.settings.fetch_window_bytes;
             if (waits || !fits) && !idle {
                 return;
             }
-            let permit = match self.shared.reading.try_acquire(bytes) {
+            let permit = match self.shared.reading.try_acquire(held_bytes) {
                 Some(permit) => permit,
-                None if idle => self.shared.reading.force(bytes),
+                None if idle => self.shared.reading.force(held_bytes),
                 None => return,
             };
             let Some(read) = self.planned.pop_front() else { return };
@@ -310,9 +334,9 @@ impl Fetch {
     }
 
     fn submit(&mut self, read: Read, permit: Permit) {
-        let (tag, len_bytes) = (self.next_tag, read.len_bytes());
+        let (tag, len_bytes, held_bytes) = (self.next_tag, read.len_bytes(), read.held_bytes());
         self.next_tag += 1;
-        self.held_bytes += len_bytes;
+        self.held_bytes += held_bytes;
         let arrived = match self.shared.segments.get(read.segment) {
             _ if read.kept.is_some() => {
                 let job = Job::of_kept(self.route(read, None), tag, permit);
@@ -333,7 +357,7 @@ impl Fetch {
             }
             None => Some(self.unread(&read, tag, permit, MissKind::Absent)),
         };
-        self.in_flight.push_back(InFlight { tag, len_bytes, arrived });
+        self.in_flight.push_back(InFlight { tag, held_bytes, arrived });
     }
 
     fn route(&self, read: Read, threads: Option<Sender<Job>>) -> Route {
@@ -406,7 +430,7 @@ impl Fetch {
         if self.in_flight.front().is_some_and(|read| read.tag == taken.tag)
             && let Some(read) = self.in_flight.pop_front()
         {
-            self.held_bytes -= read.len_bytes;
+            self.held_bytes -= read.held_bytes;
         }
     }
 
@@ -448,9 +472,9 @@ impl Fetch {
         let target = &self.context.targets[item.object];
         let (segment, start, len) = target.extent(item.part);
         let range = plan::pages(start..start + len);
-        let read = Read { segment, range, items: vec![item], kept: None };
+        let read = Read { segment, range, items: vec![item], kept: None, decoded_bytes: 0 };
         let skip = usize::try_from(read.range.start - target.found.located.spot.offset).unwrap_or(0);
-        let bytes = self.shared.read(&target.found.located, skip, read.len_bytes());
+        let bytes = self.shared.read_until(&target.found.located, skip, read.len_bytes(), self.deadline);
         let steps = self.context.take(&read, bytes.map(|buf| buf.into_bytes()));
         self.current.push(Taken { tag: u64::MAX, steps, read_bytes: 0, kept: None, _permit: None });
         None
@@ -618,5 +642,24 @@ impl Target {
             }
         };
         (located.spot.segment, located.spot.offset + start as u64, len as u64)
+    }
+
+    /// Bytes of planes that come of a part of the object, at most.
+    fn decoded_bytes(&self, part: Part) -> usize {
+        let raw_bytes = usize::try_from(self.found.located.raw_bytes).unwrap_or(usize::MAX);
+        match part {
+            Part::Head => raw_bytes.min(self.head_decoded_bytes()),
+            Part::Record => raw_bytes,
+            Part::Header => 0,
+            Part::Plane(plane) => {
+                let plane = self.header.get().and_then(|header| header.planes.get(plane));
+                plane.map_or(0, |plane| plane.raw_bytes as usize)
+            }
+        }
+    }
+
+    /// Bytes that the first plane may have to be given along with the start of its record: how many it has is not known before.
+    fn head_decoded_bytes(&self) -> usize {
+        self.found.located.head_bytes as usize * HEAD_EXPANSION
     }
 }

@@ -151,7 +151,11 @@ impl<'a> Check<'a> {
         let mut report = FsckReport::default();
         let opened = Index::open_read_only(dir).and_then(|index| Ok((index.segments()?, index)));
         let (states, index) = match opened {
-            Ok((states, index)) => (states.into_iter().collect(), Some(index)),
+            Ok((states, index)) => {
+                // Of what no segment has, too.
+                report.index_error = index.check().err().map(|error| error.to_string());
+                (states.into_iter().collect(), Some(index))
+            }
             Err(error) => {
                 report.index_error = Some(error.to_string());
                 (HashMap::new(), None)

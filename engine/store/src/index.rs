@@ -28,6 +28,7 @@ pub(crate) mod memory;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
 use rocksdb::{
@@ -73,6 +74,9 @@ pub(crate) struct Index {
     db: DB,
     options: Options,
     dir: PathBuf,
+    /// Whether a read of it failed. It is built anew at the next opening, unless it was opened only to be read.
+    damaged: AtomicBool,
+    read_only: bool,
     /// Bytes of the changes written.
     pub(crate) change_bytes: Counter,
 }
@@ -106,7 +110,7 @@ impl Index {
             }
             Err(error) => open_anew(&path, &error)?,
         };
-        let mut index = Self { db, options, dir: dir.to_owned(), change_bytes: Counter::default() };
+        let mut index = Self::of(db, options, dir, false);
         index.db.set_options(&[("disable_auto_compactions", "false")])?;
         let format = index.db.get(FORMAT_KEY);
         let mut rebuild = marked || !existing;
@@ -126,21 +130,42 @@ impl Index {
             index.db.put(FORMAT_KEY, FORMAT.to_le_bytes())?;
             rebuild = true;
         }
-        if marked {
+        // What was found here is mended here.
+        if mark.exists() {
             fs::remove_file(&mark).map_err(StoreError::io("removing", &mark))?;
         }
+        index.damaged = AtomicBool::new(false);
         Ok((index, rebuild))
     }
 
     /// Opens the index in `dir/index` to be read only, as it stands: also while another process writes it.
     pub(crate) fn open_read_only(dir: &Path) -> Result<Self> {
         let db = DB::open_for_read_only(&options(), dir.join("index"), false)?;
-        Ok(Self { db, options: options(), dir: dir.to_owned(), change_bytes: Counter::default() })
+        Ok(Self::of(db, options(), dir, true))
+    }
+
+    fn of(db: DB, options: Options, dir: &Path, read_only: bool) -> Self {
+        let (dir, damaged) = (dir.to_owned(), AtomicBool::new(false));
+        Self { db, options, dir, damaged, read_only, change_bytes: Counter::default() }
+    }
+
+    /// Whether a read has failed since it was opened.
+    pub(crate) fn is_damaged(&self) -> bool {
+        self.damaged.load(Ordering::Relaxed)
+    }
+
+    /// Reads all of it: an error if any part cannot be read.
+    pub(crate) fn check(&self) -> Result<()> {
+        let mut options = ReadOptions::default();
+        options.set_readahead_size(READ_AHEAD_BYTES);
+        options.fill_cache(false);
+        let mut items = self.db.iterator_opt(IteratorMode::Start, options);
+        items.try_for_each(|item| self.read(item).map(drop))
     }
 
     /// The entry of the record at `spot`. An index that cannot be read has no entries.
     pub(crate) fn get(&self, spot: Spot) -> Result<Option<Entry>> {
-        let value = self.db.get_pinned(entry_key(spot)).inspect_err(|_| self.mark_damaged())?;
+        let value = self.read(self.db.get_pinned(entry_key(spot)))?;
         Ok(value.and_then(|value| self.decode(spot, &value)))
     }
 
@@ -150,11 +175,8 @@ impl Index {
         options.set_iterate_upper_bound(ENTRIES_END);
         options.set_readahead_size(READ_AHEAD_BYTES);
         options.fill_cache(false);
-        self.db.iterator_opt(IteratorMode::Start, options).filter_map(|item| match item {
-            Err(error) => {
-                self.mark_damaged();
-                Some(Err(error.into()))
-            }
+        self.db.iterator_opt(IteratorMode::Start, options).filter_map(|item| match self.read(item) {
+            Err(error) => Some(Err(error)),
             Ok((key, value)) => self.decode(spot_of(&key)?, &value).map(Ok),
         })
     }
@@ -165,8 +187,8 @@ impl Index {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(entry_key(Spot { segment: SegmentId(id.0 + 1), offset: 0 }));
         let entries = self.db.iterator_opt(IteratorMode::From(&first, rocksdb::Direction::Forward), options);
-        entries.filter_map(|item| match item {
-            Err(error) => Some(Err(error.into())),
+        entries.filter_map(|item| match self.read(item) {
+            Err(error) => Some(Err(error)),
             Ok((key, value)) => self.decode(spot_of(&key)?, &value).map(Ok),
         })
     }
@@ -178,15 +200,15 @@ impl Index {
         options.set_iterate_upper_bound(ENTRIES_END);
         options.fill_cache(false);
         let entries = self.db.iterator_opt(IteratorMode::From(&first, rocksdb::Direction::Forward), options);
-        entries.filter_map(|item| match item {
-            Err(error) => Some(Err(error.into())),
+        entries.filter_map(|item| match self.read(item) {
+            Err(error) => Some(Err(error)),
             Ok((key, value)) => self.decode(spot_of(&key)?, &value).map(Ok),
         })
     }
 
     /// Where scrubbing goes on.
     pub(crate) fn scrub_position(&self) -> Result<Option<Spot>> {
-        let value = self.db.get(SCRUB_KEY)?;
+        let value = self.read(self.db.get(SCRUB_KEY))?;
         Ok(value.and_then(|value| {
             let (segment, offset) = value.split_first_chunk()?;
             let offset = u64::from_le_bytes(offset.try_into().ok()?);
@@ -196,13 +218,13 @@ impl Index {
 
     /// Store time of the last use of a segment; may lag behind.
     pub(crate) fn last_use(&self, id: SegmentId) -> Result<Option<u32>> {
-        let value = self.db.get(segment_key(USE_PREFIX, id))?;
+        let value = self.read(self.db.get(segment_key(USE_PREFIX, id)))?;
         Ok(value.and_then(|value| Some(u32::from_le_bytes(value.try_into().ok()?))))
     }
 
     /// Highest number that any segment ever had, gone ones included, as far as this index goes back.
     pub(crate) fn highest_segment(&self) -> Result<SegmentId> {
-        let value = self.db.get(HIGHEST_KEY)?;
+        let value = self.read(self.db.get(HIGHEST_KEY))?;
         let number = value.and_then(|value| Some(u64::from_le_bytes(value.try_into().ok()?)));
         Ok(SegmentId(number.unwrap_or(0)))
     }
@@ -212,7 +234,7 @@ impl Index {
         let mut segments = Vec::new();
         let mode = IteratorMode::From(&[SEGMENT_PREFIX], rocksdb::Direction::Forward);
         for item in self.db.iterator(mode) {
-            let (key, value) = item?;
+            let (key, value) = self.read(item)?;
             let Some((&SEGMENT_PREFIX, rest)) = key.split_first() else { break };
             let (Ok(id), Some(state)) = (rest.try_into(), SegmentState::decode(&value)) else { continue };
             segments.push((SegmentId(u64::from_be_bytes(id)), state));
@@ -224,7 +246,7 @@ impl Index {
     pub(crate) fn hits(&self) -> Result<Vec<(hits::Of, Hits)>> {
         let mut all = Vec::new();
         for item in self.db.iterator(IteratorMode::From(&[HITS_PREFIX], rocksdb::Direction::Forward)) {
-            let (key, value) = item?;
+            let (key, value) = self.read(item)?;
             let Some((&HITS_PREFIX, rest)) = key.split_first() else { break };
             all.extend(hits_of(rest).zip(Hits::decode(&value)));
         }
@@ -235,7 +257,7 @@ impl Index {
     pub(crate) fn vouched(&self) -> Result<Vec<ObjectId>> {
         let mut all = Vec::new();
         for item in self.db.iterator(IteratorMode::From(&[VOUCH_PREFIX], rocksdb::Direction::Forward)) {
-            let (key, _) = item?;
+            let (key, _) = self.read(item)?;
             let Some((&VOUCH_PREFIX, rest)) = key.split_first() else { break };
             all.extend(vouched_of(rest));
         }
@@ -269,7 +291,16 @@ impl Index {
         entry
     }
 
+    /// What was read. An error is remembered.
+    fn read<T>(&self, read: std::result::Result<T, rocksdb::Error>) -> Result<T> {
+        Ok(read.inspect_err(|_| self.mark_damaged())?)
+    }
+
     fn mark_damaged(&self) {
+        self.damaged.store(true, Ordering::Relaxed);
+        if self.read_only {
+            return;
+        }
         let mark = self.dir.join(DAMAGED_MARK);
         if !mark.exists() {
             tracing::error!("the index cannot be read; the next opening builds it anew");

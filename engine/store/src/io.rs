@@ -25,6 +25,7 @@ use std::sync::mpsc::{self, Sender};
 
 pub(crate) use buffer::page_ceil;
 pub use buffer::{AlignedBuf, BufferPool, PAGE, Region};
+pub(crate) use files::headroom_bytes;
 pub use gate::{ByteGate, Permit};
 pub use probe::{Chosen, choose};
 

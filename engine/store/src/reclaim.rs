@@ -2,13 +2,14 @@
 //!
 //! Records are never moved. What goes is punched out of its segment (`fallocate(2)` with a hole), which frees its pages
 //! exactly and writes nothing; a sealed segment of which nothing is left is removed. Where the file system cannot punch,
-//! only whole segments are given back. The order is: index durably without the entries, then the space: after a crash
+//! only whole segments are given back, and evicted: the one that was not used for longest, with what hangs on it. The order is: index durably without the entries, then the space: after a crash
 //! between the two, space is lost until its segment goes, and nothing points at holes. Erasures go the same way once they lapse
 //! (erasure/lapse.rs).
 
+use std::collections::HashSet;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 
 use esker_prefix::{ObjectId, ObjectKind};
 
@@ -26,26 +27,84 @@ use crate::{Result, TtlClass};
 const USE_LAG_PART: u32 = 16;
 
 impl Shared {
-    /// Whether another segment fits into the capacity.
-    pub(crate) fn has_capacity(&self) -> bool {
-        let (_, used_bytes) = self.segments.totals();
-        used_bytes.saturating_add(self.settings.segment_bytes) <= self.settings.capacity_bytes
+    /// Whether another segment of a class fits into the capacity.
+    pub(crate) fn has_capacity(&self, class: TtlClass) -> bool {
+        self.missing_bytes(class) == 0
     }
 
-    /// Sees to it that another segment fits, if anything may go for it.
-    pub(crate) fn make_room(&self) -> Result<()> {
+    /// By how much it does not.
+    fn missing_bytes(&self, class: TtlClass) -> u64 {
         let (_, used_bytes) = self.segments.totals();
-        let wanted_bytes = used_bytes.saturating_add(self.settings.segment_bytes);
-        let missing_bytes = wanted_bytes.saturating_sub(self.settings.capacity_bytes);
-        if missing_bytes == 0 {
-            return Ok(());
+        let wanted_bytes = self.settings.segment_bytes_of(class) + self.settings.reserve_bytes(class);
+        used_bytes.saturating_add(wanted_bytes).saturating_sub(self.settings.capacity_bytes)
+    }
+
+    /// Sees to it that another segment of a class fits, if anything may go for it.
+    pub(crate) fn make_room(&self, class: TtlClass) -> Result<()> {
+        match self.missing_bytes(class) {
+            0 => Ok(()),
+            bytes if self.makes_holes() => {
+                self.evict(bytes)?;
+                // Only now it may be known that nothing came of that.
+                if self.makes_holes() { Ok(()) } else { self.evict_segments(self.missing_bytes(class)) }
+            }
+            bytes => self.evict_segments(bytes),
         }
-        let victims = self.table.evict(missing_bytes, self.time.now_s());
+    }
+
+    /// Gives so many bytes back to the file system, if anything may go for it.
+    pub(crate) fn free_space(&self, bytes: u64) -> Result<()> {
+        if self.makes_holes() { self.evict(bytes) } else { self.evict_segments(bytes) }
+    }
+
+    /// Removes what is worth least, from the ends of prefixes on.
+    fn evict(&self, bytes: u64) -> Result<()> {
+        self.evicted(&self.table.evict(bytes, self.time.now_s()))
+    }
+
+    /// Removes whole segments until they have so many bytes, those first that were not used for longest. One that holds something
+    /// that may not go, or on which such a thing hangs, is passed over.
+    fn evict_segments(&self, bytes: u64) -> Result<()> {
+        let mut segments = self.segments.all();
+        segments.retain(|(_, segment)| segment.sealed && segment.class != TtlClass::PERMANENT);
+        segments.sort_unstable_by_key(|(id, segment)| (segment.used_s, *id));
+        let mut freed_bytes = 0;
+        for (id, segment) in segments {
+            if freed_bytes >= bytes {
+                break;
+            }
+            let Some(victims) = self.table.evict_segment(id) else { continue };
+            self.evicted(&victims)?;
+            if self.segments.get(id).is_some() {
+                self.remove_rest(id)?;
+            }
+            freed_bytes += segment.len_bytes;
+        }
+        Ok(())
+    }
+
+    /// Removes a segment of which the table names nothing, with what the index names all the same.
+    fn remove_rest(&self, id: SegmentId) -> Result<()> {
+        let mut changes = Changes::default();
+        for entry in self.index.entries_of(id) {
+            changes.remove(entry?.spot);
+        }
+        self.index.write_durably(changes)?;
+        self.remove_segment(id);
+        Ok(())
+    }
+
+    fn evicted(&self, victims: &[Victim]) -> Result<()> {
         self.counters.evicted.add(victims.len() as u64);
         self.counters.evicted_bytes.add(victims.iter().map(|victim| victim.record_bytes).sum());
         let entries = self.entries_at(victims.iter().map(|victim| victim.spot));
         self.observed.went(&entries, Removal::Evicted);
-        self.free(&victims)
+        self.free(victims)
+    }
+
+    /// Whether space can be given back in parts, as far as is known.
+    fn makes_holes(&self) -> bool {
+        !self.holeless.load(Ordering::Relaxed)
     }
 
     /// Removes records from the index, durably, and gives back their space.
@@ -83,7 +142,13 @@ impl Shared {
                 self.segments.update(id, |segment| segment.punched_bytes += len_bytes);
                 self.counters.punched_bytes.add(len_bytes);
             }
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => warn_once(),
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                if !self.holeless.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        "this file system cannot give back parts of a file; space returns by whole segments only"
+                    );
+                }
+            }
             Err(error) => {
                 tracing::warn!(segment = %id, offset, len_bytes, %error, "space could not be given back")
             }
@@ -116,7 +181,14 @@ impl Shared {
         // The newest first: what they hold hangs on what older ones hold.
         segments.sort_unstable_by_key(|(id, _)| std::cmp::Reverse(*id));
         for (id, _) in segments {
-            let entries = self.index.entries_of(id).collect::<Result<Vec<Entry>>>()?;
+            // One that cannot be read keeps no other: the next opening builds the index anew.
+            let entries = match self.index.entries_of(id).collect::<Result<Vec<Entry>>>() {
+                Ok(entries) => entries,
+                Err(error) => {
+                    tracing::error!(segment = %id, %error, "the entries of a segment that is over cannot be read");
+                    continue;
+                }
+            };
             if !self.table.remove_all(&entries) {
                 let loose = self.table.remove_loose(&entries);
                 self.counters.expired.add(loose.len() as u64);
@@ -140,11 +212,16 @@ impl Shared {
         let mut erasures = Erasures::default();
         erasures.add(erase, sequence);
         if let Erase::Object(id) = erase {
-            // What was forgotten for a failed read must not come back.
-            self.breaker.suspects().clear();
+            // Held until it is gone: what a failed read takes out of the table meanwhile is among them or still there.
+            let suspects = self.breaker.suspects();
             let located = self.table.get(id);
-            let entry = located.map_or(Ok(None), |located| self.index.get(located.spot))?;
-            return self.erase_entries(entry.into_iter().filter(|entry| erasures.cover(entry)).collect());
+            let stored = located.map_or(Ok(None), |located| self.index.get(located.spot))?;
+            let mut entries: Vec<Entry> = stored.into_iter().chain(suspects.iter().copied()).collect();
+            entries.retain(|entry| erasures.cover(entry));
+            // One that is just being forgotten is both.
+            entries.sort_unstable_by_key(|entry| entry.spot);
+            entries.dedup_by_key(|entry| entry.spot);
+            return self.erase_entries(entries, suspects);
         }
         let mut changes = Changes::default();
         self.hits.erase(erase, &mut changes);
@@ -157,23 +234,31 @@ impl Shared {
         if erasures.is_empty() {
             return Ok(0);
         }
-        self.breaker.suspects().clear();
         let covered = |entry: &Result<Entry>| entry.as_ref().map_or(true, |entry| erasures.cover(entry));
-        self.erase_entries(self.index.entries().filter(covered).collect::<Result<_>>()?)
+        let entries = self.index.entries().filter(covered).collect::<Result<_>>()?;
+        self.erase_entries(entries, self.breaker.suspects())
     }
 
-    fn erase_entries(&self, entries: Vec<Entry>) -> Result<u64> {
-        let gone: Vec<Victim> = entries
-            .iter()
-            .map(|entry| {
-                self.table.remove_if(entry.id, entry.spot);
-                Victim { spot: entry.spot, record_bytes: entry.end() - entry.spot.offset }
-            })
-            .collect();
-        self.counters.erased.add(gone.len() as u64);
+    /// Removes these from table and index, while nothing that was forgotten for a failed read comes back.
+    fn erase_entries(&self, entries: Vec<Entry>, mut suspects: MutexGuard<'_, Vec<Entry>>) -> Result<u64> {
+        if entries.is_empty() {
+            return Ok(0);
+        }
+        let mut changes = Changes::default();
+        for entry in &entries {
+            self.table.remove_if(entry.id, entry.spot);
+            changes.remove(entry.spot);
+        }
+        let gone: HashSet<Spot> = entries.iter().map(|entry| entry.spot).collect();
+        suspects.retain(|suspect| !gone.contains(&suspect.spot));
+        self.index.write_durably(changes)?;
+        drop(suspects);
+        self.counters.erased.add(entries.len() as u64);
         self.observed.went(&entries, Removal::Erased);
-        self.free(&gone)?;
-        Ok(gone.len() as u64)
+        for entry in &entries {
+            self.punch(entry.spot, entry.end() - entry.spot.offset);
+        }
+        Ok(entries.len() as u64)
     }
 
     /// What is done every few seconds. What fails keeps nothing else from being done.
@@ -286,14 +371,5 @@ impl Shared {
     fn ttl_s(&self, class: TtlClass) -> Option<u32> {
         let ttl = self.settings.ttl_classes.get(usize::from(class.0))?;
         Some(u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX))
-    }
-}
-
-fn warn_once() {
-    static WARNED: AtomicBool = AtomicBool::new(false);
-    if !WARNED.swap(true, Ordering::Relaxed) {
-        tracing::warn!(
-            "this file system cannot give back parts of a file; space returns by whole segments only"
-        );
     }
 }

@@ -52,8 +52,6 @@ pub(crate) struct Recovery {
     pub(crate) records_dropped: MissCounts,
     pub(crate) entries_dropped: u64,
     pub(crate) unreadable_segments: Vec<String>,
-    /// The index could not be read to its end, and is marked for it.
-    pub(crate) index_damaged: bool,
     /// Leases and erasures.
     pub(crate) own: Vec<Entry>,
 }
@@ -393,10 +391,7 @@ impl Worker<'_> {
         let mut newest_s = 0;
         let (mut holes, mut given_back) = (Holes::default(), Vec::new());
         for entry in self.shared.index.entries() {
-            let Ok(entry) = entry else {
-                self.report.index_damaged = true;
-                break;
-            };
+            let entry = entry?;
             let segment = self.shared.segments.get(entry.spot.segment);
             if segment.is_none_or(|segment| entry.end() > segment.len_bytes) {
                 changes.remove(entry.spot);
@@ -414,11 +409,11 @@ impl Worker<'_> {
             }
             newest_s = newest_s.max(entry.time_s);
             *live_bytes.entry(entry.spot.segment).or_default() += entry.end() - entry.spot.offset;
-            if let Some(before) = self.shared.table.insert(&entry, None) {
+            if let Some(before) = self.shared.table.load(&entry) {
                 let earlier = self.shared.index.get(before.spot)?;
                 let earlier = earlier.filter(|before| before.sequence > entry.sequence);
                 if let Some(later) = earlier {
-                    self.shared.table.insert(&later, None);
+                    self.shared.table.load(&later);
                 }
                 let (loser, len_bytes) = match earlier {
                     Some(_) => (entry.spot, entry.end() - entry.spot.offset),
@@ -437,6 +432,7 @@ impl Worker<'_> {
                 _ => {}
             }
         }
+        self.shared.table.loaded();
         self.shared.index.write(changes)?;
         for (spot, file, len_bytes) in given_back {
             self.shared.give_back(spot.segment, file, spot.offset, len_bytes);

@@ -323,6 +323,51 @@ impl Retention {
         self.enqueue(slot);
     }
 
+    /// What is in `slot` turns out to be `candidate`, behind `parent`: until now it was there only because something hangs on it.
+    pub fn fill(&mut self, slot: u32, parent: Option<u32>, candidate: &Candidate) {
+        self.dequeue(slot);
+        let Candidate { owner, print, class, grade, uses } = *candidate;
+        let node = &mut self.nodes[slot as usize];
+        debug_assert!(node.uses > 0 && node.parent == NO_PARENT, "slot {slot} has its place");
+        *node = Node { print, owner, line: queue::line(class, grade), uses, ..*node };
+        let last_s = node.last_s;
+        if let Some(parent) = parent {
+            self.dequeue(parent);
+            self.nodes[parent as usize].children += 1;
+            self.nodes[slot as usize].parent = parent;
+            self.renew(parent, last_s);
+        }
+        self.enqueue(slot);
+    }
+
+    /// Whether the path that ends in `slot` leads through `other`. Walks it.
+    pub fn hangs_on(&self, slot: u32, other: u32) -> bool {
+        let mut at = slot;
+        while at != NO_PARENT && at != other {
+            at = self.nodes[at as usize].parent;
+        }
+        at == other
+    }
+
+    /// Makes a path that leads back to its beginning end somewhere. Walks all that is stored, once.
+    pub fn cut_circles(&mut self) {
+        /// Of no walk yet.
+        const NEW: u32 = u32::MAX;
+        let mut walks = vec![NEW; self.nodes.len()];
+        for walk in 0..u32::try_from(walks.len()).unwrap_or(NEW) {
+            let (mut at, mut below) = (walk, NO_PARENT);
+            while at != NO_PARENT && walks[at as usize] == NEW {
+                walks[at as usize] = walk;
+                (below, at) = (at, self.nodes[at as usize].parent);
+            }
+            if at != NO_PARENT && below != NO_PARENT && walks[at as usize] == walk {
+                self.nodes[below as usize].parent = NO_PARENT;
+                self.nodes[at as usize].children -= 1;
+                self.enqueue(at);
+            }
+        }
+    }
+
     /// The leaf that should go, if there is one that may. It stays until it is removed.
     pub fn victim(&mut self, now_s: u32) -> Option<u32> {
         let owner = self.owners.giver()?;

@@ -224,7 +224,7 @@ pub(crate) struct OpenSegment {
     pub(crate) len_bytes: u64,
     pub(crate) generation: u64,
     pub(crate) class: TtlClass,
-    /// Nothing will be added to it.
+    /// Nothing will be added to it, be it that it has a seal, or that a write, a flush or its seal failed.
     pub(crate) sealed: bool,
     /// Nothing will be added to it, and the index names all that is to be kept of it.
     pub(crate) complete: bool,

@@ -24,17 +24,19 @@ pub struct StoreSettings {
     pub capacity_bytes: u64,
     /// Whether a full store may decline objects that are not worth their place.
     pub admission: bool,
-    /// Bytes of records that all leases together may hold, each counted with its whole paths.
-    pub leased_bytes: u64,
+    /// Bytes of records that all leases together may hold, each counted with its whole paths; `None` for four fifths of the
+    /// capacity, so that something may always go.
+    pub leased_bytes: Option<u64>,
     /// How long objects of each class are kept after their last use.
     pub ttl_classes: Vec<Duration>,
     /// zstd level for planes that shrink by at least 3 %; `None` stores every plane raw.
     pub zstd_level: Option<i32>,
     /// Shorter planes are stored raw: to build the tables that decode one takes longer than to read what they save.
     pub compressed_from_bytes: usize,
-    /// Bytes being read ahead by all fetches together. A fetch that gets no share still has one read in flight.
+    /// Bytes being read ahead by all fetches together, as they lie on the drive or decoded, whichever are more. A fetch that gets no
+    /// share still has one read in flight.
     pub read_bytes_in_flight: usize,
-    /// Bytes being read ahead by one fetch.
+    /// Bytes being read ahead by one fetch, likewise.
     pub fetch_window_bytes: usize,
     /// Neighbouring planes and records are joined into reads up to this many bytes.
     pub read_merge_bytes: usize,
@@ -80,6 +82,8 @@ pub struct Sabotage {
     pub lapse_early: bool,
     /// Grant leases that hold nothing.
     pub skip_pins: bool,
+    /// Leave children that were read before their parent without it.
+    pub skip_adoption: bool,
 }
 
 impl Default for StoreSettings {
@@ -88,12 +92,12 @@ impl Default for StoreSettings {
             segment_bytes: 256 << 20,
             capacity_bytes: u64::MAX,
             admission: true,
-            leased_bytes: u64::MAX,
+            leased_bytes: None,
             ttl_classes: [5 * 60, 3600, 24 * 3600, 72 * 3600].map(Duration::from_secs).to_vec(),
             zstd_level: Some(1),
             compressed_from_bytes: 8 << 10,
             read_bytes_in_flight: 64 << 20,
-            fetch_window_bytes: 16 << 20,
+            fetch_window_bytes: 24 << 20,
             read_merge_bytes: 1 << 20,
             verify_threads: std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(1, 8)),
             scrub_bytes_per_s: 8_000_000,
@@ -113,6 +117,20 @@ impl Default for StoreSettings {
 }
 
 impl StoreSettings {
+    /// Bytes that all leases together may hold.
+    pub(crate) fn leased_bytes(&self) -> u64 {
+        self.leased_bytes.unwrap_or(self.capacity_bytes / 5 * 4)
+    }
+
+    /// Bytes of the capacity that segments of a class leave free. In a store that is full of what may not go there is room for one
+    /// more segment of what the store writes about itself: renewals, and erasures, which make room.
+    pub(crate) fn reserve_bytes(&self, class: TtlClass) -> u64 {
+        let own_bytes = self.segment_bytes_of(TtlClass::PERMANENT);
+        // Where that is much, there is none: a quarter of the capacity at most.
+        let spares = own_bytes <= self.capacity_bytes / 4;
+        if class == TtlClass::PERMANENT || !spares { 0 } else { own_bytes }
+    }
+
     /// Length of new segments of a class: what the store writes about itself is little.
     pub(crate) fn segment_bytes_of(&self, class: TtlClass) -> u64 {
         match class {
@@ -157,6 +175,13 @@ impl StoreSettings {
     pub(crate) fn skips_pins(&self) -> bool {
         #[cfg(any(test, feature = "testing"))]
         return self.sabotage.skip_pins;
+        #[cfg(not(any(test, feature = "testing")))]
+        return false;
+    }
+
+    pub(crate) fn skips_adoption(&self) -> bool {
+        #[cfg(any(test, feature = "testing"))]
+        return self.sabotage.skip_adoption;
         #[cfg(not(any(test, feature = "testing")))]
         return false;
     }

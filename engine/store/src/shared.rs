@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use esker_prefix::{ObjectId, ObjectKind};
 
@@ -46,6 +48,8 @@ pub(crate) struct Shared {
     pub(crate) wear: WearFile,
     pub(crate) breaker: Arc<Breaker>,
     pub(crate) observed: Observed,
+    /// Whether the file system cannot give back parts of a file.
+    pub(crate) holeless: AtomicBool,
     pub(crate) reading: Arc<ByteGate>,
     pub(crate) putting: Arc<ByteGate>,
     /// The folder's lock; the kernel drops it with the file.
@@ -89,12 +93,35 @@ impl Shared {
         start: usize,
         len: usize,
     ) -> std::result::Result<AlignedBuf, MissKind> {
+        self.read_until(located, start, len, None)
+    }
+
+    /// As [`Shared::read`], up to a deadline, if there is one.
+    pub(crate) fn read_until(
+        &self,
+        located: &Located,
+        start: usize,
+        len: usize,
+        deadline: Option<Instant>,
+    ) -> std::result::Result<AlignedBuf, MissKind> {
         let segment = self.segments.get(located.spot.segment).ok_or(MissKind::Absent)?;
         if !self.admits_read() {
             return Err(MissKind::Unavailable);
         }
         let offset = located.spot.offset + start as u64;
-        let read = read_exact(self.disk.as_ref(), &self.pool, segment.file, offset, len);
+        let read = match deadline {
+            None => read_exact(self.disk.as_ref(), &self.pool, segment.file, offset, len),
+            Some(deadline) => {
+                let (reply, completions) = mpsc::channel();
+                self.disk.submit(Op::read(segment.file, offset, self.pool.take(len), 0, &reply));
+                let left = deadline.saturating_duration_since(Instant::now());
+                // What comes later goes back to the pool.
+                let completion = completions.recv_timeout(left).map_err(|_| MissKind::Deadline)?;
+                completion
+                    .full()
+                    .and_then(|buf| buf.ok_or_else(|| io::Error::other("a read without its buffer")))
+            }
+        };
         match &read {
             Ok(_) => self.breaker.worked(),
             Err(error) if miss_of(error) == MissKind::ReadError => self.breaker.failed(),
@@ -158,7 +185,7 @@ impl Shared {
             return;
         }
         self.observed.came([entry]);
-        self.table.insert(entry, None);
+        self.table.insert(entry);
         self.counters.reinstated.add(1);
     }
 
@@ -182,8 +209,14 @@ impl Shared {
         self.write_segment_page(file, last_page(header.extent_bytes), PageKind::Header, header)
     }
 
-    /// Closes a segment whose records are all flushed.
+    /// Closes a segment whose records are all flushed. If that fails nothing is added to it all the same.
     pub(crate) fn seal(&self, tail: &Tail, sequence: u64) -> Result<()> {
+        self.write_seal(tail, sequence).inspect_err(|_| {
+            self.segments.update(tail.id, |segment| segment.sealed = true);
+        })
+    }
+
+    fn write_seal(&self, tail: &Tail, sequence: u64) -> Result<()> {
         let &Tail { id, class, generation, published_at, .. } = tail;
         let page = SegmentPage { id, class, generation, extent_bytes: published_at, sequence };
         self.write_segment_page(tail.file, tail.records_end(), PageKind::Seal, &page)

@@ -113,13 +113,13 @@ pub fn stat(dir: &Path) -> Result<StoreStat> {
     let mut found =
         StoreStat { in_use: in_use(dir), index_bytes: bytes_below(&dir.join("index")), ..Default::default() };
     let states: BTreeMap<SegmentId, _> = index.segments()?.into_iter().collect();
-    let table = Table::new();
+    let table = Table::new(true);
     let mut live: BTreeMap<SegmentId, u64> = BTreeMap::new();
     let pool = BufferPool::new(0);
     for entry in index.entries_from(crate::segment::Spot { segment: SegmentId(0), offset: 0 }) {
         let entry = entry?;
         *live.entry(entry.spot.segment).or_default() += entry.end() - entry.spot.offset;
-        table.insert(&entry, None);
+        table.load(&entry);
         match entry.id.kind {
             ObjectKind::Block | ObjectKind::State => found.object(&entry, &table, now_s),
             ObjectKind::Lease => found.lease(&entry, &segments, &pool, now_s),

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use bytes::Bytes;
 use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, ScopeTag, WriterId};
 
 use crate::clock::{Clock, StoreTime, SystemClock};
-use crate::commit::{Committer, Outcome, Submission};
+use crate::commit::{Committer, Outcome, Position, Submission};
 use crate::encoding::Hashed;
 use crate::erasure::{Erase, Lapses};
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
@@ -21,7 +21,7 @@ use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
 use crate::owner::{OwnerId, OwnerOf};
 use crate::record::RecordHeader;
-use crate::recovery;
+use crate::recovery::{self, Recovery};
 use crate::scrub::Scrubber;
 use crate::sealing::{self, Sealer};
 use crate::segment::{RECORDS_AT, SegmentTable};
@@ -180,7 +180,7 @@ impl Store {
                 settings: settings.clone(),
                 disk: Arc::clone(&disk),
                 index,
-                table: Table::new(),
+                table: Table::new(!settings.skips_adoption()),
                 time: StoreTime::open(dir, Arc::clone(&clock))?,
                 leases: Leases::default(),
                 lapses: Lapses::default(),
@@ -190,20 +190,25 @@ impl Store {
                 wear: WearFile::open(dir),
                 breaker: Arc::default(),
                 observed: Observed::default(),
+                holeless: AtomicBool::new(false),
                 _lock: lock,
             }))
         };
         let (index, mut rebuilt) = Index::open(dir)?;
         let mut shared = share(index)?;
-        let (mut position, mut recovery) = recovery::recover(&shared, &segments)?;
-        if recovery.index_damaged {
-            tracing::error!("the index cannot be read to its end and is built anew");
-            drop(shared);
-            let (index, _) = Index::open(dir)?;
-            rebuilt = true;
-            shared = share(index)?;
-            (position, recovery) = recovery::recover(&shared, &segments)?;
-        }
+        let taken_up = match take_up(&shared, &segments) {
+            // What a read of the index says is no word of the segments'.
+            Err(_) if shared.index.is_damaged() => {
+                tracing::error!("the index cannot be read to its end and is built anew");
+                drop(shared);
+                let (index, _) = Index::open(dir)?;
+                rebuilt = true;
+                shared = share(index)?;
+                take_up(&shared, &segments)
+            }
+            other => other,
+        };
+        let (position, recovery) = taken_up?;
         let (segment_count, _) = shared.segments.totals();
         let report = OpenReport {
             engine: shared.disk.engine(),
@@ -217,8 +222,6 @@ impl Store {
             unreadable_segments: recovery.unreadable_segments,
         };
         shared.restore_leases(recovery.own);
-        shared.hits.load(&shared.index, &shared.table.realms())?;
-        restore_vouches(&shared)?;
         let committer = Committer::start(Arc::clone(&shared), position)
             .map_err(StoreError::io("starting the commit thread of", dir))?;
         let scrubber =
@@ -481,7 +484,7 @@ impl Store {
             .iter()
             .map(|&end| self.shared.table.path_bytes(end).ok_or(StoreError::NotStored { id: end }));
         let bytes = paths.sum::<Result<u64>>()?;
-        let limit_bytes = self.shared.settings.leased_bytes;
+        let limit_bytes = self.shared.settings.leased_bytes();
         let mut held = self.shared.leases.held();
         let leased_bytes = held.values().filter(|lease| lease.id != id).map(|lease| lease.bytes).sum::<u64>();
         if leased_bytes.saturating_add(bytes) > limit_bytes {
@@ -661,6 +664,14 @@ fn register(pool: &BufferPool, disk: &dyn Disk, settings: &StoreSettings) {
             tracing::debug!(%error, "buffers could not be registered; reads and writes map their own")
         }
     }
+}
+
+/// Takes up what the segments hold and what the index says of it.
+fn take_up(shared: &Shared, segments: &Path) -> Result<(Position, Recovery)> {
+    let recovered = recovery::recover(shared, segments)?;
+    shared.hits.load(&shared.index, &shared.table.realms())?;
+    restore_vouches(shared)?;
+    Ok(recovered)
 }
 
 /// Takes up what was vouched for; that of objects that are gone is forgotten.

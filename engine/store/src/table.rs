@@ -4,8 +4,9 @@
 //! a large table is never copied. Only half of a hash is kept: the other half is proven by the record itself, whose
 //! authenticated header holds all of it and is compared with the name asked for.
 //!
-//! Beside each slot lies what [`Retention`] keeps of the block. An object that is lost while others hang on it leaves its
-//! slot behind as a *hole*: not found by any lookup, and filled when the object is put again.
+//! Beside each slot lies what [`Retention`] keeps of the block. A parent that is not there while others hang on it has a slot
+//! as well, a *hole*: not found by any lookup, filled when the object comes, and gone with the last that hangs on it. It is what a
+//! lost object leaves behind, and what stands for a parent that comes after its children, as places tell no order.
 //!
 //! Objects of one prefix are mostly stored one after another and so have neighbouring slots. A run of them is
 //! found by looking at the next slot first, which costs a read of memory in order instead of a hash probe.
@@ -64,7 +65,11 @@ struct Inner {
     realms: Realms,
     retention: Retention,
     erasures: u64,
+    /// Slots that are holes.
+    holes: usize,
     tails: Tails,
+    /// Whether children that come before their parent are linked to it.
+    adopts: bool,
 }
 
 /// A record that is not needed any more.
@@ -104,14 +109,17 @@ struct Slot {
     realm: u32,
     planes: u16,
     head_pages: u8,
-    /// 0 in a slot that is free; [`HOLE`] is added in a hole.
+    /// 0 in a slot that is free; [`HOLE`] is added in a hole. One that no object was in yet has no pages.
     kind: u8,
 }
 
 const HOLE: u8 = 0x80;
+/// Where nobody knows how many tokens a block has.
+const ORDINARY_BLOCK_TOKENS: u64 = 128;
 
 impl Table {
-    pub(crate) fn new() -> Self {
+    /// `adopts`: whether children that come before their parent are linked to it. Only a test says no.
+    pub(crate) fn new(adopts: bool) -> Self {
         Self(RwLock::new(Inner {
             chunks: Vec::new(),
             free: Vec::new(),
@@ -119,7 +127,9 @@ impl Table {
             realms: Realms::new(),
             retention: Retention::new(RetentionSettings::new(ORDINARY_BYTES_PER_TOKEN)),
             erasures: 0,
+            holes: 0,
             tails: Tails::default(),
+            adopts,
         }))
     }
 
@@ -190,43 +200,31 @@ impl Table {
         slots.map(|slot| inner.realms.get(slot.realm).namespace).collect()
     }
 
-    /// Adds an object, or moves it to another place: the record it had before is returned. `candidate`: as it was judged
-    /// before it was stored; `None` if it was found on the drive.
-    pub(crate) fn insert(&self, entry: &Entry, candidate: Option<Candidate>) -> Option<Victim> {
+    /// Adds an object, or moves it to another place: the record it had before is returned.
+    pub(crate) fn insert(&self, entry: &Entry) -> Option<Victim> {
+        self.write().insert(entry, None, true)
+    }
+
+    /// As [`Table::insert`], of what was just written. `pinned`: something that is to hang on it is on its way, and whoever asked
+    /// for that takes the pin back.
+    pub(crate) fn store(&self, entry: &Entry, candidate: Candidate, pinned: bool) -> Option<Victim> {
         let mut inner = self.write();
-        let slot = Slot {
-            hash: short(entry.id),
-            checksum: entry.checksum.half(),
-            tokens: entry.tokens,
-            segment: narrow_segment(entry.spot.segment),
-            page: narrow(usize::try_from(entry.spot.offset / PAGE as u64).unwrap_or(usize::MAX)),
-            record_pages: entry.record_pages,
-            raw_bytes: u32::try_from(entry.raw_bytes).expect("bounded by the segment"),
-            realm: inner.realms.id_of(Realm::of(entry)),
-            planes: entry.planes,
-            head_pages: entry.head_pages,
-            kind: entry.id.kind as u8,
-        };
-        if let Some(known) = inner.find_any(&slot) {
-            let before = *inner.slot(known);
-            *inner.slot_mut(known) = slot;
-            inner.add(&slot);
-            inner.tails.add(slot.hash, entry);
-            if before.kind & HOLE == 0 {
-                inner.subtract(&before);
-            }
-            let owner = inner.realms.owner(slot.realm);
-            inner.retention.set_owner(known, owner);
-            return (before.kind & HOLE == 0).then(|| before.record());
+        let before = inner.insert(entry, Some(candidate), true);
+        if pinned && let Some(at) = inner.find(entry.id) {
+            // It cannot be held too often: nobody else could hold it before.
+            let _ = inner.retention.pin(at);
         }
-        let at = inner.allocate(slot);
-        inner.add(&slot);
-        inner.erasures += u64::from(entry.id.kind == ObjectKind::Erasure);
-        inner.tails.add(slot.hash, entry);
-        let Inner { by_hash, chunks, .. } = &mut *inner;
-        by_hash.insert_unique(slot.bucket(), at, |&other| chunk_slot(chunks, other).bucket());
-        inner.retain(at, entry, candidate);
-        None
+        before
+    }
+
+    /// As [`Table::insert`], of entries found on the drive, in any order. [`Table::loaded`] comes after the last of them.
+    pub(crate) fn load(&self, entry: &Entry) -> Option<Victim> {
+        self.write().insert(entry, None, false)
+    }
+
+    /// Sees to it that paths have an end, whatever the entries say of their parents.
+    pub(crate) fn loaded(&self) {
+        self.write().retention.cut_circles();
     }
 
     /// How a new object with this parent is judged, and whether it is worth its place in a full store. The deepest
@@ -271,12 +269,12 @@ impl Table {
         inner.retention.touch(tip, now_s);
         let mut segments = Vec::new();
         let mut at = Some(tip);
-        while let Some(slot) = at {
-            let segment = inner.slot(slot).segment;
-            if segments.last() != Some(&segment) {
-                segments.push(segment);
+        while let Some(at_slot) = at {
+            let slot = inner.slot(at_slot);
+            if slot.kind & HOLE == 0 && segments.last() != Some(&slot.segment) {
+                segments.push(slot.segment);
             }
-            at = inner.retention.parent(slot);
+            at = inner.retention.parent(at_slot);
         }
         segments.sort_unstable();
         segments.dedup();
@@ -347,8 +345,7 @@ impl Table {
             && inner.retention.is_pinned(slot)
         {
             inner.retention.unpin(slot);
-            let hole = inner.slot(slot).kind & HOLE != 0;
-            if hole && inner.retention.is_leaf(slot) && !inner.retention.is_pinned(slot) {
+            if inner.is_needless(slot) {
                 inner.release(slot);
             }
         }
@@ -359,9 +356,10 @@ impl Table {
         let inner = self.read();
         let mut at = Some(inner.find(tip)?);
         let mut bytes = 0;
-        while let Some(slot) = at {
-            bytes += u64::from(inner.slot(slot).record_pages) * PAGE as u64;
-            at = inner.retention.parent(slot);
+        while let Some(at_slot) = at {
+            let slot = inner.slot(at_slot);
+            bytes += if slot.kind & HOLE == 0 { slot.record().record_bytes } else { 0 };
+            at = inner.retention.parent(at_slot);
         }
         Some(bytes)
     }
@@ -375,12 +373,44 @@ impl Table {
         {
             let slot = *inner.slot(at);
             inner.release(at);
-            if slot.kind & HOLE == 0 {
-                freed += slot.record().record_bytes;
-                victims.push(slot.record());
-            }
+            freed += slot.record().record_bytes;
+            victims.push(slot.record());
         }
         victims
+    }
+
+    /// Removes all that lies in a segment and what hangs on it, wherever that lies. `None`, and nothing done, if anything of it is
+    /// pinned. Looks at everything once.
+    pub(crate) fn evict_segment(&self, segment: SegmentId) -> Option<Vec<Victim>> {
+        let mut inner = self.write();
+        let number = narrow_segment(segment);
+        // Of each slot whether it goes, once that is known: each path is walked as far as it is not.
+        let mut known: Vec<Option<bool>> = vec![None; inner.chunks.len() * CHUNK_SLOTS];
+        let (mut leaving, mut path) = (HashSet::new(), Vec::new());
+        for slot in (0..narrow(known.len())).filter(|&slot| inner.exists(slot)) {
+            let (mut at, mut goes) = (Some(slot), false);
+            while let Some(next) = at {
+                if let Some(known) = known[next as usize] {
+                    goes = known;
+                    break;
+                }
+                path.push(next);
+                at = inner.retention.parent(next);
+            }
+            for next in path.drain(..).rev() {
+                let here = inner.slot(next);
+                let hole = here.kind & HOLE != 0;
+                goes |= !hole && here.segment == number;
+                known[next as usize] = Some(goes);
+                if goes && inner.retention.is_pinned(next) {
+                    return None;
+                }
+                if goes && !hole {
+                    leaving.insert(next);
+                }
+            }
+        }
+        Some(inner.release_loose(&leaving))
     }
 
     /// Removes those of `entries` that are still at their places, if neither a pin nor anything outside holds any of
@@ -422,6 +452,7 @@ impl Table {
             let slot = *inner.slot(at);
             inner.forget(&slot);
             inner.slot_mut(at).kind |= HOLE;
+            inner.holes += 1;
         }
         true
     }
@@ -477,7 +508,7 @@ impl Table {
             + inner.free.capacity() * size_of::<u32>()
             + inner.retention.memory_bytes()
             + inner.tails.memory_bytes();
-        (inner.by_hash.len() as u64, bytes as u64)
+        ((inner.by_hash.len() - inner.holes) as u64, bytes as u64)
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Inner> {
@@ -499,6 +530,12 @@ impl Inner {
         &mut self.chunks[at / CHUNK_SLOTS][at % CHUNK_SLOTS]
     }
 
+    /// Whether there is anything in a slot, if there is such a slot.
+    fn exists(&self, at: u32) -> bool {
+        let chunk = &self.chunks[at as usize / CHUNK_SLOTS];
+        chunk.get(at as usize % CHUNK_SLOTS).is_some_and(|slot| slot.kind != 0)
+    }
+
     fn find(&self, id: ObjectId) -> Option<u32> {
         let hash = short(id);
         let same = |&at: &u32| self.slot(at).is(id.kind, &hash);
@@ -517,25 +554,104 @@ impl Inner {
         self.by_hash.find(like.bucket(), same).copied()
     }
 
-    /// Hands a new slot to [`Retention`].
-    fn retain(&mut self, at: u32, entry: &Entry, candidate: Option<Candidate>) {
-        // An erasure names what it erased, which would never go again if anything hung on it that stays.
-        let parent = entry.parent.filter(|_| !is_own(entry.id)).and_then(|parent| self.find_any_id(parent));
-        let candidate = candidate.unwrap_or_else(|| {
-            let context = self.retention.context(parent);
-            let bytes = clamp(u64::from(entry.record_pages) * PAGE as u64);
-            let tokens = added_tokens(entry.id.kind, entry.tokens, parent.map(|at| self.slot(at).tokens));
-            let owner = self.realms.owner(self.slot(at).realm);
-            self.retention.recovered(owner, key_of(entry.id), context, bytes, tokens)
-        });
-        if let Some(parent) = parent {
-            self.retention.renew(parent, entry.time_s);
+    /// See [`Table::insert`]. `candidate`: as it was judged before it was stored; `None` if it was found on the drive. `checked`:
+    /// a path never leads back to its beginning.
+    fn insert(&mut self, entry: &Entry, candidate: Option<Candidate>, checked: bool) -> Option<Victim> {
+        let slot = Slot {
+            hash: short(entry.id),
+            checksum: entry.checksum.half(),
+            tokens: entry.tokens,
+            segment: narrow_segment(entry.spot.segment),
+            page: narrow(usize::try_from(entry.spot.offset / PAGE as u64).unwrap_or(usize::MAX)),
+            record_pages: entry.record_pages,
+            raw_bytes: u32::try_from(entry.raw_bytes).expect("bounded by the segment"),
+            realm: self.realms.id_of(Realm::of(entry)),
+            planes: entry.planes,
+            head_pages: entry.head_pages,
+            kind: entry.id.kind as u8,
+        };
+        self.add(&slot);
+        self.tails.add(slot.hash, entry);
+        let Some(known) = self.find_any(&slot) else {
+            self.erasures += u64::from(entry.id.kind == ObjectKind::Erasure);
+            let at = self.place(slot);
+            let parent = self.parent_of(entry, slot.realm);
+            let candidate = candidate.unwrap_or_else(|| self.candidate_of(entry, at, parent));
+            if let Some(parent) = parent {
+                self.retention.renew(parent, entry.time_s);
+            }
+            self.retention.insert(at, parent, &candidate, entry.time_s);
+            self.pin_for_ever(entry, at);
+            return None;
+        };
+        let before = std::mem::replace(self.slot_mut(known), slot);
+        let owner = self.realms.owner(slot.realm);
+        self.retention.set_owner(known, owner);
+        if before.kind & HOLE == 0 {
+            self.subtract(&before);
+            return Some(before.record());
         }
-        self.retention.insert(at, parent, &candidate, entry.time_s);
+        self.holes -= 1;
+        if before.record_pages == 0 {
+            let parent = self.parent_of(entry, slot.realm);
+            let parent = parent.filter(|&parent| !checked || !self.retention.hangs_on(parent, known));
+            let candidate = candidate.unwrap_or_else(|| self.candidate_of(entry, known, parent));
+            self.retention.fill(known, parent, &candidate);
+            self.pin_for_ever(entry, known);
+        }
+        self.retention.renew(known, entry.time_s);
+        None
+    }
+
+    /// Gives a slot its place in memory and in the hash table.
+    fn place(&mut self, slot: Slot) -> u32 {
+        let at = self.allocate(slot);
+        let Inner { by_hash, chunks, .. } = self;
+        by_hash.insert_unique(slot.bucket(), at, |&other| chunk_slot(chunks, other).bucket());
+        at
+    }
+
+    /// The slot of the parent that an entry names: a hole, if that is not there.
+    fn parent_of(&mut self, entry: &Entry, realm: u32) -> Option<u32> {
+        // An erasure names what it erased, which would never go again if anything hung on it that stays.
+        let parent = entry.parent.filter(|_| !is_own(entry.id))?;
+        if let Some(known) = self.find_any_id(parent) {
+            return Some(known);
+        }
+        if !self.adopts {
+            return None;
+        }
+        // One block shorter, as far as anybody knows: what hangs on it is judged by that.
+        let tokens = entry.tokens.saturating_sub(ORDINARY_BLOCK_TOKENS);
+        let kind = parent.kind as u8 | HOLE;
+        let hole = Slot { hash: short(parent), tokens, realm, kind, ..Slot::NOTHING };
+        let at = self.place(hole);
+        self.holes += 1;
+        let owner = self.realms.owner(realm);
+        let candidate = self.retention.recovered(owner, key_of(parent), self.retention.context(None), 0, 1);
+        self.retention.insert(at, None, &candidate, entry.time_s);
+        Some(at)
+    }
+
+    /// What an object found on the drive is taken for.
+    fn candidate_of(&self, entry: &Entry, at: u32, parent: Option<u32>) -> Candidate {
+        let context = self.retention.context(parent);
+        let bytes = clamp(u64::from(entry.record_pages) * PAGE as u64);
+        let tokens = added_tokens(entry.id.kind, entry.tokens, parent.map(|at| self.slot(at).tokens));
+        let owner = self.realms.owner(self.slot(at).realm);
+        self.retention.recovered(owner, key_of(entry.id), context, bytes, tokens)
+    }
+
+    fn pin_for_ever(&mut self, entry: &Entry, at: u32) {
         if entry.class == TtlClass::PERMANENT {
             // Its only pin: nobody else can know it yet.
             let _ = self.retention.pin(at);
         }
+    }
+
+    /// Whether a slot is a hole that nothing hangs on.
+    fn is_needless(&self, at: u32) -> bool {
+        self.slot(at).kind & HOLE != 0 && self.retention.is_leaf(at) && !self.retention.is_pinned(at)
     }
 
     /// The slots of those of `entries` that are still at their places.
@@ -551,19 +667,30 @@ impl Inner {
         let mut ready: Vec<u32> = leaving.iter().copied().filter(|&at| loose(self, at)).collect();
         let mut victims = Vec::with_capacity(leaving.len());
         while let Some(at) = ready.pop() {
-            let parent = self.retention.parent(at);
             victims.push(self.slot(at).record());
-            self.release(at);
+            let parent = self.release(at);
             ready.extend(parent.filter(|parent| leaving.contains(parent) && loose(self, *parent)));
         }
         victims
     }
 
-    /// Frees the slot of a leaf.
-    fn release(&mut self, at: u32) {
+    /// Frees the slot of a leaf, and the holes that were there for its sake. Returns what they all hung on.
+    fn release(&mut self, mut at: u32) -> Option<u32> {
+        loop {
+            let parent = self.retention.parent(at);
+            self.release_one(at);
+            match parent.filter(|&parent| self.is_needless(parent)) {
+                Some(hole) => at = hole,
+                None => return parent,
+            }
+        }
+    }
+
+    fn release_one(&mut self, at: u32) {
         let slot = *self.slot(at);
-        if slot.kind & HOLE == 0 {
-            self.forget(&slot);
+        match slot.kind & HOLE {
+            0 => self.forget(&slot),
+            _ => self.holes -= 1,
         }
         self.erasures -= u64::from(slot.kind & !HOLE == ObjectKind::Erasure as u8);
         let bucket = slot.bucket();
@@ -660,6 +787,20 @@ impl Inner {
 }
 
 impl Slot {
+    const NOTHING: Self = Self {
+        hash: [0; 16],
+        checksum: 0,
+        tokens: 0,
+        segment: 0,
+        page: 0,
+        record_pages: 0,
+        raw_bytes: 0,
+        realm: 0,
+        planes: 0,
+        head_pages: 0,
+        kind: 0,
+    };
+
     fn is(&self, kind: ObjectKind, hash: &[u8; 16]) -> bool {
         self.kind == kind as u8 && self.hash == *hash
     }
@@ -686,6 +827,11 @@ impl Slot {
 impl Located {
     pub(crate) fn record_bytes(&self) -> usize {
         self.record_pages as usize * PAGE
+    }
+
+    /// Bytes of its record or of its planes, whichever are more.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.record_bytes().max(usize::try_from(self.raw_bytes).unwrap_or(usize::MAX))
     }
 }
 
@@ -830,7 +976,6 @@ fn key_of(id: ObjectId) -> u64 {
 
 /// Tokens that an object adds to its prefix; a state adds as many as a block, for which it stands, wherever it lies.
 fn added_tokens(kind: ObjectKind, tokens: u64, parent: Option<u64>) -> u32 {
-    const ORDINARY_BLOCK_TOKENS: u64 = 128;
     let parent = if kind == ObjectKind::State { Some(tokens) } else { parent };
     match parent.map_or(tokens, |parent| tokens.saturating_sub(parent)) {
         0 => u32::try_from(tokens.min(ORDINARY_BLOCK_TOKENS)).unwrap_or(1).max(1),

@@ -53,7 +53,7 @@ fn set_entry(store: &Store, id: ObjectId, entry: &Entry) {
     let mut changes = Changes::default();
     changes.put(&entry);
     store.shared.index.write(changes).unwrap();
-    store.shared.table.insert(&entry, None);
+    store.shared.table.insert(&entry);
 }
 
 fn copy_dir(from: &Path, to: &Path) {

@@ -124,7 +124,7 @@ fn what_is_leased_stays_whatever_comes_and_a_store_full_of_leases_says_so() {
 #[test]
 fn a_lease_is_refused_beyond_the_budget_and_for_what_is_not_there() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = StoreSettings { leased_bytes: 6 * 40_960, ..small() };
+    let settings = StoreSettings { leased_bytes: Some(6 * 40_960), ..small() };
     let store = Store::open_at(dir.path(), settings, ManualClock::new()).unwrap();
     assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
     let refused = store.lease(LeaseId([1; 32]), &[id(6)], HOUR).unwrap_err();
@@ -210,6 +210,94 @@ fn a_class_goes_when_its_time_is_over_unless_it_was_used_or_is_leased() {
     assert_eq!(store.stats().expired, 90);
     // What is left is the store's own.
     assert_eq!(store.stats().segments, 1);
+}
+
+/// A chat of a short class behind a prompt of a long one, whose segment is newer: entries are read by place, children first.
+#[test]
+fn a_path_is_whole_after_a_restart_wherever_its_blocks_lie() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let settings = StoreSettings { admission: false, ..small() };
+    let open = || Store::open_at(dir.path(), settings.clone(), clock.clone()).unwrap();
+    let mut store = open();
+    assert!(store.put(vec![object(1000, 1, &LENS).with_class(TtlClass(1))])[0].is_ok());
+    let class = |(number, object): (usize, PutObject)| {
+        object.with_class(if number == 3 || number == 5 { TtlClass(1) } else { TtlClass(3) })
+    };
+    let objects: Vec<PutObject> = chain(0, 6, &LENS).into_iter().enumerate().map(class).collect();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    let lease = store.lease(LeaseId([1; 32]), &[id(5)], HOUR).unwrap();
+    for round in 0..2 {
+        drop(store);
+        if round == 1 {
+            drop_index(dir.path());
+        }
+        store = open();
+        assert_eq!(store.path_bytes(&[id(5)]), lease.bytes);
+        assert_eq!(store.leases(), std::slice::from_ref(&lease));
+        for prefix in 1..20 {
+            store.put(chain((round * 100 + prefix) * 100, 10, &LENS));
+            assert_eq!(store.lookup(&ids(&objects)).len(), 6, "round {round}, after prefix {prefix}");
+        }
+        assert!(store.stats().evicted > 100);
+    }
+}
+
+/// What comes back after a restart is what its children hang on, and holes that stood for it are gone with them.
+#[test]
+fn a_parent_that_is_put_again_after_a_restart_is_the_parent_of_what_was_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = ManualClock::new();
+    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let objects = chain(0, 4, &LENS);
+    let store = open();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    let bytes = store.path_bytes(&[id(3)]);
+    store.erase(Erase::Object(id(1))).unwrap();
+    drop(store);
+    let store = open();
+    assert_eq!((store.path_bytes(&[id(3)]), store.stats().objects), (bytes / 2, 4));
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    assert_eq!((store.path_bytes(&[id(3)]), store.stats().objects), (bytes, 5));
+    store.erase(Erase::Object(id(1))).unwrap();
+    drop(store);
+    let store = open();
+    for number in [3, 2, 0] {
+        store.erase(Erase::Object(id(number))).unwrap();
+    }
+    assert_eq!(store.lookup(&ids(&objects)).len(), 0);
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    assert_eq!(store.path_bytes(&[id(3)]), bytes);
+}
+
+/// Nobody makes such names by hashing; whoever makes them up must not make paths without an end.
+#[test]
+fn parents_that_name_each_other_are_no_path_without_an_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), small()).unwrap();
+    let behind =
+        |number, parent: Option<u64>| PutObject { parent: parent.map(id), ..object(number, 1, &LENS) };
+    assert!(store.put(vec![behind(0, None), behind(1, Some(0))]).iter().all(Result::is_ok));
+    store.erase(Erase::Object(id(0))).unwrap();
+    assert!(store.put(vec![behind(0, Some(1))])[0].is_ok());
+    for _ in 0..2 {
+        drop(store.fetch(all(store.get(&[id(0), id(1)]).into_iter().flatten().collect())));
+        let (first, second) = (store.path_bytes(&[id(0)]), store.path_bytes(&[id(1)]));
+        assert!(first + second >= 3 * 40_960, "{first} {second}");
+    }
+    drop(store);
+    let store = Store::open(dir.path(), small()).unwrap();
+    let (first, second) = (store.path_bytes(&[id(0)]), store.path_bytes(&[id(1)]));
+    assert_eq!(first + second, 3 * 40_960);
+    // A record of its own makes the circle one that was stored as such.
+    store.erase(Erase::Object(id(1))).unwrap();
+    assert!(store.put(vec![behind(1, Some(0))])[0].is_ok());
+    drop(store);
+    drop_index(dir.path());
+    let store = Store::open(dir.path(), small()).unwrap();
+    let (first, second) = (store.path_bytes(&[id(0)]), store.path_bytes(&[id(1)]));
+    assert_eq!(first + second, 3 * 40_960);
+    assert!(store.lease(LeaseId([1; 32]), &[id(0), id(1)], HOUR).is_ok());
 }
 
 /// Segments are begun and sealed all the time, several in each interval between two rounds of housekeeping.
@@ -535,7 +623,8 @@ fn a_lease_that_is_renewed_while_it_ends_holds_after_a_restart() {
     const LEASES: u8 = 100;
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::new();
-    let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
+    let settings = StoreSettings { leased_bytes: Some(u64::MAX), ..small() };
+    let open = || Store::open_at(dir.path(), settings.clone(), clock.clone()).unwrap();
     let store = open();
     assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
     let name = |lease| LeaseId([lease; 32]);

@@ -90,7 +90,7 @@ pub struct Args {
     /// 256MiB [default: a half of the memory of this machine, or of its control group]
     #[arg(long, value_name = "SIZE")]
     in_flight: Option<ByteSize>,
-    /// Space that leases may hold together, such as 100GiB [default: no limit of its own]
+    /// Space that leases may hold together, such as 100GiB [default: four fifths of the capacity]
     #[arg(long, value_name = "SIZE")]
     leased: Option<ByteSize>,
     /// How long blocks of the four classes are kept after their last use, in seconds
@@ -246,7 +246,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Some(size) => size.as_u64(),
             None => esker_store::room(&args.data.join("store"))?.saturating_sub(OWN_FILES_BYTES),
         },
-        leased_bytes: args.leased.map_or(defaults.leased_bytes, |size| size.as_u64()),
+        leased_bytes: args.leased.map(|size| size.as_u64()),
         ttl_classes: args.ttl_s.iter().map(|&seconds| Duration::from_secs(seconds)).collect(),
         scrub_bytes_per_s: args.scrub_mb_per_s * 1_000_000,
         lock_wait: LOCK_WAIT,

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use esker_prefix::ObjectId;
 
+use super::hold::Hold;
 use super::{MAX_BATCH_RECORDS, Outcome, Tail};
 use crate::index::Entry;
 use crate::io::{AlignedBuf, Permit};
@@ -50,6 +51,10 @@ pub(super) struct Pending {
     pub(super) candidate: Candidate,
     /// What its prefix is, which the objects behind it share.
     pub(super) context: Context,
+    /// For those that hang on it.
+    pub(super) hold: Hold,
+    /// Of what it hangs on.
+    pub(super) _parent: Option<Hold>,
     pub(super) _permit: Permit,
 }
 

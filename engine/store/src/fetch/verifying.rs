@@ -237,8 +237,10 @@ impl Context {
         if self.keeps {
             return self.order.leads(plane);
         }
-        let end = header.planes[plane].range().end;
-        end <= target.found.located.head_bytes as usize && (self.order == FetchOrder::ByObject || plane == 0)
+        let (end, raw_bytes) = (header.planes[plane].range().end, header.planes[plane].raw_bytes as usize);
+        end <= target.found.located.head_bytes as usize
+            && raw_bytes <= target.head_decoded_bytes()
+            && (self.order == FetchOrder::ByObject || plane == 0)
     }
 
     fn header(&self, object: usize, piece: Piece<'_>) -> Result<Step, MissKind> {

@@ -2,6 +2,7 @@
 //!
 //! For tests. Faults are named by the number of the op among its kind, counted from the last [`FaultyDisk::arm`].
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
@@ -55,6 +56,10 @@ struct State {
     plans: Plans,
     create_error: Option<i32>,
     trace: Vec<Trace>,
+    holeless: bool,
+    /// Ops of this kind wait.
+    held: Option<OpKind>,
+    waiting: VecDeque<Op>,
 }
 
 /// The faults of a disk, and the count of its ops that they go by.
@@ -98,6 +103,27 @@ impl FaultyDisk {
     /// Makes every creation of a file fail with this error number, or work again.
     pub fn fail_create(&self, errno: Option<i32>) {
         self.state().create_error = errno;
+    }
+
+    /// Makes it a disk that cannot give back parts of a file.
+    pub fn refuse_holes(&self) {
+        self.state().holeless = true;
+    }
+
+    /// From now on ops of this kind wait until they are let go of.
+    pub fn hold(&self, kind: Option<OpKind>) {
+        self.state().held = kind;
+    }
+
+    /// Ops that wait.
+    pub fn waiting(&self) -> usize {
+        self.state().waiting.len()
+    }
+
+    /// Carries out the oldest op that waits, if there is one.
+    pub fn let_go(&self) {
+        let op = self.state().waiting.pop_front();
+        op.into_iter().for_each(|op| self.carry_out(op));
     }
 
     /// Adds to the trace.
@@ -151,6 +177,9 @@ impl Disk for FaultyDisk {
     }
 
     fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
+        if self.state().holeless {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         self.inner.punch(file, offset, len_bytes)
     }
 
@@ -170,7 +199,31 @@ impl Disk for FaultyDisk {
         self.inner.register(region)
     }
 
-    fn submit(&self, mut op: Op) {
+    fn submit(&self, op: Op) {
+        let mut state = self.state();
+        if state.held == Some(op.kind) {
+            state.waiting.push_back(op);
+            return;
+        }
+        drop(state);
+        self.carry_out(op);
+    }
+
+    fn engine(&self) -> IoEngine {
+        self.inner.engine()
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.inner.in_flight()
+    }
+
+    fn unknown_completions(&self) -> u64 {
+        self.inner.unknown_completions()
+    }
+}
+
+impl FaultyDisk {
+    fn carry_out(&self, mut op: Op) {
         let wanted = op.len_bytes();
         let (kind, file, offset) = (op.kind, op.file, op.offset);
         let flip = |op: &mut Op, bit: usize| op.buf.iter_mut().for_each(|buf| flip(buf, bit));
@@ -196,18 +249,6 @@ impl Disk for FaultyDisk {
         let done = matches!(result, Ok(moved) if moved == wanted);
         self.note(Trace::Done(kind, file, offset, done));
         op.complete(result);
-    }
-
-    fn engine(&self) -> IoEngine {
-        self.inner.engine()
-    }
-
-    fn in_flight(&self) -> u64 {
-        self.inner.in_flight()
-    }
-
-    fn unknown_completions(&self) -> u64 {
-        self.inner.unknown_completions()
     }
 }
 

@@ -152,8 +152,13 @@ pub(super) fn moved(len: usize, mut transfer: impl FnMut(usize) -> io::Result<us
 /// on with the next.
 const MIN_HEADROOM_BYTES: u64 = 8 << 20;
 
+/// Bytes that stay free behind a new file of this length.
+pub(crate) fn headroom_bytes(len_bytes: u64) -> u64 {
+    MIN_HEADROOM_BYTES.max(len_bytes / 8)
+}
+
 fn leave_headroom(file: &File, len_bytes: u64) -> io::Result<()> {
-    let (free, wanted) = (super::sys::free_bytes(file)?, MIN_HEADROOM_BYTES.max(len_bytes / 8));
+    let (free, wanted) = (super::sys::free_bytes(file)?, headroom_bytes(len_bytes));
     if free < wanted {
         let what = format!("{free} bytes would be free, {wanted} are kept for the index");
         return Err(io::Error::new(io::ErrorKind::StorageFull, what));

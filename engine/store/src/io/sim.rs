@@ -55,6 +55,7 @@ struct State {
     in_flight: Vec<u64>,
     creates: u64,
     failing_creates: Option<(Range<u64>, i32)>,
+    holeless: bool,
 }
 
 impl SimDisk {
@@ -70,6 +71,7 @@ impl SimDisk {
             in_flight: Vec::new(),
             creates: 0,
             failing_creates: None,
+            holeless: false,
         };
         Arc::new(Self { state: Arc::new(Mutex::new(state)), late: None })
     }
@@ -91,6 +93,11 @@ impl SimDisk {
     /// Fails the creations with these numbers, counted from the last [`SimDisk::arm`].
     pub fn fail_creates(&self, numbers: Range<u64>, errno: i32) {
         self.state().failing_creates = Some((numbers, errno));
+    }
+
+    /// Makes it a disk that cannot give back parts of a file.
+    pub fn refuse_holes(&self) {
+        self.state().holeless = true;
     }
 
     /// Ops of a kind since [`SimDisk::arm`].
@@ -176,6 +183,9 @@ impl Disk for SimDisk {
     /// As a write of zeros: lost in part or in whole unless the file is synced later.
     fn punch(&self, file: FileId, offset: u64, len_bytes: u64) -> io::Result<()> {
         let mut state = self.state();
+        if state.holeless {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let name = state.open.get(&file).cloned().ok_or(io::ErrorKind::NotFound)?;
         let part = |bytes| usize::try_from(bytes).map_err(io::Error::other);
         let (offset, zeros) = (part(offset)?, vec![0; part(len_bytes)?]);

@@ -1,6 +1,7 @@
 //! Power cuts in process: the real store on a simulated disk, cut after every op of a random script, several states of
 //! the medium each, with an index that is gone, older than the segments, or current. In a third of the scripts time jumps, by
-//! a second or by ten years; in half of them things are erased, and erasures lapse; in a third the store is full and evicts.
+//! a second or by ten years; in half of them things are erased, and erasures lapse; in a third the store is full and evicts, before
+//! the cut and sometimes after it. Where things go, only the ends of what was put together are leased, and hold their paths.
 //!
 //! `ESKER_CRASH_STATES` says how many states, `ESKER_CRASH_SEED` repeats one script. A seed fixes the script, the
 //! faults and the states; which thread of the store comes first is the machine's, so a seed is repeated several times.
@@ -15,8 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::common::ManualClock;
 use super::common::figures::{self, Watchdog};
+use super::common::{ManualClock, object};
 use crate::index::memory::{self, Contents};
 use crate::io::sim::{Image, Random, SimDisk};
 use crate::{Sabotage, Store, StoreSettings};
@@ -36,6 +37,8 @@ const REGRESSIONS: &[u64] = &[829_415_642_273, 730_965_004_932_426, 900_247_531_
 /// a flush after a failed one was believed.
 const PLAIN_REGRESSIONS: &[u64] = &[72_349_272_834_064, 72_349_272_834_070, 43_181_037_390_186];
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Numbers of objects that press.
+const PRESSING: u64 = 700_000;
 
 /// What became of the states.
 #[derive(Default)]
@@ -165,6 +168,16 @@ fn leases_that_hold_nothing_lose_what_was_leased() {
     assert!(failures.iter().any(|failure| failure.contains("lost")), "the oracle is blind: {failures:?}");
 }
 
+/// The control: where children that are read before their parent stay without it, a lease of the end loses the rest.
+#[test]
+fn paths_that_are_cut_at_an_opening_lose_what_was_leased() {
+    let cut = Sabotage { skip_adoption: true, ..Sabotage::default() };
+    let (tally, _) = run(10_000, Mode { opening: cut, ..Mode::default() }, "");
+    let failures = tally.failures.into_inner().unwrap();
+    figures::report("path_control", &[("states", 10_000), ("violations_found", failures.len() as u64)]);
+    assert!(failures.iter().any(|failure| failure.contains("lost")), "the oracle is blind: {failures:?}");
+}
+
 /// The control: without verification damaged bytes are served, and the oracle sees it.
 #[test]
 fn without_verification_damaged_sectors_are_served() {
@@ -217,11 +230,11 @@ fn script_states(
     tally: &Tally,
     watchdog: &Watchdog,
 ) -> Result<(), String> {
-    let recording = Recording::make(dir, seed, mode.recording, mode.lying)?;
+    let recording = Recording::make(dir, seed, mode.recording, mode.lying, !mode.lying && !mode.damage)?;
     tally.scripts.fetch_add(1, Ordering::Relaxed);
     tally.lapsed.fetch_add(recording.lapsed, Ordering::Relaxed);
     watchdog.progress();
-    let mut random = Random::new(seed ^ 0xc4a5);
+    let (mut random, mut pressing) = (Random::new(seed ^ 0xc4a5), Random::new(seed ^ 0x93e5));
     let mut replay = recording.history.replay();
     let each = (STATES_OF_SCRIPT / (recording.history.len() as u64 + 1)).max(1);
     for position in 0..=recording.history.len() {
@@ -238,8 +251,12 @@ fn script_states(
             let oracle = recording.oracle_at(position, later_s);
             let clock = recording.clock_at(position).map(str::to_owned);
             let may_lose = recording.may_lose + usize::from(damage.is_some());
-            let settings = StoreSettings { sabotage: mode.opening, ..recording.settings.clone() };
-            let state = State { dir, settings, image, index, oracle, may_lose, clock, later_s };
+            let bounded = recording.settings.capacity_bytes < u64::MAX;
+            let pressed = may_lose == 0 && bounded && pressing.once_in(4);
+            // Only what is admitted presses.
+            let settings =
+                StoreSettings { sabotage: mode.opening, admission: !pressed, ..recording.settings.clone() };
+            let state = State { dir, settings, image, index, oracle, may_lose, clock, later_s, pressed };
             tally.states.fetch_add(1, Ordering::Relaxed);
             tally.damaged.fetch_add(u64::from(damage.is_some()), Ordering::Relaxed);
             state.examine(&mut random, tally).map_err(|failed| {
@@ -271,6 +288,8 @@ struct State<'a> {
     clock: Option<String>,
     /// Seconds between the opening and the look at it.
     later_s: u64,
+    /// Whether more is put after the opening than there is room for.
+    pressed: bool,
 }
 
 impl State<'_> {
@@ -289,6 +308,9 @@ impl State<'_> {
         }
         if self.later_s > 0 || random.once_in(3) {
             (0..1 + random.below(3)).for_each(|_| store.keep_house());
+        }
+        if self.pressed {
+            press(&store);
         }
         let twice = self.may_lose == 0 && random.once_in(5);
         // Not always looked at before: a look puts damage out of the way, and then it answers for nothing that is put.
@@ -337,5 +359,14 @@ impl State<'_> {
         let clock = ManualClock::after_power_cut();
         let store = Store::open_on_at(self.dir, self.settings.clone(), disk.clone(), clock.clone());
         Ok((store.map_err(|error| format!("does not open: {error}"))?, disk, clock))
+    }
+}
+
+/// Puts so much that everything goes that may go.
+fn press(store: &Store) {
+    const BYTES: usize = 16_000;
+    let capacity = usize::try_from(store.stats().capacity_bytes).unwrap();
+    for number in 0..capacity as u64 / BYTES as u64 * 5 / 4 {
+        let _ = store.put(vec![object(PRESSING + number, number, &[BYTES])]);
     }
 }

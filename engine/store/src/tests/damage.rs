@@ -320,6 +320,76 @@ fn an_index_that_cannot_be_read_to_its_end_is_built_anew_at_once() {
     assert_eq!(fetch(&store, all(found)).into_iter().filter(Result::is_ok).count(), 30);
 }
 
+/// Whichever block of the index is bad, whatever it holds: entries, segments, their use, hits, who vouched.
+#[test]
+fn one_bad_block_of_the_index_never_keeps_a_store_from_opening() {
+    const VOUCHED: u64 = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    let ids: Vec<_> = (0..VOUCHED).map(id).collect();
+    let store = Store::open(dir.path(), settings()).unwrap();
+    assert!(store.put((0..VOUCHED).map(|n| object(n, n, &[100])).collect()).iter().all(Result::is_ok));
+    store.vouch(&ids).unwrap();
+    drop(store.fetch(all(store.lookup(&ids[..1]))));
+    store.close().unwrap();
+    // Opening turns the log into a table.
+    Store::open(dir.path(), settings()).unwrap().close().unwrap();
+    let items = fs::read_dir(dir.path().join("index")).unwrap().map(|item| item.unwrap().path());
+    let tables: Vec<_> = items.filter(|path| path.extension().is_some_and(|kind| kind == "sst")).collect();
+    let (mut blocks, mut rebuilt) = (0, 0);
+    for table in &tables {
+        for offset in (100..fs::metadata(table).unwrap().len()).step_by(3000) {
+            let copy = tempfile::tempdir().unwrap();
+            copy_dir(dir.path(), copy.path());
+            let table = copy.path().join("index").join(table.file_name().unwrap());
+            flip(&fs::File::options().read(true).write(true).open(table).unwrap(), offset, 1);
+            let report = crate::fsck(copy.path(), false, &|_, _| {}).unwrap();
+            assert!(!copy.path().join(crate::index::DAMAGED_MARK).exists(), "a check changes nothing");
+            let store = Store::open(copy.path(), settings()).unwrap();
+            assert_eq!(store.lookup(&ids[..1]).len(), 1);
+            assert_eq!(store.get(&ids).iter().flatten().count() as u64, VOUCHED, "byte {offset}");
+            // What a check finds an opening mends, and the other way round.
+            assert_eq!(
+                report.index_error.is_some(),
+                store.open_report().rebuilt,
+                "byte {offset}: {report:?}"
+            );
+            rebuilt += u64::from(store.open_report().rebuilt);
+            blocks += 1;
+            store.close().unwrap();
+            assert_eq!(crate::fsck(copy.path(), false, &|_, _| {}).unwrap().index_error, None);
+        }
+    }
+    assert!(blocks > 60 && rebuilt > blocks * 9 / 10, "{rebuilt} of {blocks} blocks were missed");
+}
+
+/// What cannot be read of one segment does not keep the others from expiring.
+#[test]
+fn a_bad_block_of_the_index_keeps_no_other_segment_from_expiring() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = super::common::ManualClock::new();
+    let open = || Store::open_at(dir.path(), settings(), clock.clone()).unwrap();
+    let objects: Vec<_> = (0..300).map(|n| object(n, n, &[10_000]).with_class(crate::TtlClass(0))).collect();
+    let store = open();
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    store.close().unwrap();
+    open().close().unwrap();
+    let store = open();
+    assert!(store.stats().segments >= 3);
+    for item in fs::read_dir(dir.path().join("index")).unwrap().map(Result::unwrap) {
+        if item.file_name().to_string_lossy().ends_with(".sst") {
+            flip(&fs::File::options().read(true).write(true).open(item.path()).unwrap(), 1000, 1);
+        }
+    }
+    clock.pass(std::time::Duration::from_secs(1000));
+    (0..3).for_each(|_| store.keep_house());
+    let left = store.get(&objects.iter().map(|object| object.id).collect::<Vec<_>>());
+    let left = left.iter().flatten().count();
+    assert!(left > 0 && left < 150, "{left} are left");
+    drop(store);
+    let store = open();
+    assert!(store.open_report().rebuilt, "it was marked");
+}
+
 #[test]
 fn an_index_that_is_damaged_while_open_costs_nothing_that_is_stored() {
     let dir = tempfile::tempdir().unwrap();

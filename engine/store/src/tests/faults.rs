@@ -191,6 +191,7 @@ fn a_full_disk_refuses_puts_and_serves_reads_until_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
     let (store, disk) = open(dir.path(), settings());
     assert!(store.put(chain(0, 3, &LENS)).iter().all(Result::is_ok));
+    let _pins = store.pin(&[id(2)]);
     disk.fail_create(Some(libc::ENOSPC));
     // What fits in the open segment still goes in.
     let outcomes = store.put((10..20).map(|number| object(number, number, &[200_000])).collect());
@@ -373,4 +374,257 @@ fn writes_that_the_disk_lost_or_put_elsewhere_are_misses() {
         assert!(got[1].is_err(), "{fault:?}");
         assert_eq!(got[2], Ok(planes(&object(2, 2, &LENS))), "{fault:?}");
     }
+}
+
+/// A parent that was judged to be there stays until its child is stored, whether it is stored itself by then or not.
+#[test]
+fn a_child_that_is_acknowledged_has_its_parent() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, disk) = open(dir.path(), settings());
+    let waits = |count| {
+        let until = std::time::Instant::now() + Duration::from_secs(20);
+        while disk.waiting() < count {
+            assert!(std::time::Instant::now() < until, "no flush");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let evict = || store.shared.table.evict(u64::MAX, store.now_s()).len();
+    let objects = chain(0, 4, &LENS);
+    assert!(store.put(objects[..1].to_vec())[0].is_ok());
+    disk.hold(Some(OpKind::Sync));
+    // Behind one that is stored, then each behind one that is still being flushed.
+    let mut submitted = Vec::new();
+    for object in &objects[1..] {
+        let writes = disk.seen(OpKind::Write);
+        submitted.push(store.submit(vec![object.clone()]));
+        while disk.seen(OpKind::Write) == writes {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    // The second flush is of the last two.
+    for stored in 1..=2 {
+        waits(1);
+        assert_eq!(evict(), 0, "{stored} are stored");
+        disk.let_go();
+    }
+    disk.hold(None);
+    for outcome in submitted.into_iter().flat_map(crate::Submitted::wait) {
+        assert_eq!(outcome.unwrap(), PutOutcome::Stored);
+    }
+    let ids: Vec<_> = objects.iter().map(|object| object.id).collect();
+    assert_eq!(store.lookup(&ids).len(), 4);
+    // Nothing is held for long.
+    let mut evicted = 0;
+    while evicted < 4 {
+        evicted += evict();
+    }
+}
+
+/// Whatever failed of a segment: what it holds goes when its time is over, and the segment with it.
+#[test]
+fn what_a_failed_segment_holds_expires_like_the_rest() {
+    let failing = [
+        // The flush of a record behind the first one.
+        (OpKind::Sync, 0, 1, 10_000),
+        // Where the second does not fit behind it: two headers, the record, the seal of the first segment; and the seal's flush.
+        (OpKind::Write, 3, 0, 30_000),
+        (OpKind::Sync, 1, 0, 30_000),
+    ];
+    for (kind, first, suspects, len) in failing {
+        let dir = tempfile::tempdir().unwrap();
+        let clock = super::common::ManualClock::new();
+        let segments = dir.path().join("segments");
+        std::fs::create_dir_all(&segments).unwrap();
+        let (disk, _) = crate::io::choose(&segments, &[IoEngine::PositionalBuffered]).unwrap();
+        let disk = FaultyDisk::new(disk);
+        let small = StoreSettings { segment_bytes: SEGMENT_BYTES, ..settings() };
+        let store = Store::open_on_at(dir.path(), small, disk.clone(), clock.clone()).unwrap();
+        let short = |number, len| object(number, number, &[len]).with_class(TtlClass(0));
+        assert!(store.put(vec![short(0, 30_000)])[0].is_ok());
+        disk.arm(&once(kind, first, Fault::Errno(libc::EIO)));
+        assert!(store.put(vec![short(1, len)])[0].is_ok());
+        // Seals are written beside.
+        store.keep_house();
+        assert!(disk.seen(kind) > first, "{kind:?} {first} was not met");
+        assert!(store.put(vec![object(2, 2, &LENS).with_class(TtlClass(3))])[0].is_ok());
+        assert_eq!(store.stats().suspect_segments, suspects);
+        assert_eq!(store.get(&[id(0), id(1), id(2)]).iter().flatten().count(), 3);
+        // Half of its time closes the last one.
+        for _ in 0..4 {
+            clock.pass(Duration::from_secs(200));
+            store.keep_house();
+        }
+        assert_eq!(store.get(&[id(0), id(1), id(2)]).iter().flatten().count(), 1, "{kind:?} {first}");
+        assert_eq!(store.stats().segments, 1, "{kind:?} {first}");
+    }
+}
+
+/// Of a store full of what is leased: renewals and erasures go on, and what they write about takes the space of what it replaces.
+#[test]
+fn a_store_full_of_leases_renews_and_erases() {
+    const SEGMENT: u64 = 9 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let full = StoreSettings {
+        segment_bytes: SEGMENT,
+        capacity_bytes: 4 * SEGMENT,
+        leased_bytes: Some(u64::MAX),
+        admission: false,
+        zstd_level: None,
+        ..settings()
+    };
+    let (store, _disk) = open(dir.path(), full);
+    let mut leased: Vec<u64> = Vec::new();
+    for number in 0..100 {
+        if matches!(store.put(vec![object(number, number, &[900_000])])[0], Ok(PutOutcome::Stored))
+            && store.lease(LeaseId([number as u8; 32]), &[id(number)], Duration::from_secs(3600)).is_ok()
+        {
+            leased.push(number);
+        }
+    }
+    let stored = leased.len() as u64;
+    assert!((18..40).contains(&stored), "{stored} fit");
+    // More than two segments of the store's own have room for.
+    for round in 0..250 {
+        for &number in &leased {
+            let renewed = store.lease(LeaseId([number as u8; 32]), &[id(number)], Duration::from_secs(3600));
+            renewed.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        }
+    }
+    assert!(250 * stored * 4096 > 2 * (8 << 20));
+    for number in leased {
+        assert_eq!(store.erase(Erase::Object(id(number))).unwrap(), 1);
+    }
+}
+
+#[test]
+fn leases_leave_a_fifth_of_the_capacity_unless_they_are_told_otherwise() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _disk) = open(dir.path(), StoreSettings { capacity_bytes: 10 << 20, ..settings() });
+    assert!(store.put(vec![object(1, 1, &[900_000])])[0].is_ok());
+    let lease = |number| store.lease(LeaseId([number; 32]), &[id(1)], Duration::from_secs(60));
+    assert!((1..=9).all(|number| lease(number).is_ok()));
+    assert_eq!(lease(10).unwrap_err().kind(), ErrorKind::Full);
+}
+
+/// Where parts of a file cannot be given back, evicting records makes no room: segments go as a whole.
+#[test]
+fn a_full_store_on_a_file_system_without_holes_stays_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let capacity_bytes = 16 * SEGMENT_BYTES;
+    let small = StoreSettings {
+        segment_bytes: SEGMENT_BYTES,
+        capacity_bytes,
+        admission: false,
+        zstd_level: None,
+        ..settings()
+    };
+    let (store, disk) = open(dir.path(), small);
+    disk.refuse_holes();
+    let kept = chain(0, 5, &[10_000]);
+    assert!(store.put(kept.clone()).iter().all(Result::is_ok));
+    store.lease(LeaseId([1; 32]), &[id(4)], Duration::from_secs(3600)).unwrap();
+    for prefix in 1..60 {
+        let outcomes = store.put(chain(prefix * 100, 5, &[10_000]));
+        assert!(
+            outcomes.iter().all(|outcome| matches!(outcome, Ok(PutOutcome::Stored))),
+            "{prefix}: {outcomes:?}"
+        );
+        // What is left of a path is its beginning.
+        for earlier in 0..=prefix {
+            let ids: Vec<_> = (earlier * 100..earlier * 100 + 5).map(id).collect();
+            let there = store.get(&ids).iter().flatten().count();
+            assert_eq!(store.lookup(&ids).len(), there, "prefix {earlier} after {prefix}");
+            assert!(earlier > 0 || there == 5, "what is leased went");
+        }
+        let stats = store.stats();
+        assert!(stats.segment_bytes <= capacity_bytes);
+        assert!(prefix < 16 || stats.live_bytes > capacity_bytes / 2, "{} bytes are left", stats.live_bytes);
+    }
+    drop((store, disk));
+    // The same in the next life.
+    let (store, disk) = open(
+        dir.path(),
+        StoreSettings { capacity_bytes, admission: false, segment_bytes: SEGMENT_BYTES, ..settings() },
+    );
+    disk.refuse_holes();
+    assert!(store.put(chain(9000, 5, &[10_000])).iter().all(Result::is_ok));
+    assert!(store.stats().live_bytes > capacity_bytes / 2);
+}
+
+/// Others have filled the disk: what is worth least goes for what comes, and not more than that if nothing comes of it.
+#[test]
+fn a_disk_that_others_have_filled_costs_what_is_worth_least() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = crate::io::sim::SimDisk::open(crate::io::sim::Image::default(), u64::MAX);
+    let small = StoreSettings { segment_bytes: SEGMENT_BYTES, zstd_level: None, ..settings() };
+    let store = Store::open_on(dir.path(), small, disk.clone()).unwrap();
+    let objects = |first| (first..first + 6).map(|number| object(number, number, &[25_000])).collect();
+    for first in (0..600).step_by(100) {
+        assert!(store.put(objects(first)).iter().all(Result::is_ok));
+    }
+    let stored = |store: &Store| store.stats().objects;
+    let before = stored(&store);
+    disk.arm(&[]);
+    disk.fail_creates(0..1, libc::ENOSPC);
+    assert!(store.put(objects(1000)).iter().all(Result::is_ok));
+    assert!(disk.creates() > 1, "it was tried again");
+    let evicted = store.stats().evicted;
+    assert!(evicted > 0, "nothing was evicted");
+    // No room comes of it, however often it is tried: it is not tried often.
+    assert!(store.put(objects(1100)).iter().all(Result::is_ok));
+    let _pins = store.pin(&(1000..1106).map(id).collect::<Vec<_>>());
+    disk.arm(&[]);
+    disk.fail_creates(0..u64::MAX, libc::ENOSPC);
+    for first in (2000..3000).step_by(100) {
+        let _ = store.put(objects(first));
+    }
+    assert!(store.stats().evicted - evicted <= before, "more went than for one try");
+}
+
+/// A device that fails one read and hangs on the next.
+#[test]
+fn a_repeated_read_keeps_to_the_deadline() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, disk) = open(dir.path(), settings());
+    let put = object(1, 1, &LENS);
+    assert!(store.put(vec![put.clone()])[0].is_ok());
+    let found = store.lookup(&[id(1)]);
+    disk.arm(&once(OpKind::Read, 0, Fault::Errno(libc::EIO)));
+    disk.hold(Some(OpKind::Read));
+    let started = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while disk.waiting() == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            disk.let_go();
+        });
+        let deadline = Some(started + Duration::from_millis(500));
+        assert_eq!(fetch(&store, FetchRequest { deadline, ..all(found.clone()) }), [Err(MissKind::Deadline)]);
+    });
+    assert!(started.elapsed() < Duration::from_secs(10));
+    assert_eq!(disk.waiting(), 1, "it was read again");
+    disk.hold(None);
+    disk.let_go();
+    assert_eq!(fetch(&store, all(found)), [Ok(planes(&put))], "it stays stored");
+}
+
+/// What is forgotten for a failed read is erased like the rest: it does not come back when the device turns out to be at fault.
+#[test]
+fn what_was_forgotten_for_a_failed_read_can_be_erased() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _disk) = open(dir.path(), settings());
+    assert!(store.put(chain(0, 2, &LENS)).iter().all(Result::is_ok));
+    let entry = super::entry(&store, id(1));
+    let located = store.shared.table.get(id(1)).unwrap();
+    store.shared.quarantine(id(1), &located, MissKind::ReadError);
+    assert!(store.lookup(&[id(0), id(1)]).len() == 1 && store.shared.breaker.suspects().len() == 1);
+    assert_eq!(store.erase(Erase::Object(id(1))).unwrap(), 1);
+    assert_eq!(store.shared.index.get(entry.spot).unwrap(), None);
+    assert!(store.shared.breaker.suspects().is_empty());
+    // What was not erased comes back as before.
+    let located = store.shared.table.get(id(0)).unwrap();
+    store.shared.quarantine(id(0), &located, MissKind::ReadError);
+    assert_eq!(store.erase(Erase::Object(id(7))).unwrap(), 0);
+    assert_eq!(store.shared.breaker.suspects().len(), 1);
 }

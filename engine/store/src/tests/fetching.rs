@@ -157,6 +157,45 @@ fn come_by_rank(store: &Store, found: &[crate::Found], keeps: bool) -> Vec<u64> 
     read_bytes
 }
 
+/// A mebibyte of zeros is a record of a page: what is bounded is what they become.
+#[test]
+fn what_waits_to_be_taken_is_bounded_however_well_it_was_compressed() {
+    const PLANE_BYTES: usize = 1 << 20;
+    const WINDOW_BYTES: usize = 4 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let settings = StoreSettings { fetch_window_bytes: WINDOW_BYTES, segment_bytes: 4 << 20, ..settings() };
+    let store = Store::open(dir.path(), settings).unwrap();
+    let zeros = |mut object: crate::PutObject| {
+        object
+            .planes
+            .iter_mut()
+            .for_each(|plane| plane.bytes = vec![0; plane.spec.len_bytes as usize].into());
+        object
+    };
+    let mut orders = vec![FetchOrder::ByObject, FetchOrder::ByPlane];
+    for (first, lens) in [(0, vec![PLANE_BYTES]), (1000, vec![PLANE_BYTES / 8; 8])] {
+        let objects: Vec<_> = chain(first, 64, &lens).into_iter().map(zeros).collect();
+        assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+        let found = store.lookup(&objects.iter().map(|object| object.id).collect::<Vec<_>>());
+        assert!(found.iter().all(|found| found.stored_bytes < 10_000), "{found:?}");
+        orders.push(FetchOrder::ByRank((0..lens.len() as u16).rev().collect()));
+        for order in &orders {
+            let mut fetch = store.fetch(FetchRequest { order: order.clone(), ..all(found.clone()) });
+            let (mut planes, mut most) = (0, 0);
+            while let Some(event) = fetch.next() {
+                assert!(matches!(event, FetchEvent::Plane { .. }));
+                planes += 1;
+                most = most.max(fetch.waiting_bytes());
+            }
+            assert_eq!(planes, 64 * lens.len());
+            // It was read ahead all the same.
+            let bounds = PLANE_BYTES / 8..=WINDOW_BYTES;
+            assert!(bounds.contains(&most), "{most} bytes wait in {order:?}");
+        }
+    }
+    assert_eq!(store.shared.reading.used_bytes(), 0);
+}
+
 #[test]
 fn the_drive_is_asked_for_a_few_mebibytes_at_a_time() {
     let dir = tempfile::tempdir().unwrap();

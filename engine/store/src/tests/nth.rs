@@ -15,7 +15,7 @@ use crate::index::memory::{self, Contents};
 use crate::io::faulty::{Fault, Plan};
 use crate::io::sim::{Image, Random, SimDisk};
 use crate::io::{Disk, OpKind};
-use crate::{PutObject, Sabotage, Store, StoreSettings};
+use crate::{PutObject, Sabotage, Store, StoreSettings, TtlClass};
 
 const OBJECTS: u64 = 24;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -181,6 +181,10 @@ impl Case {
         };
         let mut acked: Vec<PutObject> = Vec::new();
         let mut put = |store: &Store, objects: Vec<PutObject>| {
+            // For a file system that is full a store evicts what may go.
+            let full = self.failing == Failing::Create(libc::ENOSPC);
+            let kept = |put: PutObject| if full { put.with_class(TtlClass::PERMANENT) } else { put };
+            let objects: Vec<PutObject> = objects.into_iter().map(kept).collect();
             let outcomes = store.put(objects.clone());
             acked.extend(
                 objects.into_iter().zip(outcomes).filter(|(_, outcome)| outcome.is_ok()).map(|(put, _)| put),
@@ -215,7 +219,7 @@ impl Case {
         met |= self.disarm(&disk, Phase::Recovering);
         // Whatever recovery made of the faults, what is put now is as durable as ever.
         for number in OBJECTS..OBJECTS + 4 {
-            let put = object(number, number, &[900]);
+            let put = object(number, number, &[900]).with_class(TtlClass::PERMANENT);
             if recovering.put(vec![put.clone()])[0].is_ok() {
                 acked.push(put);
             }

@@ -1,18 +1,25 @@
 //! What a process does that is killed, or whose power is cut: it puts, leases and erases, and says what it does. And what must
 //! hold afterwards of what it said.
+//!
+//! Every four numbers are a chain, of two classes by turns, so that parents often lie behind their children. Of a chain only the
+//! end is leased, and all of it must be there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::time::Duration;
 
 use esker_prefix::ObjectId;
-use esker_store::{Erase, LeaseId, Result, Store};
+use esker_store::{Erase, LeaseId, PutObject, Result, Store, TtlClass};
 
 use super::{all, fetch, id, object, planes};
 
 /// Numbers of objects that one life may use, and how many of them each writer has.
 pub const NUMBERS: u64 = 1_000_000;
 const LEASE: Duration = Duration::from_secs(24 * 3600);
+/// Numbers of one chain.
+const CHAIN: u64 = 4;
+/// Those of a chain by turns; neither is over before a test is.
+const CLASSES: [TtlClass; 2] = [TtlClass(3), TtlClass(1)];
 
 /// One writer's part of a life, until something fails or the process ends.
 pub struct Writer<'a> {
@@ -29,12 +36,12 @@ pub struct Writer<'a> {
 
 impl Writer<'_> {
     pub fn live(&self) -> Result<()> {
-        let mut number = self.first + self.writer * NUMBERS / self.writers;
+        let mut number = (self.first + self.writer * NUMBERS / self.writers).next_multiple_of(CHAIN);
         for turn in 0.. {
-            let count = 1 + (turn + self.writer) % 4;
+            let count = 1 + (turn + self.writer) % CHAIN;
             let batch: Vec<u64> = (number..number + count).collect();
             self.tell("acked", &batch, || {
-                let objects = batch.iter().map(|&number| object(number, number, self.lens)).collect();
+                let objects = batch.iter().map(|&number| link(number, self.lens)).collect();
                 self.store.put(objects).into_iter().try_for_each(|outcome| outcome.map(drop))
             })?;
             let (first, last) = (batch[0], batch[batch.len() - 1]);
@@ -52,7 +59,7 @@ impl Writer<'_> {
                 }
                 _ => {}
             }
-            number += count;
+            number += CHAIN;
         }
         Ok(())
     }
@@ -74,6 +81,22 @@ fn say(what: &str, numbers: &[u64]) {
     let mut out = std::io::stdout().lock();
     out.write_all(words.as_bytes()).unwrap();
     out.flush().unwrap();
+}
+
+/// A link of its chain.
+fn link(number: u64, lens: &[usize]) -> PutObject {
+    let depth = number % CHAIN;
+    PutObject {
+        parent: (depth > 0).then(|| id(number - 1)),
+        tokens: 128 * (depth + 1),
+        class: CLASSES[(depth % 2) as usize],
+        ..object(number, number, lens)
+    }
+}
+
+/// The chain up to a number.
+fn path(end: u64) -> Vec<u64> {
+    (end / CHAIN * CHAIN..=end).collect()
 }
 
 fn lease(writer: u64) -> LeaseId {
@@ -166,10 +189,17 @@ impl Journal {
                 verdict.unleased.insert(*leased);
                 continue;
             };
-            let mut kept = Verdict::default();
-            look(store, &[end], lens, &mut kept);
+            let (mut kept, path) = (Verdict::default(), path(end));
+            look(store, &path, lens, &mut kept);
             verdict.unleased.extend(kept.lost);
             verdict.wrong.extend(kept.wrong);
+            // Found from its beginning on, and held as one path.
+            let ids: Vec<ObjectId> = path.iter().map(|&number| id(number)).collect();
+            let found = store.lookup(&ids);
+            let bytes: u64 = found.iter().map(|found| found.stored_bytes).sum();
+            if found.len() < path.len() || store.path_bytes(&[id(end)]) != bytes {
+                verdict.unleased.insert(end);
+            }
         }
         verdict
     }

@@ -1,13 +1,13 @@
 //! A random script of puts, erasures, faults, reopenings and jumps of time, run once, with everything noted that a crash
 //! test needs.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use esker_prefix::{NamespaceId, ScopeTag, WriterId};
+use esker_prefix::{NamespaceId, ObjectId, ScopeTag, WriterId};
 
 use super::oracle::Oracle;
 use crate::index::memory::{self, Contents};
@@ -15,7 +15,7 @@ use crate::io::OpKind;
 use crate::io::faulty::{Fault, Plan};
 use crate::io::sim::{History, Image, Random, SimDisk};
 use crate::tests::common::{ManualClock, id, object};
-use crate::{Erase, LeaseId, PutObject, Sabotage, Store, StoreSettings, TtlClass};
+use crate::{Erase, LeaseId, PutObject, PutOutcome, Sabotage, Store, StoreSettings, TtlClass};
 
 /// Threads that put at once on a disk that answers late.
 const WRITERS: usize = 3;
@@ -36,6 +36,10 @@ pub(super) struct Recording {
     erasures: Vec<Erased>,
     /// Whether only what is leased must be there: the store evicts, or time passes.
     pub(super) lapses: bool,
+    /// Whether of what is put together only the ends are leased, and hold what they hang on.
+    chains: bool,
+    /// The attempt that an object was stored by last.
+    stored: HashMap<ObjectId, usize>,
     /// Whether time passes.
     pub(super) clocked: bool,
     clock: Arc<ManualClock>,
@@ -53,6 +57,8 @@ pub(super) struct Recording {
 struct Acked {
     /// Position in `attempts`.
     attempt: usize,
+    /// That of the end of the prefix whose lease holds it.
+    end: usize,
     /// Length of the history when the acknowledgement had come.
     at: usize,
     /// True seconds until which it is promised.
@@ -75,8 +81,15 @@ pub(super) fn scratch() -> tempfile::TempDir {
 }
 
 impl Recording {
-    /// On a disk that reports its errors; or, if it is a lying one, loses, misdirects or alters one write and says nothing.
-    pub(super) fn make(dir: &Path, seed: u64, sabotage: Sabotage, lying: bool) -> Result<Self, String> {
+    /// On a disk that reports its errors; or, if it is a lying one, loses, misdirects or alters one write and says nothing. `chains`:
+    /// whether a lease may hold more than its end; then one record that is damaged may cost more than one object.
+    pub(super) fn make(
+        dir: &Path,
+        seed: u64,
+        sabotage: Sabotage,
+        lying: bool,
+        chains: bool,
+    ) -> Result<Self, String> {
         let mut random = Random::new(seed);
         // Numbers of their own, so that what else happens in a script of a known seed stays what it was.
         let mut life = Random::new(seed ^ 0x11fe);
@@ -88,6 +101,7 @@ impl Recording {
         let mut tidy = Random::new(seed ^ 0x71d7);
         let tidies = erases && !super::REGRESSIONS.contains(&seed);
         let clocked = clocked || tidies && tidy.once_in(2);
+        let known = super::REGRESSIONS.contains(&seed) || super::PLAIN_REGRESSIONS.contains(&seed);
         let settings = StoreSettings {
             segment_bytes: random.one_of(&[24 << 10, 64 << 10, 128 << 10]),
             zstd_level: random.one_of(&[None, Some(1)]),
@@ -95,6 +109,7 @@ impl Recording {
             capacity_bytes: random.one_of(&[1 << 20, u64::MAX, u64::MAX]),
             pool_bytes: 256 << 10,
             max_write_failures: u64::MAX,
+            leased_bytes: Some(u64::MAX),
             lock_wait: Duration::from_secs(10),
             sabotage,
             bulk_entries: life.one_of(&[0, 0, 1, 6]),
@@ -114,6 +129,8 @@ impl Recording {
             acked: Vec::new(),
             erasures: Vec::new(),
             lapses: settings.capacity_bytes < u64::MAX || clocked,
+            chains: chains && !known,
+            stored: HashMap::new(),
             clocked,
             clock: ManualClock::new(),
             times: vec![(0, 0)],
@@ -143,7 +160,7 @@ impl Recording {
                     }
                     store = recording.open(dir, &disk)?;
                 }
-                1 | 2 if faults => arm(&disk, &mut random),
+                1 | 2 if faults => arm(&disk, &mut random, recording.lapses),
                 _ => recording.put(&store, &disk, &mut random, if late { WRITERS } else { 1 }),
             }
             if erases && life.once_in(5) {
@@ -175,7 +192,8 @@ impl Recording {
         let gone = |e: &Erased| e.done.is_some_and(|done| done <= position);
         let erased = |&attempt: &usize| self.erasures.iter().any(|e| gone(e) && covered(attempt, e));
         let acked = self.acked.iter().filter(|acked| acked.at <= position && acked.until_s > now_s);
-        let acked = acked.map(|acked| acked.attempt).filter(|&attempt| !doubtful(attempt));
+        let acked = acked.filter(|acked| !doubtful(acked.attempt) && !doubtful(acked.end));
+        let acked = acked.map(|acked| acked.attempt);
         let erased: HashSet<usize> = (0..self.attempts.len()).filter(erased).collect();
         Oracle::new(&self.attempts, acked, erased, self.lapses)
     }
@@ -254,25 +272,44 @@ impl Recording {
         let share = all.len().div_ceil(writers);
         let now_s = self.times.last().map_or(0, |(_, s)| *s);
         let lapses = self.lapses;
+        let chains = lapses && self.chains;
         let acked = std::thread::scope(|scope| {
             let put_some = |some: &[(usize, PutObject)]| {
                 let outcomes = store.put(some.iter().map(|(_, put)| put.clone()).collect());
                 let position = disk.position();
-                let acked = some.iter().zip(outcomes).filter(|(_, outcome)| outcome.is_ok());
+                let stored =
+                    |outcome: &Result<_, _>| matches!(outcome, Ok(PutOutcome::Stored | PutOutcome::Present));
+                let acked = some.iter().zip(outcomes).filter(|(_, outcome)| stored(outcome));
+                let acked: Vec<&(usize, PutObject)> = acked.map(|(put, _)| put).collect();
+                let is_end = |put: &PutObject| acked.iter().all(|(_, other)| other.parent != Some(put.id));
                 let kept = |put: &PutObject| keep(store, put, LEASE_S).then(|| disk.position());
-                let promise = |(attempt, put): &(usize, PutObject)| {
+                let promise = |(attempt, put): &&(usize, PutObject)| {
                     let (at, until_s) = match lapses {
                         false => (position, u64::MAX),
+                        true if chains && !is_end(put) => return None,
                         true => (kept(put)?, now_s + LEASE_S),
                     };
-                    Some(Acked { attempt: *attempt, at, until_s })
+                    Some(Acked { attempt: *attempt, end: *attempt, at, until_s })
                 };
-                acked.filter_map(|(put, _)| promise(put)).collect::<Vec<_>>()
+                let promised: Vec<Acked> = acked.iter().filter_map(promise).collect();
+                let stored: Vec<(ObjectId, usize)> =
+                    acked.iter().map(|(attempt, put)| (put.id, *attempt)).collect();
+                (stored, promised)
             };
             let putting: Vec<_> = all.chunks(share).map(|some| scope.spawn(move || put_some(some))).collect();
-            putting.into_iter().flat_map(|writer| writer.join().unwrap()).collect::<Vec<_>>()
+            putting.into_iter().map(|writer| writer.join().unwrap()).collect::<Vec<_>>()
         });
-        self.acked.extend(acked);
+        let (stored, promised): (Vec<_>, Vec<_>) = acked.into_iter().unzip();
+        self.stored.extend(stored.into_iter().flatten());
+        for Acked { end, at, until_s, .. } in promised.into_iter().flatten() {
+            let held = if chains { self.path(end) } else { vec![end] };
+            self.acked.extend(held.into_iter().map(|attempt| Acked { attempt, end, at, until_s }));
+        }
+    }
+
+    /// What the object of an attempt hangs on, and itself.
+    fn path(&self, end: usize) -> Vec<usize> {
+        std::iter::successors(Some(end), |&at| self.stored.get(&self.attempts[at].parent?).copied()).collect()
     }
 
     /// Mostly a new object; else one from before, with the same bytes or with others.
@@ -337,8 +374,8 @@ fn lie(disk: &SimDisk, random: &mut Random) -> usize {
     may_lose
 }
 
-/// One fault soon: what a device does that reports its errors.
-fn arm(disk: &SimDisk, random: &mut Random) {
+/// One fault soon: what a device does that reports its errors. For a full one a store evicts, where it may: `lapses`.
+fn arm(disk: &SimDisk, random: &mut Random, lapses: bool) {
     let (kind, fault) = random.one_of(&[
         (OpKind::Sync, Fault::Errno(libc::EIO)),
         (OpKind::Write, Fault::Errno(libc::EIO)),
@@ -349,6 +386,7 @@ fn arm(disk: &SimDisk, random: &mut Random) {
     disk.arm(&[Plan { kind, first: random.below(6), count: 1, fault }]);
     if random.once_in(3) {
         let first = random.below(2);
-        disk.fail_creates(first..first + 1, random.one_of(&[libc::ENOSPC, libc::EIO]));
+        let errno = random.one_of(&[libc::ENOSPC, libc::EIO]);
+        disk.fail_creates(first..first + 1, if lapses { errno } else { libc::EIO });
     }
 }
