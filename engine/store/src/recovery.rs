@@ -324,8 +324,10 @@ impl Worker<'_> {
             self.remember(&tail, open_or_suspect)?;
             return Ok(None);
         }
-        if suspect || scanned.torn {
-            // A seal would vouch for what is torn. Without one all payload is verified whenever the index is built anew.
+        let unsealed_end = seal.is_none() && !scanned.clean;
+        if suspect || scanned.torn || unsealed_end {
+            // A seal would vouch for what is torn, and cut off for good what could not be read only this time. Without one all
+            // payload is verified whenever the index is built anew.
             self.remember(&tail, Phase::Suspect)?;
             self.shared.segments.update(id, |segment| segment.complete = whole);
             return Ok(None);

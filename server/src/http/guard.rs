@@ -73,7 +73,7 @@ pub(super) async fn check(State(guard): State<Guard>, mut request: Request, next
                 let peer =
                     request.extensions().get::<PeerAddress>().map(|PeerAddress(peer)| peer.to_string());
                 let peer = peer.unwrap_or_else(|| "unknown".into());
-                guard.audit.record(&Event::unauthenticated(peer, request.uri().path()));
+                guard.node.audit.record(&Event::unauthenticated(peer, request.uri().path()));
                 return refuse(status.into(), request.uri());
             }
         };
