@@ -69,7 +69,7 @@ async fn the_counters_say_what_happened() -> Result<()> {
         seen.keys().flat_map(|(_, labels)| labels.keys()).map(String::as_str).collect();
     let known = [
         "cache", "code", "kind", "le", "method", "outcome", "path", "queue", "quota", "reason", "source",
-        "state", "tier", "version",
+        "state", "tier", "use", "version",
     ];
     assert!(labels.iter().all(|label| known.contains(label)), "{labels:?}");
     node.kill()
