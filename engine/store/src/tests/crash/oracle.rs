@@ -23,19 +23,22 @@ pub(super) struct Oracle<'a> {
     pub(super) erased: HashSet<usize>,
     /// Must be there, with these very bytes. Grows at its end, oldest first by number.
     pub(super) must: BTreeMap<u64, (ObjectId, Vec<Bytes>)>,
+    /// What leases hold, each from its end on.
+    paths: Vec<Vec<ObjectId>>,
     /// Whether only what is leased must be there: the store evicts, or time passes.
     lapses: bool,
 }
 
 impl<'a> Oracle<'a> {
-    /// Of `attempts`, those that were acknowledged and those that were erased.
+    /// Of `attempts`, those that were acknowledged and those that were erased; and paths that are held by their ends.
     pub(super) fn new(
         attempts: &'a [PutObject],
         acked: impl Iterator<Item = usize>,
         erased: HashSet<usize>,
+        paths: Vec<Vec<ObjectId>>,
         lapses: bool,
     ) -> Self {
-        let mut oracle = Self { attempts, erased, must: BTreeMap::new(), lapses };
+        let mut oracle = Self { attempts, erased, must: BTreeMap::new(), paths, lapses };
         acked.for_each(|attempt| oracle.add(attempts[attempt].clone()));
         oracle
     }
@@ -86,7 +89,20 @@ impl<'a> Oracle<'a> {
         if lost.len() > may_lose {
             return Err(format!("lost of {} acknowledged: {lost:?}; {:?}", ids.len(), store.open_report()));
         }
+        self.check_paths(store)?;
         self.check_others(store, may_lose)
+    }
+
+    /// What is held by its end is one path, and counts as such.
+    fn check_paths(&self, store: &Store) -> Result<(), String> {
+        for path in &self.paths {
+            let bytes: u64 = store.get(path).iter().flatten().map(|found| found.stored_bytes).sum();
+            let held_bytes = store.path_bytes(&path[..1]);
+            if held_bytes < bytes {
+                return Err(format!("lost its path: {:?} holds {held_bytes} of {bytes} bytes", path[0]));
+            }
+        }
+        Ok(())
     }
 
     fn was_put(&self, id: ObjectId, bytes: &[Bytes]) -> bool {

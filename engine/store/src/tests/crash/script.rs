@@ -1,7 +1,7 @@
 //! A random script of puts, erasures, faults, reopenings and jumps of time, run once, with everything noted that a crash
 //! test needs.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -193,9 +193,17 @@ impl Recording {
         let erased = |&attempt: &usize| self.erasures.iter().any(|e| gone(e) && covered(attempt, e));
         let acked = self.acked.iter().filter(|acked| acked.at <= position && acked.until_s > now_s);
         let acked = acked.filter(|acked| !doubtful(acked.attempt) && !doubtful(acked.end));
-        let acked = acked.map(|acked| acked.attempt);
+        let acked: Vec<&Acked> = acked.collect();
+        let mut paths: BTreeMap<(usize, usize), Vec<ObjectId>> = BTreeMap::new();
+        for acked in &acked {
+            paths.entry((acked.end, acked.at)).or_default().push(self.attempts[acked.attempt].id);
+        }
+        // From their ends on, up to where what they hang on was erased.
+        let linked = |path: &[ObjectId]| path.windows(2).all(|pair| self.parent_of(pair[0]) == Some(pair[1]));
+        let paths = paths.into_values().filter(|path| self.chains && linked(path)).collect();
+        let acked = acked.into_iter().map(|acked| acked.attempt);
         let erased: HashSet<usize> = (0..self.attempts.len()).filter(erased).collect();
-        Oracle::new(&self.attempts, acked, erased, self.lapses)
+        Oracle::new(&self.attempts, acked, erased, paths, self.lapses)
     }
 
     /// What `DIR/clock` held at this point. It is flushed before it is renamed, so a cut takes none of it.
@@ -305,6 +313,11 @@ impl Recording {
             let held = if chains { self.path(end) } else { vec![end] };
             self.acked.extend(held.into_iter().map(|attempt| Acked { attempt, end, at, until_s }));
         }
+    }
+
+    /// What an object hangs on: the same in all attempts.
+    fn parent_of(&self, id: ObjectId) -> Option<ObjectId> {
+        self.attempts.iter().find(|attempt| attempt.id == id)?.parent
     }
 
     /// What the object of an attempt hangs on, and itself.
