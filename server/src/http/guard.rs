@@ -70,10 +70,11 @@ pub(super) async fn check(State(guard): State<Guard>, mut request: Request, next
         let principal = match guard.principal(&request) {
             Ok(principal) => principal,
             Err(status) => {
-                let peer =
-                    request.extensions().get::<PeerAddress>().map(|PeerAddress(peer)| peer.to_string());
-                let peer = peer.unwrap_or_else(|| "unknown".into());
-                guard.node.audit.record(&Event::unauthenticated(peer, request.uri().path()));
+                if !is_page_asking(&request) {
+                    let peer = request.extensions().get().map(|PeerAddress(peer)| peer.to_string());
+                    let peer = peer.unwrap_or_else(|| "unknown".into());
+                    guard.node.audit.record(&Event::unauthenticated(peer, request.uri().path()));
+                }
                 return refuse(status.into(), request.uri());
             }
         };
@@ -91,6 +92,13 @@ pub(super) async fn check(State(guard): State<Guard>, mut request: Request, next
     let answer = next.run(request.map(|body| Body::new(arrival.watch(body)))).await;
     drop(arrival);
     answer
+}
+
+/// Whether this is how the page finds out that it needs a token: it asks without one, whenever somebody opens it.
+fn is_page_asking(request: &Request) -> bool {
+    let gives = |name| request.headers().contains_key(name);
+    let gives_any = gives(header::AUTHORIZATION) || gives(header::HeaderName::from_static("x-api-key"));
+    request.uri().path().starts_with("/api/") && !gives_any
 }
 
 /// Refuses what a page of another origin sends, and, where nobody is asked who they are, what names this node by a name that
