@@ -38,17 +38,20 @@ pub(crate) fn segment_extents(disk: &dyn Disk, limit: u64) -> anyhow::Result<Vec
 /// Reads all of `extents`, `depth` at a time.
 pub(crate) fn read(disk: &dyn Disk, extents: &[Extent], depth: usize) -> anyhow::Result<u64> {
     let longest = extents.iter().map(|(_, _, len)| *len).max().unwrap_or(0);
-    let pool = BufferPool::new(2 * depth * longest.next_power_of_two());
-    transfer(
-        disk,
-        extents.len(),
-        depth,
-        |index, tag, reply| {
-            let (file, offset, len) = extents[index];
-            Op::read(file, offset, pool.take(len), tag, reply)
-        },
-        |_| (),
-    )
+    read_into(disk, &BufferPool::new(2 * depth * longest.next_power_of_two()), extents, depth)
+}
+
+fn read_into(
+    disk: &dyn Disk,
+    pool: &Arc<BufferPool>,
+    extents: &[Extent],
+    depth: usize,
+) -> anyhow::Result<u64> {
+    let op = |index: usize, tag, reply: &_| {
+        let (file, offset, len) = extents[index];
+        Op::read(file, offset, pool.take(len), tag, reply)
+    };
+    transfer(disk, extents.len(), depth, op, |_| ())
 }
 
 /// A drive, and what its fastest transfers need.
@@ -81,7 +84,7 @@ impl Floor {
         for depth in DEPTHS {
             let mut rate = Rate::default();
             for _ in 0..3 {
-                rate.measure(|| self.read_at(trial, depth))?;
+                rate.measure(|| read_into(&*self.disk, &self.pool, trial, depth))?;
             }
             if rate.mb_s() > best {
                 (best, self.depth) = (rate.mb_s(), depth);
@@ -97,20 +100,7 @@ impl Floor {
 
     /// Reads all of `extents`, each of a transfer's length.
     pub(crate) fn read(&self, extents: &[Extent]) -> anyhow::Result<u64> {
-        self.read_at(extents, self.depth)
-    }
-
-    fn read_at(&self, extents: &[Extent], depth: usize) -> anyhow::Result<u64> {
-        transfer(
-            &*self.disk,
-            extents.len(),
-            depth,
-            |index, tag, reply| {
-                let (file, offset, len) = extents[index];
-                Op::read(file, offset, self.pool.take(len), tag, reply)
-            },
-            |_| (),
-        )
+        read_into(&*self.disk, &self.pool, extents, self.depth)
     }
 
     /// Writes `bytes` to a preallocated file and flushes it, as often as the store commits when it has much to write, beside
