@@ -55,14 +55,22 @@ pub(super) struct Recording {
 
 /// A put that was acknowledged.
 struct Acked {
-    /// Position in `attempts`.
-    attempt: usize,
-    /// That of the end of the prefix whose lease holds it.
-    end: usize,
+    /// Positions in `attempts`: of the end of the prefix whose lease holds it, of what that hangs on, and last its own.
+    path: Vec<usize>,
     /// Length of the history when the acknowledgement had come.
     at: usize,
     /// True seconds until which it is promised.
     until_s: u64,
+}
+
+impl Acked {
+    fn attempt(&self) -> usize {
+        self.path[self.path.len() - 1]
+    }
+
+    fn end(&self) -> usize {
+        self.path[0]
+    }
 }
 
 /// An erasure: of what was handed in before it.
@@ -192,16 +200,17 @@ impl Recording {
         let gone = |e: &Erased| e.done.is_some_and(|done| done <= position);
         let erased = |&attempt: &usize| self.erasures.iter().any(|e| gone(e) && covered(attempt, e));
         let acked = self.acked.iter().filter(|acked| acked.at <= position && acked.until_s > now_s);
-        let acked = acked.filter(|acked| !doubtful(acked.attempt) && !doubtful(acked.end));
+        // Behind what was erased nothing leads to it any more: it may go, lease or not.
+        let acked = acked.filter(|acked| !acked.path.iter().any(|&attempt| doubtful(attempt)));
         let acked: Vec<&Acked> = acked.collect();
         let mut paths: BTreeMap<(usize, usize), Vec<ObjectId>> = BTreeMap::new();
         for acked in &acked {
-            paths.entry((acked.end, acked.at)).or_default().push(self.attempts[acked.attempt].id);
+            paths.entry((acked.end(), acked.at)).or_default().push(self.attempts[acked.attempt()].id);
         }
         // From their ends on, up to where what they hang on was erased.
         let linked = |path: &[ObjectId]| path.windows(2).all(|pair| self.parent_of(pair[0]) == Some(pair[1]));
         let paths = paths.into_values().filter(|path| self.chains && linked(path)).collect();
-        let acked = acked.into_iter().map(|acked| acked.attempt);
+        let acked = acked.into_iter().map(Acked::attempt);
         let erased: HashSet<usize> = (0..self.attempts.len()).filter(erased).collect();
         Oracle::new(&self.attempts, acked, erased, paths, self.lapses)
     }
@@ -290,16 +299,21 @@ impl Recording {
                 let acked = some.iter().zip(outcomes).filter(|(_, outcome)| stored(outcome));
                 let acked: Vec<&(usize, PutObject)> = acked.map(|(put, _)| put).collect();
                 let is_end = |put: &PutObject| acked.iter().all(|(_, other)| other.parent != Some(put.id));
-                let kept = |put: &PutObject| keep(store, put, LEASE_S).then(|| disk.position());
-                let promise = |(attempt, put): &&(usize, PutObject)| {
-                    let (at, until_s) = match lapses {
-                        false => (position, u64::MAX),
-                        true if chains && !is_end(put) => return None,
-                        true => (kept(put)?, now_s + LEASE_S),
-                    };
-                    Some(Acked { attempt: *attempt, end: *attempt, at, until_s })
+                // What is there when the lease has been written is what it holds: something that the object hangs on may be gone.
+                let held = |put: &PutObject| {
+                    let parents = std::iter::successors(put.parent, |&id| self.parent_of(id));
+                    let there = parents.take_while(|&id| chains && store.get(&[id])[0].is_some());
+                    [put.id].into_iter().chain(there).collect::<Vec<ObjectId>>()
                 };
-                let promised: Vec<Acked> = acked.iter().filter_map(promise).collect();
+                let promise = |(attempt, put): &&(usize, PutObject)| match lapses {
+                    false => Some((*attempt, vec![put.id], position, u64::MAX)),
+                    true if chains && !is_end(put) || !keep(store, put, LEASE_S) => None,
+                    true => {
+                        let held = held(put);
+                        Some((*attempt, held, disk.position(), now_s + LEASE_S))
+                    }
+                };
+                let promised: Vec<_> = acked.iter().filter_map(promise).collect();
                 let stored: Vec<(ObjectId, usize)> =
                     acked.iter().map(|(attempt, put)| (put.id, *attempt)).collect();
                 (stored, promised)
@@ -309,20 +323,17 @@ impl Recording {
         });
         let (stored, promised): (Vec<_>, Vec<_>) = acked.into_iter().unzip();
         self.stored.extend(stored.into_iter().flatten());
-        for Acked { end, at, until_s, .. } in promised.into_iter().flatten() {
-            let held = if chains { self.path(end) } else { vec![end] };
-            self.acked.extend(held.into_iter().map(|attempt| Acked { attempt, end, at, until_s }));
+        for (end, held, at, until_s) in promised.into_iter().flatten() {
+            let stored = held[1..].iter().map_while(|id| self.stored.get(id).copied());
+            let held: Vec<usize> = [end].into_iter().chain(stored).collect();
+            let parts = (1..=held.len()).map(|len| held[..len].to_vec());
+            self.acked.extend(parts.map(|path| Acked { path, at, until_s }));
         }
     }
 
     /// What an object hangs on: the same in all attempts.
     fn parent_of(&self, id: ObjectId) -> Option<ObjectId> {
         self.attempts.iter().find(|attempt| attempt.id == id)?.parent
-    }
-
-    /// What the object of an attempt hangs on, and itself.
-    fn path(&self, end: usize) -> Vec<usize> {
-        std::iter::successors(Some(end), |&at| self.stored.get(&self.attempts[at].parent?).copied()).collect()
     }
 
     /// Mostly a new object; else one from before, with the same bytes or with others.
