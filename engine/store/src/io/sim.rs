@@ -30,7 +30,7 @@ pub use random::Random;
 
 use super::faulty::{self, Fault, Plan, Plans};
 use super::{Disk, FileId, IoEngine, Op, OpKind, PAGE};
-use history::Event;
+use history::{Covered, Event};
 use late::Late;
 
 /// What tears: bytes that a device writes whole or not at all.
@@ -133,7 +133,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 enum Settled {
     Nothing,
     Write(u64),
-    Sync { name: String, done: bool, in_flight: Vec<u64> },
+    Sync { name: String, done: bool, covered: Covered },
 }
 
 impl Disk for SimDisk {
@@ -256,7 +256,8 @@ impl State {
                 Some(Fault::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
                 _ => Ok(0),
             };
-            let settled = Settled::Sync { name, done: result.is_ok(), in_flight: self.in_flight.clone() };
+            let covered = Covered { before: self.history.writes(), in_flight: self.in_flight.clone() };
+            let settled = Settled::Sync { name, done: result.is_ok(), covered };
             return (result, settled);
         };
         if op.kind == OpKind::Read {
@@ -275,9 +276,7 @@ impl State {
         match settled {
             Settled::Nothing => {}
             Settled::Write(number) => self.in_flight.retain(|&other| other != number),
-            Settled::Sync { name, done: true, in_flight } => {
-                self.history.push(Event::Synced(name, in_flight))
-            }
+            Settled::Sync { name, done: true, covered } => self.history.push(Event::Synced(name, covered)),
             Settled::Sync { name, .. } => self.history.push(Event::SyncFailed(name)),
         }
     }

@@ -21,11 +21,25 @@ pub(super) enum Event {
         /// The space was given back; `data` is zero.
         hole: bool,
     },
-    /// All writes into the file that came before, but for these: their completion was not out.
-    Synced(String, Vec<u64>),
+    Synced(String, Covered),
     SyncFailed(String),
     Removing(String),
     Removed(String),
+}
+
+/// What a sync makes durable: the writes into the file whose completion was out when it was submitted.
+#[derive(Clone, Debug)]
+pub(super) struct Covered {
+    /// Number of the first that came later.
+    pub(super) before: u64,
+    /// Earlier ones that were under way.
+    pub(super) in_flight: Vec<u64>,
+}
+
+impl Covered {
+    fn covers(&self, write: u64) -> bool {
+        write < self.before && !self.in_flight.contains(&write)
+    }
 }
 
 /// All steps since a disk was opened.
@@ -182,7 +196,7 @@ impl Replay<'_> {
                 }
                 self.writes += 1;
             }
-            Event::Synced(name, in_flight) => self.flush(name, in_flight),
+            Event::Synced(name, covered) => self.flush(name, covered),
             Event::SyncFailed(name) => {
                 let sectors = self.unflushed.get_mut(name).into_iter().flat_map(BTreeMap::values_mut);
                 sectors.flatten().for_each(|version| version.doubtful = true);
@@ -190,14 +204,13 @@ impl Replay<'_> {
         }
     }
 
-    fn flush(&mut self, name: &str, in_flight: &[u64]) {
+    fn flush(&mut self, name: &str, covered: &Covered) {
         let (Some(file), Some(sectors)) = (self.durable.get_mut(name), self.unflushed.get_mut(name)) else {
             return;
         };
         sectors.retain(|&sector, versions| {
-            if let Some(last) =
-                versions.iter().rposition(|version| !version.doubtful && !in_flight.contains(&version.write))
-            {
+            let made_durable = |version: &Version| !version.doubtful && covered.covers(version.write);
+            if let Some(last) = versions.iter().rposition(made_durable) {
                 versions[last].write_to(file, sector);
                 versions.drain(..=last);
             }
