@@ -104,6 +104,7 @@ impl Committer {
             tails: position.tails.into_iter().map(|tail| (tail.class, tail)).collect(),
             next_sequence: position.next_sequence,
             next_batch: 0,
+            admitted: 0,
             queue: VecDeque::new(),
             queued_bytes: 0,
             redo: VecDeque::new(),
@@ -158,6 +159,8 @@ struct Writer {
     tails: HashMap<TtlClass, Tail>,
     next_sequence: u64,
     next_batch: u64,
+    /// Records that were, so far.
+    admitted: u64,
     /// Records that were not looked at yet.
     queue: VecDeque<Submission>,
     queued_bytes: usize,
@@ -324,12 +327,11 @@ impl Writer {
         if !own && let Some(parent) = header.parent {
             held = Hold::stored(&self.shared, parent);
             if held.is_none() {
-                if self.declined.contains(&parent) {
-                    self.decline(id, putter);
-                    return None;
-                }
                 let Some(unpublished) = self.pending(parent, forming) else {
-                    self.answer(putter, Err(StoreError::MissingParent { id, parent }));
+                    match self.declined.contains(&parent) {
+                        true => self.decline(id, putter),
+                        false => self.answer(putter, Err(StoreError::MissingParent { id, parent })),
+                    }
                     return None;
                 };
                 (context, held) = (Some(unpublished.context), Some(unpublished.hold.clone()));
@@ -343,7 +345,9 @@ impl Writer {
             self.decline(id, putter);
             return None;
         }
+        self.admitted += 1;
         Some(Pending {
+            number: self.admitted,
             header,
             digest,
             record: Some(record),
@@ -576,13 +580,7 @@ impl Writer {
         self.shared.observed.came(batch.runs.iter().flat_map(|run| &run.entries));
         let mut replaced = Vec::new();
         for run in &batch.runs {
-            for (entry, record) in run.entries.iter().zip(&run.records) {
-                let awaited = record.hold.is_awaited();
-                replaced.extend(self.shared.table.store(entry, record.candidate, awaited));
-                if awaited {
-                    record.hold.keep(&self.shared, entry.id);
-                }
-            }
+            // Counted before it can go.
             let live_bytes = run.end - run.tail.append_at;
             self.shared.segments.update(run.tail.id, |segment| {
                 segment.live_bytes += live_bytes;
@@ -590,8 +588,19 @@ impl Writer {
                 segment.written_use_s = run.entries.last().map_or(0, |entry| entry.time_s);
                 segment.used_s = segment.used_s.max(segment.written_use_s);
             });
+            for (entry, record) in run.entries.iter().zip(&run.records) {
+                let awaited = record.hold.is_awaited();
+                replaced.extend(self.shared.table.store(entry, record.candidate, awaited));
+                if awaited {
+                    record.hold.keep(&self.shared, entry.id);
+                }
+            }
         }
-        self.shared.free(&replaced)
+        // The batch is published, whatever becomes of these: of two with one name the newer one holds.
+        if let Err(error) = self.shared.free(&replaced) {
+            tracing::error!(%error, "records that were replaced stay");
+        }
+        Ok(())
     }
 
     /// Closes the full segments whose last batch is published.

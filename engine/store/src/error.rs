@@ -113,9 +113,9 @@ pub enum StoreError {
         failures: u64,
     },
     /// A lease would hold more than leases may.
-    #[error("a lease of {bytes} bytes does not fit: {leased_bytes} of {limit_bytes} bytes are leased")]
+    #[error("a lease of {bytes} bytes more does not fit: {leased_bytes} of {limit_bytes} bytes are leased")]
     LeaseBudget {
-        /// Bytes of the records that it would hold.
+        /// Bytes of the records that it would hold and no other does.
         bytes: u64,
         /// Bytes that other leases hold.
         leased_bytes: u64,

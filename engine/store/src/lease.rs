@@ -9,8 +9,8 @@
 //!                                    then for each end: kind u8 | hash 32
 //! ```
 //!
-//! A lease counts against the budget with the records of its whole paths, shared or not: what a holder pays for does not
-//! depend on who else shares it.
+//! A lease is told with the bytes of its whole paths, shared or not: what a holder pays for does not depend on who else shares
+//! it. The budget is about room, and there every record counts once (leased.rs).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -73,10 +73,9 @@ impl Leases {
         self.shards[usize::from(id.0[0]) % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Leases, and bytes that they hold.
-    pub(crate) fn totals(&self) -> (u64, u64) {
-        let held = self.held();
-        (held.len() as u64, held.values().map(|lease| lease.bytes).sum())
+    /// How many there are.
+    pub(crate) fn count(&self) -> u64 {
+        self.held().len() as u64
     }
 }
 
@@ -94,6 +93,22 @@ impl Shared {
         if !self.settings.skips_pins() {
             self.table.unpin(end);
         }
+    }
+
+    /// A lease is another one from now on, or none; `held` are all of them. Returns what it was. Pins are the caller's.
+    pub(crate) fn set_lease(
+        &self,
+        held: &mut HashMap<LeaseId, Lease>,
+        id: LeaseId,
+        lease: Option<Lease>,
+    ) -> Option<Lease> {
+        let after = lease.as_ref().map_or(Vec::new(), |lease| lease.ends.clone());
+        let before = match lease {
+            Some(lease) => held.insert(id, lease),
+            None => held.remove(&id),
+        };
+        self.table.move_lease(before.as_ref().map_or(&[], |before| &before.ends), &after);
+        before
     }
 
     /// Takes up the leases that were written down. One whose prefix is gone all the same holds what is left.
@@ -131,7 +146,7 @@ impl Shared {
             let ends: Vec<ObjectId> = ends.into_iter().filter(holds).collect();
             let bytes = ends.iter().filter_map(|&end| self.table.path_bytes(end)).sum();
             // What is over is kept for the housekeeping to remove.
-            held.insert(id, Lease { id, ends, deadline_s, bytes });
+            self.set_lease(&mut held, id, Some(Lease { id, ends, deadline_s, bytes }));
         }
     }
 

@@ -28,6 +28,7 @@ mod index;
 pub mod io;
 mod latency;
 mod lease;
+mod leased;
 mod object;
 mod observer;
 mod owner;

@@ -12,7 +12,7 @@
 //! segments, may name what was given back since: if some of it is gone it is no record any more, however whole its header is,
 //! and must neither answer for what is put nor stand in the way of an older one. Holes tell, without a read.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +28,7 @@ use crate::io::{FileId, Op, PAGE, read_exact, wait};
 use crate::record::PlacedHeader;
 use crate::scan::{Met, Scan, Scanned};
 use crate::segment::{Ends, OpenSegment, PageKind, RECORDS_AT, SegmentId, SegmentPage, Spot, last_page};
-use crate::shared::Shared;
+use crate::shared::{Shared, is_own};
 use crate::stats::MissCounts;
 use crate::{Result, StoreError, TtlClass, verify};
 
@@ -64,8 +64,9 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
     let mut ids: Vec<SegmentId> = names.iter().filter_map(|name| SegmentId::from_file_name(name)).collect();
     ids.sort_unstable();
 
-    let mut work = Worker { shared, dir, report: Recovery::default(), sequence: 0 };
-    let mut found = Vec::with_capacity(ids.len());
+    let mut work =
+        Worker { shared, dir, report: Recovery::default(), sequence: 0, passed_over: HashSet::new() };
+    let (mut found, mut unopened) = (Vec::with_capacity(ids.len()), Vec::new());
     for &id in &ids {
         let state = known.remove(&id);
         work.sequence = work.sequence.max(state.map_or(0, |state| state.sequence));
@@ -74,6 +75,7 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
             Err(error) => {
                 tracing::error!(segment = %id, %error, "a segment cannot be opened");
                 work.report.unreadable_segments.push(id.file_name());
+                unopened.push(id);
             }
         }
     }
@@ -89,7 +91,8 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
         Ok(())
     })?;
     let mut changes = Changes::default();
-    known.into_keys().for_each(|missing| changes.remove_segment(missing));
+    // Of one that cannot be opened nothing is known any more, either: all of it is scanned once it can be.
+    known.into_keys().chain(unopened).for_each(|missing| changes.remove_segment(missing));
     work.load(changes)?;
     // Nobody knows what is in them.
     work.report.unreadable_segments.iter().for_each(|_| shared.lapses.file_leaves());
@@ -183,6 +186,8 @@ struct Worker<'a> {
     report: Recovery,
     /// Highest seen.
     sequence: u64,
+    /// Segments with bad records.
+    passed_over: HashSet<SegmentId>,
 }
 
 struct Found {
@@ -239,7 +244,10 @@ impl Found {
             }
         });
         let unknown = scanned.generation.is_none();
-        let blank = unknown && scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(shared);
+        // A file may be there before its length is.
+        let unmade = unknown && len_bytes == 0 && state.is_none();
+        let blank =
+            unmade || unknown && scanned.clean && header.is_none() && len_bytes > 0 && self.is_blank(shared);
         Ok(Examined { header, seal, open, whole, from, to, scanned, blank })
     }
 
@@ -272,6 +280,7 @@ impl Worker<'_> {
         let Examined { header, seal, open, whole, from, to, scanned, blank } = examined;
         for (kind, count) in scanned.dropped.iter() {
             tracing::warn!(segment = %id, %kind, count, "bad records passed over");
+            self.passed_over.insert(id);
         }
         self.report.records_dropped.merge(&scanned.dropped);
 
@@ -314,7 +323,13 @@ impl Worker<'_> {
             // Some of it may have been acknowledged, by a process whose index is gone: scanned and flushed again next
             // time, neither appended to nor sealed until then.
             tail.end_at(from);
+            // No later record may have a sequence that one of them has. What the store wrote about itself is in force all the same.
+            self.sequence = self.sequence.max(records.sequence);
+            let mut changes = Changes::default();
+            records.own.iter().for_each(|entry| changes.put(entry));
+            self.shared.index.write(changes)?;
             self.remember(&tail, open_or_suspect)?;
+            self.shared.segments.update(id, |segment| segment.unread = true);
             return Ok(None);
         }
         self.apply(records)?;
@@ -322,6 +337,7 @@ impl Worker<'_> {
             // The device may read it next time: scanned again from there, neither appended to nor sealed.
             tail.end_at(unread_at);
             self.remember(&tail, open_or_suspect)?;
+            self.shared.segments.update(id, |segment| segment.unread = true);
             return Ok(None);
         }
         let unsealed_end = seal.is_none() && !scanned.clean;
@@ -464,8 +480,10 @@ impl Worker<'_> {
         for (id, segment) in self.shared.segments.all() {
             // Without an answer the segment counts in full.
             let taken = self.shared.disk.allocated_bytes(segment.file).unwrap_or(segment.len_bytes);
-            // One that holds something is not empty for want of entries: they may have been lost by mistake.
-            if segment.sealed && segment.live_bytes == 0 && taken <= EMPTY_BYTES {
+            // One that holds something is not empty for want of entries: they may have been lost by mistake, and what was passed over
+            // as bad may be found sound at the next opening.
+            let empty = segment.live_bytes == 0 && taken <= EMPTY_BYTES && !segment.unread;
+            if segment.sealed && empty && !self.passed_over.contains(&id) {
                 self.shared.remove_segment(id);
                 continue;
             }
@@ -502,16 +520,19 @@ struct Gathered<'a> {
     bulk: Option<Bulk<'a>>,
     count: u64,
     sequence: u64,
+    /// Those of them that the store wrote about itself.
+    own: Vec<Entry>,
 }
 
 impl<'a> Gathered<'a> {
     fn new(index: &'a Index, few_entries: usize) -> Self {
-        Self { index, few: Vec::new(), few_entries, bulk: None, count: 0, sequence: 0 }
+        Self { index, few: Vec::new(), few_entries, bulk: None, count: 0, sequence: 0, own: Vec::new() }
     }
 
     fn add(&mut self, some: Vec<Entry>) -> Result<()> {
         self.count += some.len() as u64;
         self.sequence = some.iter().map(|entry| entry.sequence).fold(self.sequence, u64::max);
+        self.own.extend(some.iter().filter(|entry| is_own(entry.id)));
         self.few.extend(some);
         if self.bulk.is_none() && self.few.len() > self.few_entries {
             self.bulk = Some(self.index.bulk()?);

@@ -228,6 +228,9 @@ pub(crate) struct OpenSegment {
     pub(crate) sealed: bool,
     /// Nothing will be added to it, and the index names all that is to be kept of it.
     pub(crate) complete: bool,
+    /// It could not be read or flushed when the store was opened, and may hold what the index does not name and somebody was promised:
+    /// it stays until the next opening.
+    pub(crate) unread: bool,
     /// No erasure with a lower sequence is needed for it; see `erasure/lapse.rs`.
     pub(crate) clear_below: u64,
     /// Bytes of the records that the table names.
@@ -294,6 +297,7 @@ impl OpenSegment {
             class,
             sealed: false,
             complete: false,
+            unread: false,
             clear_below,
             live_bytes: 0,
             punched_bytes: 0,

@@ -24,8 +24,8 @@ pub struct StoreSettings {
     pub capacity_bytes: u64,
     /// Whether a full store may decline objects that are not worth their place.
     pub admission: bool,
-    /// Bytes of records that all leases together may hold, each counted with its whole paths; `None` for four fifths of the
-    /// capacity, so that something may always go.
+    /// Bytes of records that all leases together may hold, each counted once; `None` for four fifths of the capacity, so that
+    /// something may always go.
     pub leased_bytes: Option<u64>,
     /// How long objects of each class are kept after their last use.
     pub ttl_classes: Vec<Duration>,

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
 use esker_prefix::{ObjectId, ObjectKind};
@@ -48,6 +48,9 @@ pub(crate) struct Shared {
     pub(crate) wear: WearFile,
     pub(crate) breaker: Arc<Breaker>,
     pub(crate) observed: Observed,
+    /// Held from when what goes is chosen until its space is given back: what two chose would be given back twice, and a segment that
+    /// still holds something counted as empty.
+    pub(crate) reclaiming: Mutex<()>,
     /// Whether the file system cannot give back parts of a file.
     pub(crate) holeless: AtomicBool,
     pub(crate) reading: Arc<ByteGate>,
@@ -57,6 +60,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Keeps others from choosing what goes.
+    pub(crate) fn reclaim(&self) -> MutexGuard<'_, ()> {
+        self.reclaiming.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The digest of what is stored under a name. Of what the store writes about itself the newest holds, so nothing
     /// counts as stored.
     pub(crate) fn stored_digest(&self, id: ObjectId) -> Option<ContentDigest> {

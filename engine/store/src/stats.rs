@@ -169,7 +169,7 @@ pub struct StoreStats {
     pub punched_bytes: u64,
     /// Leases that hold.
     pub leases: u64,
-    /// Bytes of records that they hold, each counted with its whole paths.
+    /// Bytes of records that they hold, each counted once.
     pub leased_bytes: u64,
     /// Objects that lookups can find.
     pub objects: u64,

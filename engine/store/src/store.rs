@@ -3,7 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -190,6 +190,7 @@ impl Store {
                 wear: WearFile::open(dir),
                 breaker: Arc::default(),
                 observed: Observed::default(),
+                reclaiming: Mutex::default(),
                 holeless: AtomicBool::new(false),
                 _lock: lock,
             }))
@@ -349,9 +350,7 @@ impl Store {
             let written = self.put(vec![lease::object(id, ends, deadline_s)]).remove(0);
             if written.is_err() {
                 // What could not be written down holds what it held before.
-                let mut held = self.shared.leases.held();
-                held.remove(&id);
-                held.extend(before.clone().map(|before| (id, before)));
+                self.shared.set_lease(&mut self.shared.leases.held(), id, before.clone());
             }
             written.map(|_| (lease, before))
         });
@@ -428,8 +427,8 @@ impl Store {
         }
         // A lease of nothing that ended at the beginning of time: newer than what it replaces, and forgotten soon.
         self.put(vec![lease::object(id, &[], 0)]).remove(0)?;
-        let before =
-            self.shared.leases.held().insert(id, Lease { id, ends: Vec::new(), deadline_s: 0, bytes: 0 });
+        let over = Lease { id, ends: Vec::new(), deadline_s: 0, bytes: 0 };
+        let before = self.shared.set_lease(&mut self.shared.leases.held(), id, Some(over));
         before.iter().flat_map(|lease| &lease.ends).for_each(|&end| self.shared.let_go(end));
         Ok(true)
     }
@@ -486,12 +485,19 @@ impl Store {
         let bytes = paths.sum::<Result<u64>>()?;
         let limit_bytes = self.shared.settings.leased_bytes();
         let mut held = self.shared.leases.held();
-        let leased_bytes = held.values().filter(|lease| lease.id != id).map(|lease| lease.bytes).sum::<u64>();
-        if leased_bytes.saturating_add(bytes) > limit_bytes {
-            return Err(StoreError::LeaseBudget { bytes, leased_bytes, limit_bytes });
-        }
         let lease = Lease { id, ends: ends.to_vec(), deadline_s, bytes };
-        let before = held.insert(id, lease.clone());
+        let before = self.shared.set_lease(&mut held, id, Some(lease.clone()));
+        let all_bytes = self.shared.table.leased_bytes();
+        if all_bytes > limit_bytes {
+            self.shared.set_lease(&mut held, id, None);
+            let leased_bytes = self.shared.table.leased_bytes();
+            self.shared.set_lease(&mut held, id, before);
+            return Err(StoreError::LeaseBudget {
+                bytes: all_bytes - leased_bytes,
+                leased_bytes,
+                limit_bytes,
+            });
+        }
         Ok((lease, before))
     }
 
@@ -523,7 +529,7 @@ impl Store {
         let counters = &self.shared.counters;
         let (segments, segment_bytes) = self.shared.segments.totals();
         let (objects, table_bytes) = self.shared.table.size();
-        let (leases, leased_bytes) = self.shared.leases.totals();
+        let (leases, leased_bytes) = (self.shared.leases.count(), self.shared.table.leased_bytes());
         StoreStats {
             declined: counters.declined.get(),
             evicted: counters.evicted.get(),

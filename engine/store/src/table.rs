@@ -21,6 +21,7 @@ use crate::TtlClass;
 use crate::fields::narrow;
 use crate::index::Entry;
 use crate::io::PAGE;
+use crate::leased::{Leased, Place};
 use crate::owner::{OwnerId, OwnerOf, Shares};
 use crate::record::header_bytes;
 use crate::retention::{Candidate, Context, Retention, RetentionSettings};
@@ -68,6 +69,7 @@ struct Inner {
     /// Slots that are holes.
     holes: usize,
     tails: Tails,
+    leased: Leased,
     /// Whether children that come before their parent are linked to it.
     adopts: bool,
 }
@@ -129,6 +131,7 @@ impl Table {
             erasures: 0,
             holes: 0,
             tails: Tails::default(),
+            leased: Leased::default(),
             adopts,
         }))
     }
@@ -351,6 +354,23 @@ impl Table {
         }
     }
 
+    /// Leases that ended in `before` end in `after` now, as far as there are any of these. Whoever holds them has them pinned.
+    pub(crate) fn move_lease(&self, before: &[ObjectId], after: &[ObjectId]) {
+        let mut inner = self.write();
+        for at in after.iter().filter_map(|&end| inner.find_any_id(end)).collect::<Vec<_>>() {
+            inner.add_leased(at);
+        }
+        for at in before.iter().filter_map(|&end| inner.find_any_id(end)).collect::<Vec<_>>() {
+            let Inner { leased, chunks, retention, .. } = &mut *inner;
+            leased.take(at, |at| place_of(chunks, retention, at));
+        }
+    }
+
+    /// Bytes of the records that leases hold together.
+    pub(crate) fn leased_bytes(&self) -> u64 {
+        self.read().leased.bytes()
+    }
+
     /// Bytes of the records of the prefix that ends in `tip`.
     pub(crate) fn path_bytes(&self, tip: ObjectId) -> Option<u64> {
         let inner = self.read();
@@ -358,7 +378,7 @@ impl Table {
         let mut bytes = 0;
         while let Some(at_slot) = at {
             let slot = inner.slot(at_slot);
-            bytes += if slot.kind & HOLE == 0 { slot.record().record_bytes } else { 0 };
+            bytes += slot.held_bytes();
             at = inner.retention.parent(at_slot);
         }
         Some(bytes)
@@ -451,6 +471,7 @@ impl Table {
         } else {
             let slot = *inner.slot(at);
             inner.forget(&slot);
+            inner.leased.resize(at, slot.held_bytes(), 0);
             inner.slot_mut(at).kind |= HOLE;
             inner.holes += 1;
         }
@@ -507,7 +528,8 @@ impl Table {
             + inner.by_hash.allocation_size()
             + inner.free.capacity() * size_of::<u32>()
             + inner.retention.memory_bytes()
-            + inner.tails.memory_bytes();
+            + inner.tails.memory_bytes()
+            + inner.leased.memory_bytes();
         ((inner.by_hash.len() - inner.holes) as u64, bytes as u64)
     }
 
@@ -585,6 +607,7 @@ impl Inner {
             return None;
         };
         let before = std::mem::replace(self.slot_mut(known), slot);
+        self.leased.resize(known, before.held_bytes(), slot.held_bytes());
         let owner = self.realms.owner(slot.realm);
         self.retention.set_owner(known, owner);
         if before.kind & HOLE == 0 {
@@ -597,6 +620,9 @@ impl Inner {
             let parent = parent.filter(|&parent| !checked || !self.retention.hangs_on(parent, known));
             let candidate = candidate.unwrap_or_else(|| self.candidate_of(entry, known, parent));
             self.retention.fill(known, parent, &candidate);
+            if let Some(parent) = parent.filter(|_| self.leased.holds(known)) {
+                self.add_leased(parent);
+            }
             self.pin_for_ever(entry, known);
         }
         self.retention.renew(known, entry.time_s);
@@ -640,6 +666,11 @@ impl Inner {
         let tokens = added_tokens(entry.id.kind, entry.tokens, parent.map(|at| self.slot(at).tokens));
         let owner = self.realms.owner(self.slot(at).realm);
         self.retention.recovered(owner, key_of(entry.id), context, bytes, tokens)
+    }
+
+    fn add_leased(&mut self, at: u32) {
+        let Self { leased, chunks, retention, .. } = self;
+        leased.add(at, |at| place_of(chunks, retention, at));
     }
 
     fn pin_for_ever(&mut self, entry: &Entry, at: u32) {
@@ -698,6 +729,7 @@ impl Inner {
             found.remove();
         }
         self.retention.remove(at);
+        self.leased.forget(at, slot.held_bytes());
         self.slot_mut(at).kind = 0;
         self.free.push(at);
     }
@@ -813,6 +845,11 @@ impl Slot {
     fn owned_pages(&self) -> u64 {
         let owned = self.kind == ObjectKind::Block as u8 || self.kind == ObjectKind::State as u8;
         if owned { u64::from(self.record_pages) } else { 0 }
+    }
+
+    /// Bytes of its record; none of a hole.
+    fn held_bytes(&self) -> u64 {
+        if self.kind & HOLE == 0 { self.record().record_bytes } else { 0 }
     }
 
     fn record(&self) -> Victim {
@@ -950,6 +987,10 @@ fn take<K: Eq + std::hash::Hash>(sums: &mut HashMap<K, u64>, of: K, pages: u64) 
 
 fn chunk_slot(chunks: &[Vec<Slot>], at: u32) -> &Slot {
     &chunks[at as usize / CHUNK_SLOTS][at as usize % CHUNK_SLOTS]
+}
+
+fn place_of(chunks: &[Vec<Slot>], retention: &Retention, at: u32) -> Place {
+    (retention.parent(at), chunk_slot(chunks, at).held_bytes())
 }
 
 fn short(id: ObjectId) -> [u8; 16] {

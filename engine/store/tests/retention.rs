@@ -127,15 +127,19 @@ fn a_lease_is_refused_beyond_the_budget_and_for_what_is_not_there() {
     let settings = StoreSettings { leased_bytes: Some(6 * 40_960), ..small() };
     let store = Store::open_at(dir.path(), settings, ManualClock::new()).unwrap();
     assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
+    assert!(store.put(vec![object(50, 50, &LENS)])[0].is_ok());
     let refused = store.lease(LeaseId([1; 32]), &[id(6)], HOUR).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Full);
-    assert_eq!(refused.to_string(), "a lease of 286720 bytes does not fit: 0 of 245760 bytes are leased");
+    assert_eq!(
+        refused.to_string(),
+        "a lease of 286720 bytes more does not fit: 0 of 245760 bytes are leased"
+    );
     store.lease(LeaseId([1; 32]), &[id(5)], HOUR).unwrap();
-    assert_eq!(store.lease(LeaseId([2; 32]), &[id(0)], HOUR).unwrap_err().kind(), ErrorKind::Full);
+    assert_eq!(store.lease(LeaseId([2; 32]), &[id(50)], HOUR).unwrap_err().kind(), ErrorKind::Full);
     // Renewing counts once, and moving it frees what it held.
     store.lease(LeaseId([1; 32]), &[id(5)], HOUR).unwrap();
     store.lease(LeaseId([1; 32]), &[id(2)], HOUR).unwrap();
-    store.lease(LeaseId([2; 32]), &[id(0)], HOUR).unwrap();
+    store.lease(LeaseId([2; 32]), &[id(50)], HOUR).unwrap();
     let missing = store.lease(LeaseId([3; 32]), &[id(0), id(77)], HOUR).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::Invalid);
     assert!(missing.to_string().ends_with("is not stored, so it cannot be leased"), "{missing}");
@@ -143,6 +147,50 @@ fn a_lease_is_refused_beyond_the_budget_and_for_what_is_not_there() {
     assert!(!store.release(LeaseId([9; 32])).unwrap());
     assert_eq!(store.leases().len(), 1);
     assert_eq!(store.stats().leased_bytes, 40_960);
+}
+
+/// Many sessions begin with one prompt: it takes its room once.
+#[test]
+fn what_leases_share_counts_once_against_the_budget() {
+    const RECORD_BYTES: u64 = 40_960;
+    let dir = tempfile::tempdir().unwrap();
+    let settings = StoreSettings { leased_bytes: Some(14 * RECORD_BYTES), ..small() };
+    let open = || Store::open_at(dir.path(), settings.clone(), ManualClock::new()).unwrap();
+    let store = open();
+    assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
+    let turn = |number| PutObject { parent: Some(id(9)), tokens: 11 * 128, ..object(number, number, &LENS) };
+    assert!(store.put((100..105).map(turn).collect()).iter().all(Result::is_ok));
+    let lease = |store: &Store, session: u8, end| store.lease(LeaseId([session; 32]), &[id(end)], HOUR);
+    for session in 0..4 {
+        let granted = lease(&store, session, 100 + u64::from(session)).unwrap();
+        assert_eq!(granted.bytes, 11 * RECORD_BYTES, "whoever pays for it pays for all of its path");
+    }
+    let leased_bytes = |store: &Store| store.stats().leased_bytes / RECORD_BYTES;
+    assert_eq!(leased_bytes(&store), 14);
+    let refused = lease(&store, 4, 104).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "a lease of 40960 bytes more does not fit: 573440 of 573440 bytes are leased"
+    );
+    assert_eq!(leased_bytes(&store), 14, "what is refused holds nothing");
+    // Moved to another end, and one more on the same.
+    lease(&store, 3, 104).unwrap();
+    lease(&store, 4, 104).unwrap();
+    assert_eq!(leased_bytes(&store), 14);
+    // What is erased in between holds nothing, and what it hangs on until a restart; put again it is all there.
+    assert_eq!(store.erase(Erase::Object(id(5))).unwrap(), 1);
+    assert_eq!(leased_bytes(&store), 13);
+    store.close().unwrap();
+    let store = open();
+    assert_eq!(leased_bytes(&store), 8, "what lies behind the gap");
+    assert!(store.put(chain(0, 10, &LENS)).iter().all(Result::is_ok));
+    assert_eq!(leased_bytes(&store), 14);
+    for session in 0..4 {
+        store.release(LeaseId([session; 32])).unwrap();
+        assert_eq!(leased_bytes(&store), 13 - u64::from(session).min(2), "after {session}");
+    }
+    store.release(LeaseId([4; 32])).unwrap();
+    assert_eq!(leased_bytes(&store), 0);
 }
 
 #[test]

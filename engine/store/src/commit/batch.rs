@@ -41,6 +41,8 @@ pub(super) struct Run {
 
 /// A record of a batch, and who else put the same object.
 pub(super) struct Pending {
+    /// In the order of admission.
+    pub(super) number: u64,
     pub(super) header: RecordHeader,
     pub(super) digest: ContentDigest,
     /// `None` while the disk has the buffer.
@@ -112,14 +114,11 @@ impl Batch {
         self.runs.iter().all(|run| run.writing == 0 && run.flushing.is_none())
     }
 
-    /// Its records in the order of their sequence.
+    /// Its records in the order in which they were admitted: written again, a child must not come before its parent.
     pub(super) fn into_records(self) -> Vec<Pending> {
-        let runs = self.runs.into_iter();
-        let mut records: Vec<(u64, Pending)> = runs
-            .flat_map(|run| run.entries.into_iter().map(|entry| entry.sequence).zip(run.records))
-            .collect();
-        records.sort_by_key(|(sequence, _)| *sequence);
-        records.into_iter().map(|(_, record)| record).collect()
+        let mut records: Vec<Pending> = self.runs.into_iter().flat_map(|run| run.records).collect();
+        records.sort_by_key(|record| record.number);
+        records
     }
 }
 

@@ -222,17 +222,18 @@ impl Making<'_> {
 impl Blank {
     /// Gives the segment its class and its header, which is flushed with its first records. None of these has a sequence below
     /// `sequence`.
-    pub(super) fn begin(self, shared: &Shared, class: TtlClass, sequence: u64) -> io::Result<Tail> {
-        let Self { id, file, len_bytes } = self;
+    pub(super) fn begin(&self, shared: &Shared, class: TtlClass, sequence: u64) -> io::Result<Tail> {
+        let &Self { id, file, len_bytes } = self;
         let generation = random_generation();
         let used_s = shared.time.now_s();
-        shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s, sequence));
         let header = SegmentPage { id, class, generation, extent_bytes: len_bytes, sequence };
-        shared.write_headers(file, &header)?;
+        // Without a header it would take space for nothing until the next opening.
+        shared.write_headers(file, &header).inspect_err(|_| self.remove(shared))?;
+        shared.segments.insert(id, OpenSegment::new(file, len_bytes, generation, class, used_s, sequence));
         Ok(Tail::empty(id, class, generation, file, len_bytes, used_s))
     }
 
-    fn remove(self, shared: &Shared) {
+    fn remove(&self, shared: &Shared) {
         if let Err(error) = shared.disk.remove(&self.id.file_name()) {
             tracing::warn!(segment = %self.id, %error, "an unused segment could not be removed");
         }

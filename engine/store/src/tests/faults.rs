@@ -505,12 +505,18 @@ fn a_store_full_of_leases_leases_and_erases() {
 
 #[test]
 fn leases_leave_a_fifth_of_the_capacity_unless_they_are_told_otherwise() {
+    const CAPACITY_BYTES: u64 = 10 << 20;
     let dir = tempfile::tempdir().unwrap();
-    let (store, _disk) = open(dir.path(), StoreSettings { capacity_bytes: 10 << 20, ..settings() });
-    assert!(store.put(vec![object(1, 1, &[900_000])])[0].is_ok());
-    let lease = |number| store.lease(LeaseId([number; 32]), &[id(1)], Duration::from_secs(60));
-    assert!((1..=9).all(|number| lease(number).is_ok()));
-    assert_eq!(lease(10).unwrap_err().kind(), ErrorKind::Full);
+    // Three of these objects fill a segment.
+    let small = StoreSettings { capacity_bytes: CAPACITY_BYTES, segment_bytes: 256 << 10, ..settings() };
+    let (store, _disk) = open(dir.path(), small);
+    let lease = |number: u8| {
+        assert!(store.put(vec![object(number.into(), number.into(), &[79_000])])[0].is_ok());
+        store.lease(LeaseId([number; 32]), &[id(number.into())], Duration::from_secs(60))
+    };
+    let granted = (1..=200).map(lease).take_while(Result::is_ok).count() as u64;
+    assert_eq!(granted, CAPACITY_BYTES / 5 * 4 / store.path_bytes(&[id(1)]));
+    assert_eq!(lease(201).unwrap_err().kind(), ErrorKind::Full);
 }
 
 /// Where parts of a file cannot be given back, evicting records makes no room: segments go as a whole.
@@ -536,6 +542,8 @@ fn a_full_store_on_a_file_system_without_holes_stays_full() {
             outcomes.iter().all(|outcome| matches!(outcome, Ok(PutOutcome::Stored))),
             "{prefix}: {outcomes:?}"
         );
+        // The next segment is made ahead: what goes for it has gone when this returns.
+        store.keep_house();
         // What is left of a path is its beginning.
         for earlier in 0..=prefix {
             let ids: Vec<_> = (earlier * 100..earlier * 100 + 5).map(id).collect();

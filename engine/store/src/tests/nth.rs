@@ -15,7 +15,7 @@ use crate::index::memory::{self, Contents};
 use crate::io::faulty::{Fault, Plan};
 use crate::io::sim::{Image, Random, SimDisk};
 use crate::io::{Disk, OpKind};
-use crate::{PutObject, Sabotage, Store, StoreSettings, TtlClass};
+use crate::{Erase, PutObject, Sabotage, Store, StoreSettings, TtlClass};
 
 const OBJECTS: u64 = 24;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -162,13 +162,39 @@ fn a_seal_that_could_not_be_written_cuts_nothing_off_later() {
     }
 }
 
+/// No flush succeeds while a store is opened that has lost its index: nothing that was found is served, but what was erased stays
+/// so, and what is put then is later than all of it.
+#[test]
+fn what_could_not_be_flushed_at_an_opening_undoes_nothing_that_is_put_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = SimDisk::open(Image::default(), u64::MAX);
+    let open = |index: &Contents| {
+        memory::expect(index);
+        Store::open_on(dir.path(), super::common::settings(), disk.clone()).unwrap()
+    };
+    let put = object(1, 1, &[900]).with_class(TtlClass::PERMANENT);
+    let store = open(&Contents::new());
+    assert!(store.put(vec![put.clone()])[0].is_ok());
+    assert_eq!(store.erase(Erase::Object(put.id)).unwrap(), 1);
+    drop(store);
+    disk.arm(&[Plan { kind: OpKind::Sync, first: 0, count: u64::MAX, fault: Fault::Errno(libc::EIO) }]);
+    let store = open(&Contents::new());
+    disk.arm(&[]);
+    assert_eq!(store.get(&[put.id]), [None]);
+    assert!(store.put(vec![put.clone()])[0].is_ok());
+    let index = store.shared.index.contents();
+    drop(store);
+    for index in [index, Contents::new()] {
+        serve(&open(&index), std::slice::from_ref(&put), 0).unwrap();
+    }
+}
+
 impl Case {
     /// `false` if there was no such op.
     fn run(&self, dir: &Path) -> Result<bool, String> {
         let settings = StoreSettings {
             segment_bytes: 64 << 10,
             pool_bytes: 256 << 10,
-            compressed_from_bytes: 0,
             lock_wait: Duration::from_secs(10),
             sabotage: self.sabotage,
             ..StoreSettings::default()
