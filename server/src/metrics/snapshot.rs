@@ -127,6 +127,12 @@ impl Collector for Snapshot {
                 ("failed", store.put_errors),
             ],
         )?;
+        page.counters(
+            "looked_up_objects",
+            "Objects that lookups asked the store for, by whether they were in the leading run that it has",
+            "result",
+            &[("found", store.found), ("not_found", store.looked_up.saturating_sub(store.found))],
+        )?;
         page.counter("fetched_objects", "Objects fetched with all the planes asked for", store.fetched)?;
         page.counters(
             "fetch_misses",
@@ -144,6 +150,11 @@ impl Collector for Snapshot {
                 ("erased", store.erased),
                 ("quarantined", store.quarantined),
             ],
+        )?;
+        page.counter(
+            "reinstated_objects",
+            "Objects that were missing after a failed read and came back, as it was the drive that failed",
+            store.reinstated,
         )?;
         page.gauge(
             "kept_erasures",
@@ -233,6 +244,11 @@ impl Collector for Snapshot {
         )?;
         page.gauge("in_flight_limit_bytes", "Of all of these together", self.in_flight_limit)?;
         page.gauge("io_in_flight", "Operations that the drive has not answered yet", store.io_in_flight)?;
+        page.counter(
+            "unknown_io_completions",
+            "Answers of the drive that belong to no operation; anything above zero is an error of the kernel or of Esker",
+            store.unknown_completions,
+        )?;
         page.gauge(
             "live_requests",
             "Generations, fetches and puts that are being worked on; warm-up jobs give way to them",
@@ -242,7 +258,7 @@ impl Collector for Snapshot {
         page.gauge("leases", "Leases that hold", store.leases)?;
         page.gauge(
             "leased_bytes",
-            "Bytes of records that they hold, each counted with its whole paths",
+            "Bytes of records that they hold together, each counted once",
             store.leased_bytes,
         )?;
         page.gauge("sessions", "Chat sessions that hold something", self.sessions)?;
