@@ -41,6 +41,26 @@ async fn acknowledged_blocks_survive_a_kill_and_the_loss_of_the_index() -> Resul
     node.kill()
 }
 
+/// The control: of what is destroyed the journal says so.
+#[tokio::test]
+async fn what_is_destroyed_is_missed() -> Result<()> {
+    let folder = scratch();
+    let data = folder.path().join("data");
+    let node = Node::store_only(&data).await?;
+    let layout = flat_layout();
+    let namespace = node.register(&layout, 1).await?;
+    let journal = Journal::default();
+    journal.put(&node, &Prompt::new(namespace, &layout, 0, 20), 1..=20).await?;
+    node.kill()?;
+    // All but the layout, which lies with what is kept for ever, is in the largest.
+    let segments = std::fs::read_dir(data.join("store/segments"))?.collect::<Result<Vec<_>, _>>()?;
+    let largest = segments.iter().max_by_key(|segment| segment.metadata().map_or(0, |about| about.len()));
+    std::fs::remove_file(largest.ok_or_else(|| anyhow::anyhow!("no segments"))?.path())?;
+    let audit = audit(&data, &journal).await?;
+    assert_eq!(audit, Audit { acknowledged: 20, lost: 20, wrong: 0 });
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_damaged_index_costs_a_rebuild_and_no_data() -> Result<()> {
     let folder = scratch();
