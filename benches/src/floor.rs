@@ -59,6 +59,7 @@ pub(crate) struct Floor {
     disk: Arc<dyn Disk>,
     pool: Arc<BufferPool>,
     depth: usize,
+    written: u32,
 }
 
 impl Floor {
@@ -72,7 +73,7 @@ impl Floor {
         {
             pool.add_region(&region, TRANSFER_BYTES);
         }
-        Self { disk: Arc::clone(disk), pool, depth: most }
+        Self { disk: Arc::clone(disk), pool, depth: most, written: 0 }
     }
 
     /// Reads `extents` once for nothing, since below a virtual drive there may be a cache that the first reader fills, and finds
@@ -104,11 +105,13 @@ impl Floor {
     }
 
     /// Writes `bytes` to a preallocated file and flushes it, as often as the store commits when it has much to write, beside
-    /// the writes that follow.
-    pub(crate) fn write(&self, bytes: u64) -> anyhow::Result<Rate> {
-        const NAME: &str = "write-floor.tmp";
+    /// the writes that follow. The file stays: where removing one has the drive forget its blocks, whatever is measured next
+    /// would pay for that.
+    pub(crate) fn write(&mut self, bytes: u64) -> anyhow::Result<Rate> {
+        self.written += 1;
+        let name = format!("write-floor.{}.tmp", self.written);
         let count = usize::try_from(bytes)? / TRANSFER_BYTES;
-        let file = self.disk.create(NAME, (count * TRANSFER_BYTES) as u64)?;
+        let file = self.disk.create(&name, (count * TRANSFER_BYTES) as u64)?;
         let per_commit = (StoreSettings::default().commit_bytes / TRANSFER_BYTES).max(1);
         let mut rate = Rate::default();
         rate.measure(|| {
@@ -133,7 +136,6 @@ impl Floor {
             }
             anyhow::Ok(bytes)
         })?;
-        self.disk.remove(NAME)?;
         Ok(rate)
     }
 }

@@ -19,7 +19,7 @@ pub(super) fn run(bed: &Bed, figures: &mut Map<String, Value>) -> anyhow::Result
     let layout = v4_flash();
     let (mut put, mut write_floor) = (Rate::default(), Rate::default());
     let mut prefixes = vec![Vec::new(); WRITERS as usize];
-    let floor = Floor::new(&bed.disk);
+    let mut floor = Floor::new(&bed.disk);
     // Touches its buffers.
     floor.write(64 << 20)?;
     for round in 0..ROUNDS {

@@ -431,6 +431,7 @@ impl Writer {
     /// Gives the records of a batch their sequence and hands them to the disk.
     fn start(&mut self, mut batch: Batch) {
         let (number, time_s) = (batch.number, self.shared.time.now_s());
+        let (reply, mut writes) = (self.reply(), Vec::with_capacity(batch.records()));
         for (run_number, run) in batch.runs.iter_mut().enumerate() {
             for (position, pending) in run.records.iter_mut().enumerate() {
                 let Some(mut record) = pending.record.take() else { continue };
@@ -442,9 +443,10 @@ impl Writer {
                 run.end += record.len() as u64;
                 run.writing += 1;
                 let tag = batch::tag(number, run_number, Some(position));
-                self.shared.disk.submit(Op::write(run.tail.file, place.offset, record, tag, &self.reply()));
+                writes.push(Op::write(run.tail.file, place.offset, record, tag, &reply));
             }
         }
+        self.shared.disk.submit_all(writes);
         self.shared.lapses.next_is(self.next_sequence);
         self.batches.push_back(batch);
     }

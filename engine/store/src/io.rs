@@ -76,6 +76,10 @@ pub trait Disk: Send + Sync + 'static {
     }
     /// Starts an op. Blocks only while the disk's bound on ops in flight is reached.
     fn submit(&self, op: Op);
+    /// Starts ops together, in order, so that what is next to each other in a file may reach the device as one transfer.
+    fn submit_all(&self, ops: Vec<Op>) {
+        ops.into_iter().for_each(|op| self.submit(op));
+    }
     /// Which engine this is.
     fn engine(&self) -> IoEngine;
     /// Ops that were submitted and did not complete yet, if the disk knows.

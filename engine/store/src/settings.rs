@@ -103,7 +103,7 @@ impl Default for StoreSettings {
             scrub_bytes_per_s: 8_000_000,
             put_bytes_in_flight: 64 << 20,
             commit_bytes: 32 << 20,
-            pool_bytes: 64 << 20,
+            pool_bytes: 96 << 20,
             registered_bytes: 32 << 20,
             max_write_failures: 3,
             io_engines: vec![IoEngine::UringDirect, IoEngine::PositionalDirect, IoEngine::PositionalBuffered],

@@ -134,10 +134,18 @@ impl Disk for UringDisk {
     }
 
     fn submit(&self, op: Op) {
-        match self.files.get(op.file) {
-            Ok(file) => self.ring.submit(op, file),
-            Err(error) => op.complete(Err(error)),
+        self.submit_all(vec![op]);
+    }
+
+    fn submit_all(&self, ops: Vec<Op>) {
+        let mut known = Vec::with_capacity(ops.len());
+        for op in ops {
+            match self.files.get(op.file) {
+                Ok(file) => known.push((op, file)),
+                Err(error) => op.complete(Err(error)),
+            }
         }
+        self.ring.submit(known);
     }
 
     fn engine(&self) -> IoEngine {
@@ -159,7 +167,7 @@ impl Drop for UringDisk {
         while slots.free.len() < usize::from(DEPTH) {
             slots = self.ring.slot_freed.wait(slots).unwrap_or_else(PoisonError::into_inner);
         }
-        let woken = self.ring.push(&slots, &opcode::Nop::new().build().user_data(WAKE));
+        let woken = self.ring.push(&slots, &[opcode::Nop::new().build().user_data(WAKE)]);
         drop(slots);
         match (woken, self.reaper.take()) {
             (Ok(()), Some(reaper)) => drop(reaper.join()),
@@ -189,32 +197,47 @@ impl Ring {
         Ok(())
     }
 
-    fn submit(&self, op: Op, file: Arc<File>) {
+    fn submit(&self, ops: Vec<(Op, Arc<File>)>) {
         let mut slots = self.lock();
-        let slot = loop {
-            match slots.free.pop() {
-                Some(slot) => break slot,
-                None => slots = self.slot_freed.wait(slots).unwrap_or_else(PoisonError::into_inner),
-            }
-        };
-        // The generation fills the upper 48 bits; at a million ops a second it returns after nine years.
-        slots.generation += 1;
-        let generation = slots.generation;
-        slots.ops[usize::from(slot)] = Some(InFlight { op, file, generation, done: 0, retries: 0 });
-        self.start(&mut slots, slot);
+        let mut taken = Vec::with_capacity(ops.len().min(usize::from(DEPTH)));
+        for (op, file) in ops {
+            let slot = loop {
+                match slots.free.pop() {
+                    Some(slot) => break slot,
+                    None => {
+                        // What waits here goes first: it may be what is to free a slot.
+                        self.start(&mut slots, &std::mem::take(&mut taken));
+                        slots = self.slot_freed.wait(slots).unwrap_or_else(PoisonError::into_inner);
+                    }
+                }
+            };
+            // The generation fills the upper 48 bits; at a million ops a second it returns after nine years.
+            slots.generation += 1;
+            let generation = slots.generation;
+            slots.ops[usize::from(slot)] = Some(InFlight { op, file, generation, done: 0, retries: 0 });
+            taken.push(slot);
+        }
+        self.start(&mut slots, &taken);
     }
 
-    /// Pushes the entry for what is left of a slot's op.
-    fn start(&self, slots: &mut MutexGuard<'_, Slots>, slot: u16) {
-        let Some(in_flight) = slots.ops[usize::from(slot)].as_mut() else { return };
-        let entry =
-            in_flight.entry(self.region.get()).user_data(in_flight.generation << 16 | u64::from(slot));
-        if let Err(error) = self.push(slots, &entry) {
-            // The kernel may or may not have taken the entry: the buffer can never be used again.
+    /// Hands the kernel entries for what is left of the ops of some slots: together, for then it joins neighbours.
+    fn start(&self, slots: &mut MutexGuard<'_, Slots>, started: &[u16]) {
+        if started.is_empty() {
+            return;
+        }
+        let entries = started.iter().filter_map(|&slot| {
+            let in_flight = slots.ops[usize::from(slot)].as_mut()?;
+            let entry = in_flight.entry(self.region.get());
+            Some(entry.user_data(in_flight.generation << 16 | u64::from(slot)))
+        });
+        let entries: Vec<squeue::Entry> = entries.collect();
+        let Err(error) = self.push(slots, &entries) else { return };
+        // The kernel may or may not have taken them: the buffers can never be used again.
+        for &slot in started {
             if let Some(mut in_flight) = self.vacate(slots, slot) {
                 tracing::error!(%error, "io_uring refused a submission; its buffer is leaked");
                 std::mem::forget(in_flight.op.buf.take());
-                in_flight.op.complete(Err(error));
+                in_flight.op.complete(Err(io::Error::new(error.kind(), error.to_string())));
             }
         }
     }
@@ -226,16 +249,18 @@ impl Ring {
         Some(in_flight)
     }
 
-    /// Hands one entry to the kernel. The guard proves that the caller holds the mutex.
-    fn push(&self, _slots: &MutexGuard<'_, Slots>, entry: &squeue::Entry) -> io::Result<()> {
+    /// Hands entries to the kernel. The guard proves that the caller holds the mutex.
+    fn push(&self, _slots: &MutexGuard<'_, Slots>, entries: &[squeue::Entry]) -> io::Result<()> {
         // SAFETY: the mutex makes this the only submission queue alive.
         let mut queue = unsafe { self.uring.submission_shared() };
-        // SAFETY: buffer and file of the entry live in their slot until the completion is seen, or are leaked.
-        unsafe { queue.push(entry) }.map_err(|_| io::Error::other("submission queue is full"))?;
+        // SAFETY: buffers and files of the entries live in their slots until the completion is seen, or are leaked.
+        unsafe { queue.push_multiple(entries) }.map_err(|_| io::Error::other("submission queue is full"))?;
         drop(queue);
         for _ in 0..MAX_BUSY {
             match self.uring.submitter().submit() {
-                Ok(_) => return Ok(()),
+                // SAFETY: as above. The kernel may take some and leave the rest for the next call.
+                Ok(_) if unsafe { self.uring.submission_shared() }.is_empty() => return Ok(()),
+                Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
                     std::thread::sleep(Duration::from_millis(1));
@@ -286,7 +311,7 @@ impl Ring {
             return;
         };
         match in_flight.advance(result) {
-            Step::Again => self.start(&mut slots, slot),
+            Step::Again => self.start(&mut slots, &[slot]),
             Step::End(result) => {
                 let ended = self.vacate(&mut slots, slot);
                 drop(slots);
@@ -363,6 +388,31 @@ mod tests {
         assert_eq!(disk.unknown_completions(), 2);
         let file = disk.create("a", PAGE as u64).unwrap();
         assert!(crate::io::read_exact(&disk, &BufferPool::new(0), file, 0, PAGE).is_ok());
+    }
+
+    #[test]
+    fn more_ops_than_there_is_room_for_go_together_and_all_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let Ok(disk) = UringDisk::open(dir.path()) else { return };
+        let pages = 3 * u64::from(DEPTH);
+        let file = disk.create("a", pages * PAGE as u64).unwrap();
+        let pool = BufferPool::new(0);
+        let (reply, completions) = mpsc::channel();
+        let write = |page: u64| {
+            let mut buf = pool.take(PAGE);
+            buf.fill(page as u8);
+            Op::write(file, page * PAGE as u64, buf, page, &reply)
+        };
+        // One of them is of no file.
+        let nowhere = Op::write(FileId(99), 0, pool.take(PAGE), u64::MAX, &reply);
+        disk.submit_all((0..pages).map(write).chain([nowhere]).collect());
+        let mut tags: Vec<(u64, bool)> =
+            completions.iter().take(pages as usize + 1).map(|done| (done.tag, done.full().is_ok())).collect();
+        tags.sort_unstable();
+        assert_eq!(tags.pop(), Some((u64::MAX, false)));
+        assert!(tags.into_iter().eq((0..pages).map(|page| (page, true))));
+        let read = crate::io::read_exact(&disk, &pool, file, 0, pages as usize * PAGE).unwrap();
+        assert!(read.chunks(PAGE).zip(0..).all(|(page, at)| page.iter().all(|&byte| byte == at as u8)));
     }
 
     #[test]

@@ -15,7 +15,7 @@ const REAL_BLOCK_TOKENS: u32 = 2048;
 /// What to measure
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// A folder on the drive to be measured; some 10 GB are written to a folder of its own in it, and removed
+    /// A folder on the drive to be measured; some 13 GB are written to a folder of its own in it, and removed
     #[arg(long, default_value = ".", value_name = "DIR")]
     dir: PathBuf,
     /// Small blocks of the store whose opening is timed
