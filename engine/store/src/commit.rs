@@ -159,7 +159,7 @@ struct Writer {
     tails: HashMap<TtlClass, Tail>,
     next_sequence: u64,
     next_batch: u64,
-    /// Records that were, so far.
+    /// Records admitted so far.
     admitted: u64,
     /// Records that were not looked at yet.
     queue: VecDeque<Submission>,
@@ -580,24 +580,31 @@ impl Writer {
             .inspect_err(|error| tracing::error!(%error, "the index refused a batch"))?;
         // Told first: whoever follows must not learn of an eviction before of what was evicted.
         self.shared.observed.came(batch.runs.iter().flat_map(|run| &run.entries));
-        let mut replaced = Vec::new();
+        let (mut replaced, mut came_back) = (Vec::new(), false);
         for run in &batch.runs {
             // Counted before it can go.
             let live_bytes = run.end - run.tail.append_at;
             self.shared.segments.update(run.tail.id, |segment| {
-                segment.live_bytes += live_bytes;
+                segment.live_bytes = segment.live_bytes.saturating_add(live_bytes);
                 // The batch has written this down.
                 segment.written_use_s = run.entries.last().map_or(0, |entry| entry.time_s);
                 segment.used_s = segment.used_s.max(segment.written_use_s);
             });
             for (entry, record) in run.entries.iter().zip(&run.records) {
                 let awaited = record.hold.is_awaited();
-                replaced.extend(self.shared.table.store(entry, record.candidate, awaited));
+                let before = self.shared.table.store(entry, record.candidate, awaited);
+                came_back |= before.is_some() && !is_own(entry.id);
+                replaced.extend(before);
                 if awaited {
                     record.hold.keep(&self.shared, entry.id);
                 }
             }
         }
+        // What a failed read had taken out of the table came back meanwhile, and an erasure may have chosen it.
+        let _reclaiming = came_back.then(|| self.shared.reclaim());
+        replaced.retain(|record| {
+            !came_back || self.shared.index.get(record.spot).is_ok_and(|kept| kept.is_some())
+        });
         // The batch is published, whatever becomes of these: of two with one name the newer one holds.
         if let Err(error) = self.shared.free(&replaced) {
             tracing::error!(%error, "records that were replaced stay");

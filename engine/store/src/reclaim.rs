@@ -242,9 +242,11 @@ impl Shared {
         if erasures.is_empty() {
             return Ok(0);
         }
-        let _reclaiming = self.reclaim();
         let covered = |entry: &Result<Entry>| entry.as_ref().map_or(true, |entry| erasures.cover(entry));
-        let entries = self.index.entries().filter(covered).collect::<Result<_>>()?;
+        let mut entries = self.index.entries().filter(covered).collect::<Result<Vec<Entry>>>()?;
+        // Nobody who needs room waits for a look at everything: what went meanwhile is passed over.
+        let _reclaiming = self.reclaim();
+        entries.retain(|entry| self.index.get(entry.spot).is_ok_and(|kept| kept == Some(*entry)));
         self.erase_entries(entries, self.breaker.suspects())
     }
 

@@ -75,7 +75,7 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
             Err(error) => {
                 tracing::error!(segment = %id, %error, "a segment cannot be opened");
                 work.report.unreadable_segments.push(id.file_name());
-                unopened.push(id);
+                unopened.extend(state.map(|state| (id, SegmentState { watermark: RECORDS_AT, ..state })));
             }
         }
     }
@@ -91,8 +91,9 @@ pub(crate) fn recover(shared: &Shared, dir: &Path) -> Result<(Position, Recovery
         Ok(())
     })?;
     let mut changes = Changes::default();
-    // Of one that cannot be opened nothing is known any more, either: all of it is scanned once it can be.
-    known.into_keys().chain(unopened).for_each(|missing| changes.remove_segment(missing));
+    known.into_keys().for_each(|missing| changes.remove_segment(missing));
+    // Of one that cannot be opened the index names nothing from here on: all of it is scanned once it can be.
+    unopened.iter().for_each(|(id, state)| changes.put_segment(*id, state));
     work.load(changes)?;
     // Nobody knows what is in them.
     work.report.unreadable_segments.iter().for_each(|_| shared.lapses.file_leaves());
@@ -481,7 +482,7 @@ impl Worker<'_> {
             // Without an answer the segment counts in full.
             let taken = self.shared.disk.allocated_bytes(segment.file).unwrap_or(segment.len_bytes);
             // One that holds something is not empty for want of entries: they may have been lost by mistake, and what was passed over
-            // as bad may be found sound at the next opening.
+            // as bad just now may be sound.
             let empty = segment.live_bytes == 0 && taken <= EMPTY_BYTES && !segment.unread;
             if segment.sealed && empty && !self.passed_over.contains(&id) {
                 self.shared.remove_segment(id);

@@ -269,7 +269,7 @@ impl SegmentTable {
     /// Bytes of the records that the table names.
     pub(crate) fn live_bytes(&self) -> u64 {
         let segments = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        segments.values().map(|segment| segment.live_bytes).sum()
+        segments.values().fold(0, |sum, segment| sum.saturating_add(segment.live_bytes))
     }
 
     /// How many there are and how many bytes they take.

@@ -48,8 +48,8 @@ pub(crate) struct Shared {
     pub(crate) wear: WearFile,
     pub(crate) breaker: Arc<Breaker>,
     pub(crate) observed: Observed,
-    /// Held from when what goes is chosen until its space is given back: what two chose would be given back twice, and a segment that
-    /// still holds something counted as empty.
+    /// Held by evictions, expiries and erasures from when they choose until the space is given back: what two chose would be given
+    /// back twice, and a segment that still holds something counted as empty.
     pub(crate) reclaiming: Mutex<()>,
     /// Whether the file system cannot give back parts of a file.
     pub(crate) holeless: AtomicBool,
@@ -149,17 +149,21 @@ impl Shared {
         if kind == MissKind::Unavailable {
             return;
         }
-        if kind == MissKind::ReadError && !self.settings.skips_breaker() {
-            let mut suspects = self.breaker.suspects();
-            if self.breaker.is_open() {
-                suspects.drain(..).for_each(|entry| self.reinstate(&entry));
-                return;
-            }
-            suspects.extend(self.index.get(located.spot).ok().flatten());
+        let unread = kind == MissKind::ReadError && !self.settings.skips_breaker();
+        let mut suspects = unread.then(|| self.breaker.suspects());
+        if let Some(suspects) = &mut suspects
+            && self.breaker.is_open()
+        {
+            suspects.drain(..).for_each(|entry| self.reinstate(&entry));
+            return;
         }
         if !self.table.remove_if(id, located.spot) {
             return;
         }
+        if let Some(suspects) = &mut suspects {
+            suspects.extend(self.index.get(located.spot).ok().flatten());
+        }
+        drop(suspects);
         self.observed.went(&self.entries_at([located.spot]), Removal::Damaged);
         // The device may read it next time: a miss until the next opening, and no reason to forget it.
         if matches!(kind, MissKind::ReadError | MissKind::Truncated) {

@@ -346,17 +346,22 @@ impl Store {
         }
         let seconds = u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);
         let deadline_s = self.shared.time.now_s().saturating_add(seconds);
-        let granted = self.admit_lease(id, ends, deadline_s).and_then(|(lease, before)| {
-            let written = self.put(vec![lease::object(id, ends, deadline_s)]).remove(0);
-            if written.is_err() {
-                // What could not be written down holds what it held before.
-                self.shared.set_lease(&mut self.shared.leases.held(), id, before.clone());
-            }
-            written.map(|_| (lease, before))
-        });
-        let (let_go, lease) = match granted {
-            Ok((lease, before)) => (before.map_or(Vec::new(), |before| before.ends), Ok(lease)),
+        let (let_go, lease) = match self.admit_lease(id, ends, deadline_s) {
             Err(error) => (ends.to_vec(), Err(error)),
+            Ok((lease, before)) => match self.put(vec![lease::object(id, ends, deadline_s)]).remove(0) {
+                Ok(_) => (before.map_or(Vec::new(), |before| before.ends), Ok(lease)),
+                Err(error) => {
+                    let mut held = self.shared.leases.held();
+                    if held.get(&id) == Some(&lease) {
+                        // What could not be written down holds what it held before.
+                        self.shared.set_lease(&mut held, id, before);
+                        (ends.to_vec(), Err(error))
+                    } else {
+                        // It has ended meanwhile, and let go of its ends.
+                        (before.map_or(Vec::new(), |before| before.ends), Err(error))
+                    }
+                }
+            },
         };
         let_go.into_iter().for_each(|end| self.shared.let_go(end));
         lease
@@ -369,7 +374,7 @@ impl Store {
         Pins { shared: Arc::clone(&self.shared), ends }
     }
 
-    /// Bytes of the records of all prefixes that end in `ends`, shared ones counted with each; what a lease of them would hold.
+    /// Bytes of the records of all prefixes that end in `ends`, shared ones counted with each; what whoever holds a lease of them pays for.
     pub fn path_bytes(&self, ends: &[ObjectId]) -> u64 {
         ends.iter().filter_map(|&end| self.shared.table.path_bytes(end)).sum()
     }
@@ -486,9 +491,11 @@ impl Store {
         let limit_bytes = self.shared.settings.leased_bytes();
         let mut held = self.shared.leases.held();
         let lease = Lease { id, ends: ends.to_vec(), deadline_s, bytes };
+        let held_bytes = self.shared.table.leased_bytes();
         let before = self.shared.set_lease(&mut held, id, Some(lease.clone()));
         let all_bytes = self.shared.table.leased_bytes();
-        if all_bytes > limit_bytes {
+        // One that holds no more than it did is renewed, whatever the limit is by now.
+        if all_bytes > limit_bytes && all_bytes > held_bytes {
             self.shared.set_lease(&mut held, id, None);
             let leased_bytes = self.shared.table.leased_bytes();
             self.shared.set_lease(&mut held, id, before);

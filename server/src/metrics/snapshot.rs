@@ -130,7 +130,7 @@ impl Collector for Snapshot {
         page.counters(
             "looked_up_objects",
             "Objects that lookups asked the store for, by whether they were in the leading run that it has",
-            "result",
+            "outcome",
             &[("found", store.found), ("not_found", store.looked_up.saturating_sub(store.found))],
         )?;
         page.counter("fetched_objects", "Objects fetched with all the planes asked for", store.fetched)?;

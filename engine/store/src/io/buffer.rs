@@ -31,7 +31,7 @@ pub(crate) const fn page_ceil(len: usize) -> usize {
     len.next_multiple_of(PAGE)
 }
 
-/// Keeps free buffers, up to `retained_limit_bytes` of them.
+/// Keeps free buffers, up to `retained_limit_bytes` of them; huge pages of which only a part is free count with that part.
 #[derive(Debug)]
 pub struct BufferPool {
     retained_limit_bytes: usize,
@@ -85,9 +85,14 @@ impl BufferPool {
         AlignedBuf { memory: Some(memory), len, pool: Arc::downgrade(self) }
     }
 
-    /// A large buffer out of new huge pages; the rest of these is kept.
+    /// A large buffer out of new huge pages, if there is room for what is left of these.
     fn cut(&self, class: Option<usize>, size: usize) -> Option<Memory> {
         class.filter(|_| size >= HUGE_FROM_BYTES)?;
+        let rest_bytes = size.max(HUGE_PAGE) - size;
+        let retained_bytes = self.free.lock().unwrap_or_else(PoisonError::into_inner).retained_bytes;
+        if rest_bytes > 0 && retained_bytes + rest_bytes > self.retained_limit_bytes {
+            return None;
+        }
         let mut parts = Region::map(size.max(HUGE_PAGE))?.cut(size);
         let first = parts.pop();
         parts.into_iter().for_each(|part| self.give(part));

@@ -232,11 +232,12 @@ impl Ring {
         });
         let entries: Vec<squeue::Entry> = entries.collect();
         let Err(error) = self.push(slots, &entries) else { return };
-        // The kernel may or may not have taken them: the buffers can never be used again.
+        // The kernel may or may not have taken them, and may yet: buffers and files can never be used for anything else.
         for &slot in started {
             if let Some(mut in_flight) = self.vacate(slots, slot) {
-                tracing::error!(%error, "io_uring refused a submission; its buffer is leaked");
+                tracing::error!(%error, "io_uring refused a submission; its buffer and file are leaked");
                 std::mem::forget(in_flight.op.buf.take());
+                std::mem::forget(Arc::clone(&in_flight.file));
                 in_flight.op.complete(Err(io::Error::new(error.kind(), error.to_string())));
             }
         }
@@ -251,11 +252,15 @@ impl Ring {
 
     /// Hands entries to the kernel. The guard proves that the caller holds the mutex.
     fn push(&self, _slots: &MutexGuard<'_, Slots>, entries: &[squeue::Entry]) -> io::Result<()> {
-        // SAFETY: the mutex makes this the only submission queue alive.
-        let mut queue = unsafe { self.uring.submission_shared() };
-        // SAFETY: buffers and files of the entries live in their slots until the completion is seen, or are leaked.
-        unsafe { queue.push_multiple(entries) }.map_err(|_| io::Error::other("submission queue is full"))?;
-        drop(queue);
+        let pushed = || {
+            // SAFETY: the mutex makes this the only submission queue alive. Buffers and files of the entries live in their slots until
+            // the completion is seen, or are leaked.
+            unsafe { self.uring.submission_shared().push_multiple(entries) }.is_ok()
+        };
+        // What an earlier failure has left in it may go now.
+        if !pushed() && (self.uring.submitter().submit().is_err() || !pushed()) {
+            return Err(io::Error::other("submission queue is full"));
+        }
         for _ in 0..MAX_BUSY {
             match self.uring.submitter().submit() {
                 // SAFETY: as above. The kernel may take some and leave the rest for the next call.
