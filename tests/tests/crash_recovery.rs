@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use esker_prefix::NamespaceId;
 use esker_tests::{
     Audit, Journal, Node, Prompt, Random, change, copy_folder, flat_layout, question, scratch, tokens,
 };
@@ -18,14 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 async fn acknowledged_blocks_survive_a_kill_and_the_loss_of_the_index() -> Result<()> {
     let folder = scratch();
     let data = folder.path().join("data");
-    let node = Node::store_only(&data).await?;
-    let layout = flat_layout();
-    let namespace = node.register(&layout, 1).await?;
-    let journal = Journal::default();
-    for seed in 0..4 {
-        journal.put(&node, &Prompt::new(namespace, &layout, seed, 20), 1..=20).await?;
-    }
-    node.kill()?;
+    let (journal, namespace) = killed_after(&data, 4).await?;
 
     let all = Audit { acknowledged: 80, lost: 0, wrong: 0 };
     let node = Node::store_only(&data).await?;
@@ -36,7 +30,7 @@ async fn acknowledged_blocks_survive_a_kill_and_the_loss_of_the_index() -> Resul
     let node = Node::store_only(&data).await?;
     assert_eq!(journal.audit(&node).await?, all, "after the index was deleted");
     // The namespace came back with its blocks, and the store goes on taking them.
-    journal.put(&node, &Prompt::new(namespace, &layout, 9, 4), 1..=4).await?;
+    journal.put(&node, &Prompt::new(namespace, &flat_layout(), 9, 4), 1..=4).await?;
     assert_eq!(journal.audit(&node).await?, Audit { acknowledged: 84, ..all });
     node.kill()
 }
@@ -46,12 +40,7 @@ async fn acknowledged_blocks_survive_a_kill_and_the_loss_of_the_index() -> Resul
 async fn what_is_destroyed_is_missed() -> Result<()> {
     let folder = scratch();
     let data = folder.path().join("data");
-    let node = Node::store_only(&data).await?;
-    let layout = flat_layout();
-    let namespace = node.register(&layout, 1).await?;
-    let journal = Journal::default();
-    journal.put(&node, &Prompt::new(namespace, &layout, 0, 20), 1..=20).await?;
-    node.kill()?;
+    let (journal, _) = killed_after(&data, 1).await?;
     // The layout came first, and lies apart from blocks, which are not kept for ever.
     let mut segments: Vec<_> = std::fs::read_dir(data.join("store/segments"))?
         .map(|segment| segment.map(|segment| segment.path()))
@@ -107,6 +96,19 @@ async fn a_damaged_index_costs_a_rebuild_and_no_data() -> Result<()> {
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
+}
+
+/// A node that was killed when so many prompts of 20 blocks were stored.
+async fn killed_after(data: &Path, prompts: u64) -> Result<(Journal, NamespaceId)> {
+    let node = Node::store_only(data).await?;
+    let layout = flat_layout();
+    let namespace = node.register(&layout, 1).await?;
+    let journal = Journal::default();
+    for seed in 0..prompts {
+        journal.put(&node, &Prompt::new(namespace, &layout, seed, 20), 1..=20).await?;
+    }
+    node.kill()?;
+    Ok((journal, namespace))
 }
 
 /// What a node started for this finds of the journal.

@@ -602,9 +602,9 @@ impl Writer {
         }
         // What a failed read had taken out of the table came back meanwhile, and an erasure may have chosen it.
         let _reclaiming = came_back.then(|| self.shared.reclaim());
-        replaced.retain(|record| {
-            !came_back || self.shared.index.get(record.spot).is_ok_and(|kept| kept.is_some())
-        });
+        if came_back {
+            replaced.retain(|record| self.shared.index.get(record.spot).is_ok_and(|kept| kept.is_some()));
+        }
         // The batch is published, whatever becomes of these: of two with one name the newer one holds.
         if let Err(error) = self.shared.free(&replaced) {
             tracing::error!(%error, "records that were replaced stay");

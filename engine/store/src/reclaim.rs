@@ -131,7 +131,10 @@ impl Shared {
             let left_bytes = segment.live_bytes.checked_sub(len_bytes);
             assert!(!cfg!(test) || left_bytes.is_some(), "{id} at {offset}: given back twice");
             // Counted wrongly it may hold something: it stays.
-            segment.live_bytes = left_bytes.unwrap_or(u64::MAX);
+            segment.live_bytes = left_bytes.unwrap_or_else(|| {
+                tracing::error!(segment = %id, offset, "space was given back twice; the segment stays until a restart");
+                u64::MAX
+            });
             segment.sealed && segment.live_bytes == 0 && !segment.unread
         });
         if empty == Some(true) {
@@ -243,11 +246,14 @@ impl Shared {
             return Ok(0);
         }
         let covered = |entry: &Result<Entry>| entry.as_ref().map_or(true, |entry| erasures.cover(entry));
-        let mut entries = self.index.entries().filter(covered).collect::<Result<Vec<Entry>>>()?;
-        // Nobody who needs room waits for a look at everything: what went meanwhile is passed over.
+        let entries = self.index.entries().filter(covered).collect::<Result<Vec<Entry>>>()?;
+        // Nobody who needs room waits for a look at everything: what went meanwhile is passed over, and only that.
         let _reclaiming = self.reclaim();
-        entries.retain(|entry| self.index.get(entry.spot).is_ok_and(|kept| kept == Some(*entry)));
-        self.erase_entries(entries, self.breaker.suspects())
+        let mut there = Vec::with_capacity(entries.len());
+        for entry in entries {
+            there.extend(self.index.get(entry.spot)?.filter(|kept| *kept == entry));
+        }
+        self.erase_entries(there, self.breaker.suspects())
     }
 
     /// Removes these from table and index, while nothing that was forgotten for a failed read comes back.

@@ -329,17 +329,13 @@ impl Worker<'_> {
             let mut changes = Changes::default();
             records.own.iter().for_each(|entry| changes.put(entry));
             self.shared.index.write(changes)?;
-            self.remember(&tail, open_or_suspect)?;
-            self.shared.segments.update(id, |segment| segment.unread = true);
-            return Ok(None);
+            return self.put_off(&tail, open_or_suspect);
         }
         self.apply(records)?;
         if let Some(unread_at) = scanned.unread_at {
             // The device may read it next time: scanned again from there, neither appended to nor sealed.
             tail.end_at(unread_at);
-            self.remember(&tail, open_or_suspect)?;
-            self.shared.segments.update(id, |segment| segment.unread = true);
-            return Ok(None);
+            return self.put_off(&tail, open_or_suspect);
         }
         let unsealed_end = seal.is_none() && !scanned.clean;
         if suspect || scanned.torn || unsealed_end {
@@ -394,6 +390,13 @@ impl Worker<'_> {
         changes.put_segment(tail.id, &tail.state(phase, self.sequence));
         self.shared.segments.update(tail.id, |segment| segment.sealed = phase != Phase::Open);
         self.shared.index.write(changes)
+    }
+
+    /// Leaves a segment, which may hold more than the index names, to the next opening.
+    fn put_off(&self, tail: &Tail, phase: Phase) -> Result<Option<Tail>> {
+        self.remember(tail, phase)?;
+        self.shared.segments.update(tail.id, |segment| segment.unread = true);
+        Ok(None)
     }
 
     fn seal(&self, tail: &Tail) {

@@ -374,7 +374,8 @@ impl Store {
         Pins { shared: Arc::clone(&self.shared), ends }
     }
 
-    /// Bytes of the records of all prefixes that end in `ends`, shared ones counted with each; what whoever holds a lease of them pays for.
+    /// Bytes of the records of all prefixes that end in `ends`, shared ones counted with each: what whoever holds a lease of them
+    /// pays for.
     pub fn path_bytes(&self, ends: &[ObjectId]) -> u64 {
         ends.iter().filter_map(|&end| self.shared.table.path_bytes(end)).sum()
     }
@@ -500,7 +501,8 @@ impl Store {
             let leased_bytes = self.shared.table.leased_bytes();
             self.shared.set_lease(&mut held, id, before);
             return Err(StoreError::LeaseBudget {
-                bytes: all_bytes - leased_bytes,
+                // A gap in its path may have been filled in between.
+                bytes: all_bytes.saturating_sub(leased_bytes),
                 leased_bytes,
                 limit_bytes,
             });

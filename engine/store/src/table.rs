@@ -357,12 +357,16 @@ impl Table {
     /// Leases that ended in `before` end in `after` now, as far as there are any of these. Whoever holds them has them pinned.
     pub(crate) fn move_lease(&self, before: &[ObjectId], after: &[ObjectId]) {
         let mut inner = self.write();
-        for at in after.iter().filter_map(|&end| inner.find_any_id(end)).collect::<Vec<_>>() {
-            inner.add_leased(at);
+        for &end in after {
+            if let Some(at) = inner.find_any_id(end) {
+                inner.add_leased(at);
+            }
         }
-        for at in before.iter().filter_map(|&end| inner.find_any_id(end)).collect::<Vec<_>>() {
-            let Inner { leased, chunks, retention, .. } = &mut *inner;
-            leased.take(at, |at| place_of(chunks, retention, at));
+        for &end in before {
+            if let Some(at) = inner.find_any_id(end) {
+                let Inner { leased, chunks, retention, .. } = &mut *inner;
+                leased.take(at, |at| place_of(chunks, retention, at));
+            }
         }
     }
 

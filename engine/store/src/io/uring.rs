@@ -134,7 +134,10 @@ impl Disk for UringDisk {
     }
 
     fn submit(&self, op: Op) {
-        self.submit_all(vec![op]);
+        match self.files.get(op.file) {
+            Ok(file) => self.ring.submit([(op, file)]),
+            Err(error) => op.complete(Err(error)),
+        }
     }
 
     fn submit_all(&self, ops: Vec<Op>) {
@@ -197,9 +200,9 @@ impl Ring {
         Ok(())
     }
 
-    fn submit(&self, ops: Vec<(Op, Arc<File>)>) {
+    fn submit(&self, ops: impl IntoIterator<Item = (Op, Arc<File>)>) {
         let mut slots = self.lock();
-        let mut taken = Vec::with_capacity(ops.len().min(usize::from(DEPTH)));
+        let mut taken = Vec::new();
         for (op, file) in ops {
             let slot = loop {
                 match slots.free.pop() {

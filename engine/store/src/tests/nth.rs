@@ -40,6 +40,8 @@ struct Case {
     failing: Failing,
     number: u64,
     sticky: bool,
+    /// With 0 all planes, however short, are compressed.
+    compressed_from_bytes: usize,
     sabotage: Sabotage,
 }
 
@@ -63,15 +65,21 @@ fn whichever_op_fails_nothing_acknowledged_is_lost_and_nothing_wrong_is_served()
         for phase in [Phase::Putting, Phase::Fetching, Phase::Recovering] {
             for sticky in [false, true] {
                 for number in 0.. {
-                    let case = Case { phase, failing, number, sticky, sabotage: Sabotage::default() };
-                    let met = case.run(dir.path()).unwrap_or_else(|failure| panic!("{case:?}: {failure}"));
+                    let met =
+                        [0, StoreSettings::default().compressed_from_bytes].map(|compressed_from_bytes| {
+                            let sabotage = Sabotage::default();
+                            let case =
+                                Case { phase, failing, number, sticky, compressed_from_bytes, sabotage };
+                            case.run(dir.path()).unwrap_or_else(|failure| panic!("{case:?}: {failure}"))
+                        });
+                    let met = met.contains(&true);
                     watchdog.progress();
-                    runs += 1;
+                    runs += 2;
                     if !met {
                         break;
                     }
                     met_in[phase as usize] += 1;
-                    assert!(number < 500, "no end: {case:?}");
+                    assert!(number < 500, "no end: {phase:?} {failing:?}");
                 }
             }
         }
@@ -92,6 +100,7 @@ fn without_the_flush_the_scenario_loses_acknowledged_blocks() {
         failing: Failing::Op(OpKind::Write, Fault::Errno(libc::EIO)),
         number,
         sticky: false,
+        compressed_from_bytes: 0,
         sabotage: Sabotage { skip_flush: true, ..Sabotage::default() },
     };
     // The power cut of some of them spares everything.
@@ -195,6 +204,7 @@ impl Case {
         let settings = StoreSettings {
             segment_bytes: 64 << 10,
             pool_bytes: 256 << 10,
+            compressed_from_bytes: self.compressed_from_bytes,
             lock_wait: Duration::from_secs(10),
             sabotage: self.sabotage,
             ..StoreSettings::default()
