@@ -36,7 +36,7 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
 use tonic::Status;
 
-pub(crate) use arena::{Arena, Call, FetchSlot, SlotError};
+pub(crate) use arena::{Arena, Call, FetchSlot, SlotError, TakeError};
 
 use crate::auth::Authenticator;
 use crate::principal::{Principal, Role, TenantId};

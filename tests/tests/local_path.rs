@@ -334,6 +334,74 @@ async fn lies_are_named_and_end_only_their_call() -> Result<()> {
 }
 
 #[tokio::test]
+async fn what_an_arena_held_that_is_gone_is_not_stored() -> Result<()> {
+    let folder = scratch();
+    let (node, path) = node(folder.path(), &[]).await?;
+    let prompt = Prompt::new(node.register(&flat_layout(), 7).await?, &flat_layout(), 5, 1);
+    let raw = Raw::attach(&path).await?;
+    let object = prompt.blocks([1]).remove(0);
+    let (at, mut end) = (raw.attached.put_at, raw.attached.put_at);
+    for plane in &object.planes {
+        raw.memory.write_all_at(plane, end)?;
+        end += plane.len() as u64;
+    }
+    let prefix = v1::PutPrefix {
+        namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+        tokens: prompt.tokens.iter().map(|token| token.0).collect(),
+        ..Default::default()
+    };
+    let start =
+        v1::PutLocalStart { arena: raw.attached.arena.clone(), prefix: Some(prefix), together: false };
+    let (steps, queue) = mpsc::channel(4);
+    steps.send(v1::PutLocalRequest { step: Some(PutStep::Start(start)) }).await?;
+    let mut replies = raw.calls.clone().put_local(ReceiverStream::new(queue)).await?.into_inner();
+    drop(raw.connection);
+    // The node gives the memory back: from here on it is zeros that lie there.
+    let mut first = [1; 16];
+    let until = Instant::now() + Duration::from_secs(10);
+    while first != [0; 16] {
+        ensure!(Instant::now() < until, "the arena outlives its connection");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        raw.memory.read_exact_at(&mut first, at)?;
+    }
+    let kind = v1::ObjectKind::Block.into();
+    let announced = v1::LocalObject { kind, tokens: prompt.boundary(1), at, bytes: end - at };
+    steps.send(v1::PutLocalRequest { step: Some(PutStep::Object(announced)) }).await?;
+    drop(steps);
+    let refused = replies.message().await.err().map(|status| status.code());
+    assert_eq!(refused, Some(Code::Aborted));
+    assert_eq!(node.lookup(&prompt).await?.history_tokens, 0);
+    node.kill()
+}
+
+#[tokio::test]
+async fn puts_of_one_client_wait_for_each_other_and_a_dropped_one_leaves_no_room() -> Result<()> {
+    let folder = scratch();
+    let (node, path) = node(folder.path(), &[]).await?;
+    let local = LocalClient::attach(&path).await?;
+    let namespace = node.register(&flat_layout(), 7).await?;
+    let prompts: Vec<Prompt> = (0..4).map(|seed| Prompt::new(namespace, &flat_layout(), seed, 20)).collect();
+    let put = |prompt: &Prompt| {
+        let prefix = v1::PutPrefix {
+            namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+            tokens: prompt.tokens.iter().map(|token| token.0).collect(),
+            ..Default::default()
+        };
+        local.put(prefix, prompt.blocks(1..=20))
+    };
+    let (one, two, three) = tokio::join!(put(&prompts[0]), put(&prompts[1]), put(&prompts[2]));
+    for (prompt, results) in prompts.iter().zip([one?, two?, three?]) {
+        ensure!(results.len() == 20, "{results:?}");
+        fetch_all(&node, &local, prompt).await?;
+    }
+    let given_up = tokio::time::timeout(Duration::from_millis(1), put(&prompts[3])).await;
+    ensure!(given_up.is_err(), "it was over already");
+    let refused = put(&prompts[3]).await.err().context("the area may still be read")?;
+    ensure!(refused.to_string().contains("attach again"), "{refused}");
+    node.kill()
+}
+
+#[tokio::test]
 async fn the_policy_says_which_user_is_whom() -> Result<()> {
     let folder = scratch();
     let policy = folder.path().join("policy.toml");

@@ -33,6 +33,9 @@ pub enum ClientError {
     /// The arena cannot be mapped, read or written.
     #[error("the arena failed")]
     Arena(#[source] std::io::Error),
+    /// The node may still read what an earlier put has left in the arena.
+    #[error("a put through this arena was given up half-way: attach again")]
+    PutGivenUp,
     /// A slot was written again before it was read: its lease was over.
     #[error("the slot's lease was over before it was read: look the prefix up again")]
     LeaseOver,

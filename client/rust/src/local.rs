@@ -4,12 +4,13 @@
 pub(crate) mod arena;
 
 use std::collections::VecDeque;
+use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use esker_proto::{MAX_MESSAGE_BYTES, WireError, v1};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -27,6 +28,8 @@ pub struct LocalClient {
     client: Client,
     calls: Calls<tonic::transport::Channel>,
     arena: Arc<Arena>,
+    /// One put at a time has the put area. Whether the node may still read what one has left there that was given up.
+    unread: Mutex<bool>,
 }
 
 impl LocalClient {
@@ -40,7 +43,8 @@ impl LocalClient {
         let attached = tokio::task::spawn_blocking(move || Arena::attach(&path)).await;
         let arena = attached.map_err(|error| ClientError::Arena(std::io::Error::other(error)))??;
         let calls = Calls::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { client: Client::over(channel), calls, arena: Arc::new(arena) })
+        let unread = Mutex::new(false);
+        Ok(Self { client: Client::over(channel), calls, arena: Arc::new(arena), unread })
     }
 
     /// The same node over the same socket, for everything else.
@@ -63,8 +67,25 @@ impl LocalClient {
         })
     }
 
-    /// Stores objects of a prefix, parents first. One result per object: a refusal is a result too.
+    /// Stores objects of a prefix, parents first. One result per object: a refusal is a result too. Puts of one client wait for each
+    /// other; once one was dropped before its end, or broke off with its connection, [`ClientError::PutGivenUp`] is what the
+    /// next ones come to.
     pub async fn put(&self, prefix: v1::PutPrefix, objects: Vec<Object>) -> Result<Vec<PutResult>> {
+        let mut unread = self.unread.lock().await;
+        if std::mem::replace(&mut *unread, true) {
+            return Err(ClientError::PutGivenUp);
+        }
+        let results = self.put_alone(prefix, objects).await;
+        // The node's own refusal comes behind the last that it reads.
+        *unread = match &results {
+            Err(ClientError::Refused(status)) => status.source().is_some(),
+            Err(ClientError::Protocol(WireError::TooLarge { .. })) | Ok(_) => false,
+            Err(_) => true,
+        };
+        results
+    }
+
+    async fn put_alone(&self, prefix: v1::PutPrefix, objects: Vec<Object>) -> Result<Vec<PutResult>> {
         use v1::put_local_reply::Event;
         use v1::put_local_request::Step;
         let (requests, queue) = mpsc::channel(REQUESTS);

@@ -63,6 +63,17 @@ pub(crate) enum SlotError {
     CallOver,
 }
 
+/// Why what a client says it has put is not taken.
+#[derive(Debug)]
+pub(crate) enum TakeError {
+    /// It is not in the put area.
+    Outside,
+    /// The connection that the arena lives with has ended.
+    Closed,
+    /// The arena cannot be read.
+    Unread(std::io::Error),
+}
+
 impl Arena {
     /// Takes no memory until it is written to.
     pub(crate) fn new(lease: Duration) -> std::io::Result<Self> {
@@ -106,21 +117,20 @@ impl Arena {
         Call { arena: Arc::clone(self), number: state.next_call }
     }
 
-    /// Copies out what a client says it has put: a range of the put area, or nothing. `into` gives memory for so many bytes, whole
-    /// pages: what was in use before costs the kernel less than what is new.
+    /// Copies out what a client says it has put: a range of the put area. `into` gives memory for so many bytes, whole pages: what
+    /// was in use before costs the kernel less than what is new.
     pub(crate) fn take(
         &self,
         at: u64,
         bytes: u64,
         into: impl FnOnce(usize) -> AlignedBuf,
-    ) -> Option<std::io::Result<Bytes>> {
-        let end = at.checked_add(bytes)?;
-        if at < PUT_AT || end > ARENA_BYTES {
-            return None;
-        }
-        let bytes = usize::try_from(bytes).ok()?;
+    ) -> Result<Bytes, TakeError> {
+        let end = at.checked_add(bytes).filter(|&end| at >= PUT_AT && end <= ARENA_BYTES);
+        let bytes = end.and_then(|_| usize::try_from(bytes).ok()).ok_or(TakeError::Outside)?;
         let mut copy = into(bytes);
-        Some(self.file.read_exact_at(&mut copy[..bytes], at).map(|()| copy.into_bytes().slice(..bytes)))
+        self.file.read_exact_at(&mut copy[..bytes], at).map_err(TakeError::Unread)?;
+        // Asked behind the copy: once the memory was given back it is zeros that were copied.
+        if self.state().closed { Err(TakeError::Closed) } else { Ok(copy.into_bytes().slice(..bytes)) }
     }
 
     /// The client is gone: calls end, and the memory goes back although the client may still have it mapped.
@@ -369,11 +379,14 @@ mod tests {
         arena.file.write_all_at(b"abc", PUT_AT).unwrap();
         let pool = esker_store::io::BufferPool::new(0);
         let take = |at, bytes| arena.take(at, bytes, |bytes| pool.take(bytes));
-        assert_eq!(take(PUT_AT, 3).unwrap().unwrap(), Bytes::from_static(b"abc"));
+        assert_eq!(take(PUT_AT, 3).unwrap(), Bytes::from_static(b"abc"));
         for (at, bytes) in [(0, 8), (PUT_AT - 1, 2), (ARENA_BYTES, 1), (PUT_AT, PUT_BYTES + 1), (u64::MAX, 2)]
         {
-            assert!(take(at, bytes).is_none(), "{at} {bytes}");
+            assert!(matches!(take(at, bytes), Err(TakeError::Outside)), "{at} {bytes}");
         }
+        // Its memory goes back with its client: what is read then is nothing that anybody put.
+        arena.close();
+        assert!(matches!(take(PUT_AT, 3), Err(TakeError::Closed)));
         assert!(arena.file.set_len(0).is_err() && arena.file.set_len(ARENA_BYTES * 2).is_err());
     }
 }

@@ -21,7 +21,7 @@ use super::fetch::{Delivery, Fetching, Replies};
 use super::put::{Answers, Next, Put, Source, next_message};
 use super::status::{from_ledger, from_wire};
 use crate::budget::Use;
-use crate::local::{Arena, Call, FetchSlot, SlotError};
+use crate::local::{Arena, Call, FetchSlot, SlotError, TakeError};
 use crate::node::Node;
 use crate::principal::principal_of;
 use crate::tenants::exhausted;
@@ -370,15 +370,16 @@ impl Objects {
             )));
         }
         let into = |bytes| self.store.buffer(bytes);
-        let taken = self.arena.take(object.at, object.bytes, into).ok_or_else(|| {
-            Status::invalid_argument(format!(
+        let mut rest = self.arena.take(object.at, object.bytes, into).map_err(|error| match error {
+            TakeError::Outside => Status::invalid_argument(format!(
                 "{} bytes at {} are not in the put area of the arena",
                 object.bytes, object.at
-            ))
-        })?;
-        let mut rest = taken.map_err(|error| {
-            tracing::error!(%error, "an arena cannot be read");
-            Status::internal("the arena cannot be read; the node's log says why")
+            )),
+            TakeError::Closed => refused(SlotError::Closed),
+            TakeError::Unread(error) => {
+                tracing::error!(%error, "an arena cannot be read");
+                Status::internal("the arena cannot be read; the node's log says why")
+            }
         })?;
         let len = |len_bytes: u64| usize::try_from(len_bytes).unwrap_or(usize::MAX);
         let planes = specs.iter().map(|spec| rest.split_to(len(spec.len_bytes))).collect();
