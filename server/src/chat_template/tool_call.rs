@@ -2,28 +2,43 @@
 //! models are trained on. What is not of that form stays text.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::conversation::Function;
 
 const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
 
+#[derive(Deserialize)]
+struct Written {
+    name: String,
+    #[serde(default)]
+    arguments: Value,
+}
+
+impl Written {
+    /// With arguments by name, as all tools take them: none where none were written, and those that were written as a text. `None`
+    /// if they are something else.
+    fn function(self) -> Option<Function> {
+        let arguments = match self.arguments {
+            Value::Null => Value::Object(Map::new()),
+            Value::String(text) => serde_json::from_str(&text).ok()?,
+            other => other,
+        };
+        arguments.is_object().then_some(Function { name: self.name, arguments })
+    }
+}
+
 /// The text before the first call, and the calls.
 pub(crate) fn split(text: &str) -> (&str, Vec<Function>) {
-    #[derive(Deserialize)]
-    struct Written {
-        name: String,
-        #[serde(default)]
-        arguments: Value,
-    }
     let Some((before, _)) = text.split_once(OPEN) else { return (text, Vec::new()) };
     let mut calls = Vec::new();
     let mut rest = &text[before.len()..];
     while let Some((_, inner)) = rest.split_once(OPEN) {
         let Some((inner, after)) = inner.split_once(CLOSE) else { break };
-        let Ok(written) = serde_json::from_str::<Written>(inner.trim()) else { break };
-        calls.push(Function { name: written.name, arguments: written.arguments });
+        let written = serde_json::from_str::<Written>(inner.trim());
+        let Some(function) = written.ok().and_then(Written::function) else { break };
+        calls.push(function);
         rest = after;
     }
     if calls.is_empty() { (text, calls) } else { (before, calls) }
@@ -65,8 +80,24 @@ mod tests {
         let call = Function { name: "weather".into(), arguments: json!({"city": "Zürich"}) };
         let text = format!("I will look.\n{}\n{}", spell(&call), spell(&call));
         assert_eq!(split(&text), ("I will look.\n", vec![call.clone(), call]));
-        for text in ["no call", "<tool_call>{\"name\": 3}</tool_call>", "<tool_call>{\"name\": \"f\"", ""] {
+        let none = [
+            "no call",
+            "<tool_call>{\"name\": 3}</tool_call>",
+            "<tool_call>{\"name\": \"f\"",
+            "<tool_call>{\"name\": \"f\", \"arguments\": [1]}</tool_call>",
+            "<tool_call>{\"name\": \"f\", \"arguments\": \"x\"}</tool_call>",
+            "",
+        ];
+        for text in none {
             assert_eq!(split(text), (text, vec![]));
+        }
+        for (written, arguments) in [
+            ("{\"name\": \"f\"}", json!({})),
+            ("{\"name\": \"f\", \"arguments\": null}", json!({})),
+            ("{\"name\": \"f\", \"arguments\": \"{\\\"x\\\": 1}\"}", json!({"x": 1})),
+        ] {
+            let call = Function { name: "f".into(), arguments };
+            assert_eq!(split(&format!("<tool_call>{written}</tool_call>")), ("", vec![call]));
         }
     }
 }

@@ -30,8 +30,7 @@ struct Asked {
     #[serde(default)]
     tools: Vec<Tool>,
     tool_choice: Option<Value>,
-    #[serde(default)]
-    stream: bool,
+    stream: Option<bool>,
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<i64>,
@@ -280,7 +279,7 @@ async fn answer(site: Site, principal: Principal, request: Request) -> Result<Re
         site: site.clone(),
     };
     let completion = Completion::start(&site, principal, owner, ask).await?;
-    if asked.stream {
+    if asked.stream.unwrap_or(false) {
         return Ok(sse::response(|events| write(events, completion, reply)));
     }
     let ended = completion.whole().await?;

@@ -45,6 +45,7 @@ pub(super) struct Completion {
     prompt: Vec<TokenId>,
     text: String,
     sampled: Vec<TokenId>,
+    ended: bool,
 }
 
 /// What comes of it, in this order.
@@ -84,6 +85,10 @@ impl Completion {
         ask: Ask,
     ) -> Result<Self, Failure> {
         ask.check()?;
+        let context = engine(site)?.loaded.model.config().max_position_embeddings;
+        if ask.prompt.len() >= context {
+            return Err(Failure::too_long(ask.prompt.len(), context));
+        }
         // The wire has 0 for "not set", here it means what it says.
         let max_new_tokens = ask.max_tokens.unwrap_or(DEFAULT_NEW_TOKENS);
         if max_new_tokens == 0 {
@@ -106,13 +111,16 @@ impl Completion {
         request.extensions_mut().insert(principal);
         let replies = site.decoder.generate(request).await?.into_inner();
         let (text, sampled) = (String::new(), Vec::new());
-        Ok(Self { site: site.clone(), owner, replies, prompt: ask.prompt, text, sampled })
+        Ok(Self { site: site.clone(), owner, replies, prompt: ask.prompt, text, sampled, ended: false })
     }
 
-    /// `None` after the end.
+    /// `None` after the end: what breaks off before it is a failure, or part of an answer would pass for all of it.
     pub(super) async fn next(&mut self) -> Result<Option<Step>, Failure> {
         loop {
-            let Some(reply) = self.replies.next().await else { return Ok(None) };
+            let Some(reply) = self.replies.next().await else {
+                let broke_off = || Failure::broken("the generation broke off; the node's log says why");
+                return if self.ended { Ok(None) } else { Err(broke_off()) };
+            };
             match reply?.event {
                 Some(generate_reply::Event::Prompt(done)) => return Ok(Some(Step::Prompt(done))),
                 Some(generate_reply::Event::Token(token)) => {
@@ -126,6 +134,7 @@ impl Completion {
                     let rest = std::mem::take(&mut usage.rest_of_text);
                     self.text.push_str(&rest);
                     self.remember()?;
+                    self.ended = true;
                     return Ok(Some(Step::End(Ended { usage, rest, text: std::mem::take(&mut self.text) })));
                 }
                 Some(generate_reply::Event::Progress(_)) | None => {}
@@ -135,12 +144,11 @@ impl Completion {
 
     /// Runs to the end.
     pub(super) async fn whole(mut self) -> Result<Ended, Failure> {
-        while let Some(step) = self.next().await? {
-            if let Step::End(ended) = step {
+        loop {
+            if let Some(Step::End(ended)) = self.next().await? {
                 return Ok(ended);
             }
         }
-        Err(Failure::broken("the decoder ended without an account; the node's log says why"))
     }
 
     fn remember(&self) -> Result<(), Failure> {

@@ -67,6 +67,14 @@ impl Failure {
             .about(param)
     }
 
+    /// With the code that applications look for, to cut a conversation short and ask again.
+    pub(super) fn too_long(tokens: usize, context: usize) -> Self {
+        let message = format!(
+            "the prompt has {tokens} tokens and the model's context {context}: at least one must be left to write"
+        );
+        Self { code: Some("context_length_exceeded"), ..Self::invalid(message) }
+    }
+
     pub(super) fn unknown_model(asked: &str, served: Option<&str>) -> Self {
         let message = match served {
             Some(served) => format!("the model {asked:?} is not served here; this node serves {served:?}"),

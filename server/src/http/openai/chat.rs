@@ -24,6 +24,9 @@ struct Asked {
     #[serde(default)]
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
+    /// What came before `tools`.
+    functions: Option<Vec<Value>>,
     response_format: Option<Value>,
 }
 
@@ -76,6 +79,15 @@ impl Asked {
                 "response_format",
                 "the decoder writes text and follows no grammar",
             ));
+        }
+        if self.parallel_tool_calls == Some(false) {
+            return Err(Failure::unsupported(
+                "parallel_tool_calls",
+                "the decoder cannot be kept from calling several tools; leave it out",
+            ));
+        }
+        if self.functions.as_ref().is_some_and(|functions| !functions.is_empty()) {
+            return Err(Failure::unsupported("functions", "name them in `tools`"));
         }
         let offered = match &self.tool_choice {
             None | Some(Value::Null) => true,
@@ -160,7 +172,7 @@ pub(in crate::http) async fn chat(
     let conversation = asked.conversation()?;
     let engine = engine_of(&site, &asked.common.model)?;
     let tools = !conversation.tools.is_empty();
-    let (stream, with_usage) = (asked.common.stream, asked.common.wants_usage());
+    let (stream, with_usage) = (asked.common.stream.unwrap_or(false), asked.common.wants_usage());
     let mut ask = asked.common.ask()?;
     let owner = site.node.tenants.reminded(&principal.tenant);
     ask.prompt = prompt(&site, &owner, conversation).await?;

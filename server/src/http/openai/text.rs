@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Common, finish_reason, head, new_id, usage, with};
-use crate::http::completion::{Completion, Step, engine_of};
+use crate::http::completion::{Completion, Step, engine, engine_of};
 use crate::http::failure::Failure;
 use crate::http::{Site, body, sse};
 use crate::node::Engine;
@@ -23,8 +23,7 @@ struct Asked {
     #[serde(flatten)]
     common: Common,
     prompt: Prompt,
-    #[serde(default)]
-    echo: bool,
+    echo: Option<bool>,
     suffix: Option<String>,
     best_of: Option<u32>,
 }
@@ -41,7 +40,7 @@ enum Prompt {
 impl Asked {
     fn check(&self) -> Result<(), Failure> {
         self.common.check()?;
-        if self.echo {
+        if self.echo.unwrap_or(false) {
             return Err(Failure::unsupported("echo", "put the prompt before the text yourself"));
         }
         if self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
@@ -94,9 +93,18 @@ pub(in crate::http) async fn completions(
 ) -> Result<Response, Failure> {
     let asked: Asked = body::json(request).await?;
     asked.check()?;
-    let engine = engine_of(&site, &asked.common.model)?;
-    let prompt = asked.prompt.tokens(engine)?;
-    let (stream, with_usage) = (asked.common.stream, asked.common.wants_usage());
+    engine_of(&site, &asked.common.model)?;
+    // On a thread of its own: a long text takes a while to tokenize.
+    let tokenizing = {
+        let (site, prompt) = (site.clone(), asked.prompt);
+        tokio::task::spawn_blocking(move || prompt.tokens(engine(&site)?))
+    };
+    let prompt = tokenizing.await.map_err(|error| {
+        tracing::error!(%error, "a prompt could not be tokenized");
+        Failure::broken("the request failed inside the node; its log says why")
+    })??;
+    let stream = asked.common.stream.unwrap_or(false);
+    let with_usage = asked.common.wants_usage();
     let mut ask = asked.common.ask()?;
     ask.prompt = prompt;
     ask.max_tokens = ask.max_tokens.or(Some(DEFAULT_NEW_TOKENS));
