@@ -11,6 +11,7 @@ mod auth;
 mod author;
 mod budget;
 pub mod bundled;
+mod candidates;
 mod chat_template;
 pub mod command;
 mod control;

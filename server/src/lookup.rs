@@ -18,8 +18,8 @@ use esker_prefix::{
 use esker_proto::{PrefixNames, v1};
 use esker_store::{Found, Pins, Store};
 
+use crate::candidates::Sight;
 use crate::staging::OfTenant;
-use crate::writers::Sight;
 pub(crate) use tails::Tails;
 
 /// Most resume points listed in a reply; the greatest is always among them.
@@ -36,7 +36,7 @@ pub(crate) struct Question {
     pub(crate) prompt_tokens: u64,
     /// Scopes to ask, in this order.
     pub(crate) scopes: Vec<ScopeKey>,
-    /// What is found in them.
+    /// What is found by the names of the org's, if that is one of them.
     pub(crate) sight: Sight,
 }
 
@@ -63,6 +63,8 @@ pub(crate) struct Answer {
 /// Where in a scope a prefix is, by names.
 struct Names<'a> {
     hashes: Vec<BlockHash>,
+    /// What is found by them.
+    sight: Sight,
     /// What names it off the block grid, where that is known; in each of these scopes.
     tails: Vec<Tails<'a>>,
     /// Only what is in one of these scopes counts, where the names do not say it.
@@ -109,12 +111,12 @@ impl Question {
     /// Which of the scopes an answer is from: private, org or public.
     pub(crate) fn scope_of(&self, answer: &Answer) -> &'static str {
         let first = answer.blocks.first().map(|(_, block)| block).or(answer.states.first());
-        let found = first.map(|found| found.scope);
-        // In the order in which they are asked: the caller's own first, the one of all last.
-        match self.scopes.iter().position(|scope| Some(scope.tag()) == found) {
+        let Some(found) = first.map(|found| found.scope) else { return "private" };
+        // The caller's own is asked first.
+        match self.scopes.iter().position(|scope| scope.tag() == found) {
+            _ if self.sight.is_of(found) => "org",
             None | Some(0) => "private",
-            Some(at) if at + 1 == self.scopes.len() => "public",
-            Some(_) => "org",
+            Some(_) => "public",
         }
     }
 
@@ -154,12 +156,16 @@ impl Question {
         // Hashes are of one scope already: they are asked for once.
         let scopes = if by_hashes { &self.scopes[..1] } else { &self.scopes[..] };
         // The first scope is always asked; an empty shared one costs nothing.
-        let asked =
-            scopes.iter().enumerate().filter(|(at, scope)| *at == 0 || store.scope_bytes(scope.tag()) > 0);
+        let has_some = |scope: &ScopeKey| {
+            let tags = std::iter::once(scope.tag()).chain(self.sight.within(scope.tag()).tag());
+            tags.map(|tag| store.scope_bytes(tag)).any(|bytes| bytes > 0)
+        };
+        let asked = scopes.iter().enumerate().filter(move |(at, scope)| *at == 0 || has_some(scope));
         let block_tokens = self.layout.block_tokens();
-        let tails = move |scope, first_block, tokens| Tails {
+        let tails = move |scope: &'a ScopeKey, first_block, tokens| Tails {
             namespace: self.namespace,
             scope,
+            sight: self.sight.within(scope.tag()),
             block_tokens,
             first_block,
             from_block: 0,
@@ -170,33 +176,36 @@ impl Question {
             PrefixNames::Tokens(tokens) => {
                 let whole = &tokens[..blocks * block_tokens as usize];
                 let (_, hashes) = Chain::hashes(scope, self.namespace, block_tokens, whole);
-                Names { hashes, tails: vec![tails(scope, 0, tokens)], only: None }
+                let sight = self.sight.within(scope.tag());
+                Names { hashes, sight, tails: vec![tails(scope, 0, tokens)], only: None }
             }
             PrefixNames::Hashes(hashes, tail) => Names {
                 hashes: hashes[..blocks].to_vec(),
+                sight: self.sight.clone(),
                 tails: self.scopes.iter().map(|scope| tails(scope, hashes.len(), tail)).collect(),
-                only: Some(self.scopes.iter().map(ScopeKey::tag).collect()),
+                only: Some(self.scopes.iter().map(ScopeKey::tag).chain(self.sight.tag()).collect()),
             },
             PrefixNames::Engine { hashes, .. } => {
                 let names = hashes[..blocks].iter().map(|hash| rekey(scope, self.namespace, 0, hash));
-                Names { hashes: names.collect(), tails: Vec::new(), only: None }
+                let sight = self.sight.within(scope.tag());
+                Names { hashes: names.collect(), sight, tails: Vec::new(), only: None }
             }
         })
     }
 
     fn search_in(&self, store: &Store, names: Names<'_>, asked_blocks: usize) -> Answer {
-        let Names { hashes, tails, only } = names;
+        let Names { hashes, sight, tails, only } = names;
         let ids = |kind| hashes.iter().map(move |&hash| ObjectId { kind, hash }).collect::<Vec<_>>();
         let ours = |found: &Found| {
             found.namespace == self.namespace
-                && self.sight.sees(found)
                 && only.as_ref().is_none_or(|scopes| scopes.contains(&found.scope))
         };
         let chained = self.chained();
         let mut blocks: Vec<(usize, Found)> = if chained {
-            store.lookup_while(&ids(ObjectKind::Block), ours).into_iter().enumerate().collect()
+            let run = sight.run(store, self.namespace, &ids(ObjectKind::Block), ours);
+            run.into_iter().enumerate().collect()
         } else {
-            let found = store.get(&ids(ObjectKind::Block)).into_iter().enumerate();
+            let found = sight.find(store, self.namespace, &ids(ObjectKind::Block)).into_iter().enumerate();
             found.filter_map(|(at, found)| Some((at, found.filter(ours)?))).collect()
         };
         blocks.truncate(asked_blocks);
@@ -207,15 +216,13 @@ impl Question {
         }
         let mut states: Vec<Found> = if chained && self.layout.has_states() {
             let ids = ids(ObjectKind::State);
-            let found = store.get(&ids[..blocks.len()]).into_iter().flatten();
+            let found = sight.find(store, self.namespace, &ids[..blocks.len()]).into_iter().flatten();
             found.filter(ours).filter(|state| is_multiple(state.tokens, &self.layout)).collect()
         } else {
             Vec::new()
         };
         let (hashes_there, scope) = (&hashes[..blocks.len()], blocks.last().map(|(_, block)| block.scope));
-        for mut tails in
-            tails.into_iter().filter(|tails| scope.is_none_or(|scope| scope == tails.scope.tag()))
-        {
+        for mut tails in tails.into_iter().filter(|tails| scope.is_none_or(|scope| tails.are_of(scope))) {
             if !self.layout.has_states() {
                 // Whole blocks can be resumed as they are, so only what lies behind all of them is worth finding.
                 tails.from_block = blocks.len();
@@ -314,9 +321,13 @@ impl Answer {
 
     /// What a pin has to hold.
     fn ends(&self) -> Vec<ObjectId> {
-        let blocks =
-            if self.chained { &self.blocks[self.blocks.len().saturating_sub(1)..] } else { &self.blocks };
-        blocks.iter().map(|(_, block)| block.id).chain(self.states.iter().map(|state| state.id)).collect()
+        // Of a chain the last block, and the last of the org's before the first of the tenant's own.
+        let is_end = |at: usize| {
+            let next = self.blocks.get(at + 1);
+            !self.chained || next.is_none_or(|(_, next)| next.scope != self.blocks[at].1.scope)
+        };
+        let ends = (0..self.blocks.len()).filter(|&at| is_end(at)).map(|at| self.blocks[at].1.id);
+        ends.chain(self.states.iter().map(|state| state.id)).collect()
     }
 
     /// Objects listed.

@@ -11,6 +11,7 @@
 //!
 //! [tenants.acme]
 //! org = "research"                      # tenants of one org share what they write to it; default: none
+//! public = true                         # it finds what publishers write for all, and its own may write there; default: false
 //! stored_bytes = 500_000_000_000        # of what its accounts have put, in any scope. Every limit may be left out: none
 //! leased_byte_hours = 2_000_000_000_000 # bytes times hours that all sessions together may hold
 //! bytes_in_flight = 268_435_456
@@ -62,6 +63,8 @@ pub(crate) struct JwtPolicy {
 #[serde(deny_unknown_fields)]
 pub(crate) struct TenantPolicy {
     pub(crate) org: Option<String>,
+    #[serde(default)]
+    pub(crate) public: bool,
     pub(crate) stored_bytes: Option<u64>,
     pub(crate) leased_byte_hours: Option<u64>,
     pub(crate) bytes_in_flight: Option<u64>,
@@ -78,7 +81,8 @@ pub(crate) struct TenantPolicy {
 impl Policy {
     /// A node that asks nobody who they are: one tenant without limits.
     pub(crate) fn open() -> Self {
-        let default = (TenantId("default".into()), TenantPolicy::default());
+        let default = TenantPolicy { public: true, ..TenantPolicy::default() };
+        let default = (TenantId("default".into()), default);
         Self { tenants: BTreeMap::from([default]), ..Self::default() }
     }
 

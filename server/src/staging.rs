@@ -129,14 +129,21 @@ impl Staging {
         Ok(())
     }
 
-    /// What waited for one of these to be stored.
-    fn adopt(&self, parents: impl IntoIterator<Item = ObjectId>) -> Vec<Orphan> {
+    /// What waited for one of these and finds it there.
+    fn adopt(
+        &self,
+        parents: impl IntoIterator<Item = ObjectId>,
+        finds: impl Fn(&Orphan, ObjectId) -> bool,
+    ) -> Vec<Orphan> {
         let mut table = self.table();
-        if table.orphans.is_empty() {
-            return Vec::new();
+        let mut adopted = Vec::new();
+        for parent in parents {
+            let Some(waiting) = table.orphans.get_mut(&parent) else { continue };
+            adopted.extend(waiting.extract_if(.., |orphan| finds(orphan, parent)));
+            if waiting.is_empty() {
+                table.orphans.remove(&parent);
+            }
         }
-        let adopted: Vec<Orphan> =
-            parents.into_iter().filter_map(|parent| table.orphans.remove(&parent)).flatten().collect();
         for orphan in &adopted {
             table.give_room(orphan.tenant(), bytes_of(&orphan.object));
         }
@@ -145,7 +152,12 @@ impl Staging {
 
     /// Stores what waited for these, which are stored, and what waited for that, each on the word of who put it.
     pub(crate) fn follow(&self, node: &Node, stored: impl IntoIterator<Item = ObjectId>) {
-        let mut next = self.adopt(stored);
+        // What one tenant has put to its org is not there for another.
+        let finds = |orphan: &Orphan, parent| {
+            let sight = &orphan.author.place.sight;
+            sight.find(&node.store, orphan.object.namespace, &[parent]).iter().any(Option::is_some)
+        };
+        let mut next = self.adopt(stored, finds);
         while !next.is_empty() {
             let mut stored = Vec::new();
             let mut rest = next.into_iter().peekable();
@@ -157,7 +169,7 @@ impl Staging {
                 }
                 stored.extend(put(node, &author, objects));
             }
-            next = self.adopt(stored);
+            next = self.adopt(stored, finds);
         }
     }
 
@@ -272,8 +284,7 @@ impl Orphan {
 fn put(node: &Node, author: &Author, objects: Vec<PutObject>) -> Vec<ObjectId> {
     let Ok(_inside) = author.place.pass.enter() else { return Vec::new() };
     let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
-    let mut results = node.store.put(objects);
-    author.account(node, &ids, &mut results);
+    let results = author.wait(node, author.submit(node, objects));
     for error in results.iter().filter_map(|result| result.as_ref().err()) {
         tracing::warn!(%error, "an object that had waited was not stored");
     }
@@ -313,7 +324,7 @@ mod tests {
     fn author(name: &str) -> Arc<Author> {
         let principal = Principal { tenant: tenant(name), name: "writer".into(), roles: Roles::default() };
         let key = ScopeKey::derive(&RootSecret::new([7; 32]), ScopeKind::Private, name, 0);
-        Arc::new(Author { principal, place: Place::unshared(key) })
+        Arc::new(Author::new(principal, Place::unshared(key)))
     }
 
     /// An object of one plane that continues another.
@@ -365,7 +376,8 @@ mod tests {
             let plane = Bytes::copy_from_slice(&u32::to_le_bytes(byte));
             staging.park(&author(name), whole(byte, plane), now).unwrap();
         }
-        let writers: Vec<u32> = staging.adopt([id(2)]).iter().map(|orphan| orphan.object.writer.0).collect();
+        let writers: Vec<u32> =
+            staging.adopt([id(2)], |_, _| true).iter().map(|orphan| orphan.object.writer.0).collect();
         assert_eq!(writers, [66, 1]);
     }
 
@@ -424,7 +436,7 @@ mod tests {
         assert!(
             !staging.table().parts.values().flat_map(|parts| parts.planes.iter().flatten()).any(of_message)
         );
-        let parked = staging.adopt([id(2)]);
+        let parked = staging.adopt([id(2)], |_, _| true);
         assert_eq!(parked.len(), 1);
         assert!(!parked[0].object.planes.iter().any(|plane| of_message(&plane.bytes)));
     }

@@ -20,6 +20,7 @@ use tonic::Status;
 
 use crate::audit::{Audit, Event};
 use crate::budget::{Budget, Share, Use};
+use crate::candidates::{Peers, Sight};
 use crate::control::{Control, Table};
 use crate::gate::{Gate, Pass};
 use crate::keys::Keys;
@@ -27,7 +28,7 @@ use crate::policy::{PolicyFile, TenantPolicy};
 use crate::principal::{Principal, Role, TenantId, is_name};
 use crate::replay::Owner;
 use crate::users::{self, Busy, MAX_USERS, Users};
-use crate::writers::{Place, Sight, Writers};
+use crate::writers::{Place, Writers};
 
 /// All tenants of a node.
 pub(crate) struct Tenants {
@@ -182,7 +183,7 @@ impl Tenants {
     pub(crate) fn readable(&self, principal: &Principal, user: &str) -> Result<Vec<ScopeKey>, Status> {
         let mut scopes = vec![self.private(&principal.tenant, user)?];
         scopes.extend(self.org(&principal.tenant));
-        scopes.push(self.public());
+        scopes.extend(self.public_of(&principal.tenant).ok());
         Ok(scopes)
     }
 
@@ -192,9 +193,28 @@ impl Tenants {
         tenant.gate.pass(tenant.epoch())
     }
 
-    /// What a tenant finds of what is stored under names that it can make.
+    /// What a tenant finds by the names of its org's scope, if it has one.
     pub(crate) fn sight(&self, tenant: &TenantId) -> Sight {
-        self.writers.sight(tenant, self.org_tag(tenant))
+        let epoch = self.get(tenant).epoch();
+        let rules = self.rules(tenant);
+        let candidates = rules.org.map(|org| {
+            let own = self.candidates_at(&org, tenant, epoch);
+            Sight::of(self.org_key(&org).tag(), self.owned(own, || private_owner(tenant, epoch)))
+        });
+        candidates.unwrap_or_default()
+    }
+
+    /// Keys of the candidates that the other tenants of its org have.
+    fn peers(&self, tenant: &TenantId) -> Vec<ScopeKey> {
+        let policy = self.policy.now();
+        let Some(org) = policy.tenants.get(tenant).and_then(|rules| rules.org.as_ref()) else {
+            return Vec::new();
+        };
+        let others =
+            policy.tenants.iter().filter(|(id, rules)| *id != tenant && rules.org.as_ref() == Some(org));
+        let key = |id: &TenantId| self.candidates_at(org, id, self.get(id).epoch());
+        let keys = others.map(|(id, _)| key(id));
+        keys.filter(|key| self.store.scope_bytes(key.tag()) > 0).collect()
     }
 
     /// Where a principal finds its own, and stores nothing.
@@ -227,15 +247,17 @@ impl Tenants {
             }
             v1::Scope::Public => {
                 principal.require(Role::Publisher)?;
-                self.public()
+                self.public_of(&principal.tenant)?
             }
         };
         let writer = self.writers.number(principal).map_err(|error| {
             tracing::error!(error = format!("{error:#}"), "a writer was not written down");
             unwritten()
         })?;
-        let (sight, trusted) = (self.sight(&principal.tenant), principal.roles.has(Role::Publisher));
-        Ok(Place { key, writer, sight, trusted, pass, _user: noted })
+        let sight = self.sight(&principal.tenant).within(key.tag());
+        let others = if sight.tag().is_some() { self.peers(&principal.tenant) } else { Vec::new() };
+        let peers = Peers { others, trusted: principal.roles.has(Role::Publisher) };
+        Ok(Place { key, writer, sight, peers, pass, _user: noted })
     }
 
     /// Takes back all that an account has put, in whatever scope. Returns how many objects went; `None` if it never put anything.
@@ -258,12 +280,8 @@ impl Tenants {
     ) -> Result<ScopeKey, Status> {
         match scope {
             v1::Scope::Unspecified | v1::Scope::Private => self.private(&principal.tenant, user),
-            // Its events tell what a tenant stored before anybody else may find it.
-            v1::Scope::Org => {
-                principal.require(Role::Publisher)?;
-                self.org(&principal.tenant).ok_or_else(no_org)
-            }
-            v1::Scope::Public => Ok(self.public()),
+            v1::Scope::Org => self.org(&principal.tenant).ok_or_else(no_org),
+            v1::Scope::Public => self.public_of(&principal.tenant),
         }
     }
 
@@ -280,8 +298,26 @@ impl Tenants {
 
     fn org(&self, tenant: &TenantId) -> Option<ScopeKey> {
         let org = self.rules(tenant).org?;
-        let key = ScopeKey::derive(&self.root, ScopeKind::Org, &org, 0);
-        Some(self.owned(key, || format!("org/{org}")))
+        Some(self.owned(self.org_key(&org), || format!("org/{org}")))
+    }
+
+    /// In epoch 0 earlier builds kept what one tenant alone had put in the same scope.
+    fn org_key(&self, org: &str) -> ScopeKey {
+        ScopeKey::derive(&self.root, ScopeKind::Org, org, 1)
+    }
+
+    /// Of what a tenant alone has put to its org. '/' is in no name, so it is never the scope of another org.
+    fn candidates_at(&self, org: &str, tenant: &TenantId, epoch: u32) -> ScopeKey {
+        ScopeKey::derive(&self.root, ScopeKind::Org, &format!("{org}/{tenant}"), epoch)
+    }
+
+    /// The scope of all, for a tenant to which the policy opens it.
+    fn public_of(&self, tenant: &TenantId) -> Result<ScopeKey, Status> {
+        self.rules(tenant).public.then(|| self.public()).ok_or_else(|| {
+            Status::permission_denied(
+                "the operator's policy opens the public scope to this tenant by `public = true`",
+            )
+        })
     }
 
     fn public(&self) -> ScopeKey {
@@ -381,8 +417,10 @@ impl Tenants {
         let mut owners = HashMap::from([(self.public().tag(), "public".to_owned())]);
         for id in self.names() {
             if let Some(org) = self.rules(&id).org {
-                let key = ScopeKey::derive(&self.root, ScopeKind::Org, &org, 0);
-                owners.insert(key.tag(), format!("org {org}"));
+                owners.insert(self.org_key(&org).tag(), format!("org {org}"));
+            }
+            if let Some(candidates) = self.sight(&id).tag() {
+                owners.insert(candidates, format!("{id} alone, for its org"));
             }
             let tenant = self.get(&id);
             let state = tenant.state();
@@ -397,9 +435,10 @@ impl Tenants {
         self.writers.of(tenant).iter().map(|writer| store.writer_bytes(*writer)).sum()
     }
 
-    /// Bytes of the records in a tenant's private scopes: what it may be told. Asks for each user.
+    /// Bytes of the records in the scopes that are a tenant's alone: what it may be told. Asks for each user.
     pub(crate) fn private_bytes(&self, store: &Store, tenant: &TenantId) -> u64 {
-        self.scopes(tenant).into_iter().map(|scope| store.scope_bytes(scope)).sum()
+        let scopes = self.scopes(tenant).into_iter().chain(self.sight(tenant).tag());
+        scopes.map(|scope| store.scope_bytes(scope)).sum()
     }
 
     /// Bytes of the records that a tenant's accounts have put, in whatever scope: what it gives of when the store is full.
@@ -480,7 +519,7 @@ impl Tenants {
             }
             epochs.push(*epoch);
         }
-        // What its accounts put where others read it too.
+        // What its accounts put for its org: where it alone finds it, and where others do.
         for writer in self.writers.of(&tenant.id).iter() {
             objects += store.erase(Erase::Writer(*writer)).context("a writer cannot be erased")?;
         }

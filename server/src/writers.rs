@@ -1,20 +1,17 @@
 //! Writers: a number for every account that ever put something, so that each record says whose word it is.
 //!
-//! Numbers are given in order, written down before the first record that has one, and never given again. Three things hang on
-//! them. They tell the store for which tenant the bytes of a record count when it is full ([`Writers::owners`]). What an account
-//! has put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`). And in the scope of an org, which
-//! several tenants write, nobody finds what one other tenant alone has put: it may be wrong on purpose, and that it is there
-//! tells what that tenant was asked. It is found by all once two tenants have put the same bytes, or a publisher has. Until
-//! then answers are those of a block that is not stored. Two channels are left to a tenant that writes: what it puts of other
-//! bytes under such a name is declined rather than stored, and the same bytes do not count for its `stored_bytes`.
+//! Numbers are given in order, written down before the first record that has one, and never given again. Two things hang on them.
+//! They tell the store for which tenant the bytes of a record count when it is full ([`Writers::owners`]). And what an account has
+//! put can be taken back as a whole, whatever scope it lies in (`Admin.RevokeWriter`).
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, ensure};
-use esker_prefix::{ObjectId, ScopeKey, ScopeTag, WriterId};
-use esker_store::{Found, OwnerId, OwnerOf, Store};
+use esker_prefix::{ScopeKey, WriterId};
+use esker_store::{OwnerId, OwnerOf};
 
+use crate::candidates::{Peers, Sight};
 use crate::control::{Control, Table};
 use crate::gate::Pass;
 use crate::principal::{Principal, TenantId};
@@ -49,20 +46,13 @@ struct OfTenant {
 pub(crate) struct Place {
     pub(crate) key: ScopeKey,
     pub(crate) writer: WriterId,
+    /// What is found by the names of this scope.
     pub(crate) sight: Sight,
-    /// Its word is enough for everyone.
-    pub(crate) trusted: bool,
+    pub(crate) peers: Peers,
     /// Lets in what is stored here, until the tenant is erased.
     pub(crate) pass: Pass,
     /// The user whose scope it is, who is not forgotten meanwhile.
     pub(crate) _user: Option<Busy>,
-}
-
-/// What a tenant finds of what is stored under names that it can make.
-#[derive(Clone)]
-pub(crate) struct Sight {
-    org: Option<ScopeTag>,
-    own: Arc<HashSet<WriterId>>,
 }
 
 impl Writers {
@@ -117,11 +107,6 @@ impl Writers {
         })
     }
 
-    /// What a tenant finds, in its org's scope too if it has one.
-    pub(crate) fn sight(&self, tenant: &TenantId, org: Option<ScopeTag>) -> Sight {
-        Sight { org, own: self.of(tenant) }
-    }
-
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Known> {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,45 +127,11 @@ impl Known {
     }
 }
 
-impl Sight {
-    pub(crate) fn sees(&self, found: &Found) -> bool {
-        Some(found.scope) != self.org
-            || found.sole_writer == WriterId::UNNAMED
-            || self.own.contains(&found.sole_writer)
-    }
-}
-
 impl Place {
     /// A scope of one tenant, and nobody who was named.
     pub(crate) fn unshared(key: ScopeKey) -> Self {
-        let sight = Sight { org: None, own: Arc::default() };
-        Self { key, writer: WriterId::UNNAMED, sight, trusted: false, pass: Pass::default(), _user: None }
-    }
-
-    /// Whether several tenants write here.
-    pub(crate) fn is_shared(&self) -> bool {
-        self.sight.org == Some(self.key.tag())
-    }
-
-    /// Which of these are stored here on the word of somebody else alone.
-    pub(crate) fn hidden(&self, store: &Store, ids: &[ObjectId]) -> Vec<bool> {
-        if !self.is_shared() {
-            return vec![false; ids.len()];
-        }
-        let hidden = |found: Option<Found>| found.is_some_and(|found| !self.sight.sees(&found));
-        store.get(ids).into_iter().map(hidden).collect()
-    }
-
-    /// These were put here with success: what was the word of somebody else alone is so no more, nor what a trusted one says.
-    pub(crate) fn vouch(&self, store: &Store, put: &[ObjectId]) -> esker_store::Result<()> {
-        if !self.is_shared() {
-            return Ok(());
-        }
-        let of_one = |found: &Found| found.sole_writer != WriterId::UNNAMED;
-        let vouched = store.get(put).into_iter().flatten().filter(of_one);
-        let vouched = vouched.filter(|found| self.trusted || !self.sight.sees(found));
-        let vouched: Vec<ObjectId> = vouched.map(|found| found.id).collect();
-        if vouched.is_empty() { Ok(()) } else { store.vouch(&vouched) }
+        let (sight, peers) = (Sight::default(), Peers::default());
+        Self { key, writer: WriterId::UNNAMED, sight, peers, pass: Pass::default(), _user: None }
     }
 }
 

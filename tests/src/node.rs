@@ -311,7 +311,8 @@ pub struct Fetched {
 }
 
 impl Fetched {
-    fn add(&mut self, chunk: &v1::PlaneChunk) -> Result<(), Status> {
+    /// Takes the next chunk of a fetch.
+    pub fn add(&mut self, chunk: &v1::PlaneChunk) -> Result<(), Status> {
         let kind = match chunk.kind() {
             v1::ObjectKind::State => ObjectKind::State,
             _ => ObjectKind::Block,

@@ -1,5 +1,5 @@
-//! Promise: in the scope of an org nobody finds, or learns of, what one other tenant alone has put, until a second one or a publisher
-//! has said the same; and all that an account ever put can be taken back at once, for good.
+//! Promise: in the scope of an org nobody finds, learns of or is hindered by what one other tenant alone has put, until a second one
+//! or a publisher has said the same; and all that an account ever put can be taken back at once, for good.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use esker_client::{Object, v1};
 use esker_prefix::KvLayout;
 use esker_tests::identity::{Bearer, Claims, Issuer};
-use esker_tests::{Node, Prompt, flat_layout, put_steps, scratch};
+use esker_tests::{Fetched, Node, Prompt, flat_layout, put_steps, scratch};
 use tonic::Code;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -72,6 +72,28 @@ impl Account {
         Ok(self.cache.lookup(request).await?.into_inner())
     }
 
+    /// Planes of the whole prompt that are not those of this one, fetched by what the account finds.
+    async fn wrong_planes(&mut self, prompt: &Prompt) -> Result<usize> {
+        let request = v1::LookupRequest {
+            namespace: bytes::Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+            tokens: prompt.tokens.iter().map(|token| token.0).collect(),
+            ..Default::default()
+        };
+        let grant = self.cache.lookup(request).await?.into_inner().grant;
+        let request = v1::FetchRequest { grant, ..Default::default() };
+        let mut replies = self.cache.fetch(request).await?.into_inner();
+        let mut fetched = Fetched::default();
+        while let Some(reply) = replies.message().await? {
+            match reply.event.context("an event")? {
+                v1::fetch_reply::Event::Chunk(chunk) => fetched.add(&chunk)?,
+                v1::fetch_reply::Event::Missing(missing) => anyhow::bail!("{missing:?}"),
+                v1::fetch_reply::Event::Done(done) => fetched.done = done,
+            }
+        }
+        ensure!(fetched.done.usable_tokens + 1 == prompt.tokens.len() as u64, "{:?}", fetched.done);
+        Ok(fetched.wrong_planes(prompt))
+    }
+
     async fn found_blocks(&mut self, prompt: &Prompt) -> Result<u64> {
         Ok(self.lookup(prompt).await?.history_tokens / u64::from(prompt.layout.block_tokens()))
     }
@@ -85,7 +107,7 @@ impl Account {
 
 const WRITER: &[&str] = &["reader", "writer"];
 const TENANTS: &str = "[tenants.alice]\norg = \"research\"\n[tenants.bob]\norg = \"research\"\n\
-                       [tenants.carol]\norg = \"research\"\n[tenants.dave]\n";
+                       [tenants.carol]\norg = \"research\"\n[tenants.erin]\norg = \"research\"\n[tenants.dave]\n";
 
 async fn start(data: &Path, policy: &Path) -> Result<Node> {
     let policy = policy.to_str().context("a path of text")?;
@@ -94,7 +116,7 @@ async fn start(data: &Path, policy: &Path) -> Result<Node> {
 
 #[tokio::test]
 async fn an_orgs_tenants_find_what_two_of_them_or_a_publisher_have_put() -> Result<()> {
-    use v1::Outcome::{Declined, Present, Refused, Stored};
+    use v1::Outcome::{Present, Refused, Stored};
     let folder = scratch();
     let data = folder.path().join("data");
     let issuer = Issuer::new(&folder.path().join("identity"))?;
@@ -103,6 +125,7 @@ async fn an_orgs_tenants_find_what_two_of_them_or_a_publisher_have_put() -> Resu
     let account = |node: &Node, tenant: &str| Account::new(node, &issuer, tenant, "engine", WRITER);
     let (mut alice, mut bob) = (account(&node, "alice")?, account(&node, "bob")?);
     let (mut carol, mut dave) = (account(&node, "carol")?, account(&node, "dave")?);
+    let mut erin = account(&node, "erin")?;
     let layout = flat_layout();
     let namespace = alice.register(&layout).await?;
     let prompt = Prompt::new(namespace, &layout, 5, 4);
@@ -121,37 +144,65 @@ async fn an_orgs_tenants_find_what_two_of_them_or_a_publisher_have_put() -> Resu
     // in what can be continued,
     assert_eq!(bob.put(&prompt, org, prompt.blocks([3])).await?, [Refused]);
     assert_eq!(bob.put(&fresh, org, fresh.blocks([3])).await?, [Refused]);
-    // and in what is stored already. Other bytes under its name never take its place.
+    // and in what is stored already: other bytes under its name are stored as well, and found by whoever put them.
     let forged = Prompt { seed: 99, ..prompt.clone() };
-    assert_eq!(bob.put(&forged, org, forged.blocks([1])).await?, [Declined]);
-    assert_eq!(alice.put(&forged, org, forged.blocks([1])).await?, [Refused]);
-    assert_eq!(bob.found_blocks(&prompt).await?, 0);
-    assert_eq!(bob.put(&prompt, org, prompt.blocks(1..=2)).await?, [Stored; 2]);
-    // Now two of them say so.
-    assert_eq!(bob.found_blocks(&prompt).await?, 2);
-    assert_eq!(carol.found_blocks(&prompt).await?, 2);
-    assert_eq!(alice.found_blocks(&prompt).await?, 4);
+    assert_eq!(bob.put(&forged, org, forged.blocks(1..=4)).await?, [Stored; 4]);
+    assert_eq!((bob.found_blocks(&prompt).await?, carol.found_blocks(&prompt).await?), (4, 0));
+    assert_eq!(alice.put(&forged, org, forged.blocks([1])).await?, [Refused], "it has put others");
+    assert_eq!(bob.put(&prompt, org, prompt.blocks([1])).await?, [Refused]);
+    for (account, seed) in [(&mut alice, prompt.seed), (&mut bob, forged.seed)] {
+        let own = Prompt { seed, ..prompt.clone() };
+        ensure!(account.wrong_planes(&own).await? == 0, "the bytes of another's");
+    }
+    // Nobody's word is in the way of what two others say.
+    assert_eq!(carol.put(&prompt, org, prompt.blocks(1..=2)).await?, [Stored; 2]);
+    assert_eq!(erin.found_blocks(&prompt).await?, 2);
+    assert_eq!(alice.found_blocks(&prompt).await?, 4, "two of all, and two of its own behind them");
+    ensure!(alice.wrong_planes(&prompt).await? == 0, "the bytes of another's");
     assert_eq!(dave.found_blocks(&prompt).await?, 0, "dave is of no org");
-    assert_eq!(bob.put(&prompt, org, prompt.blocks([1])).await?, [Present]);
+    assert_eq!(carol.put(&prompt, org, prompt.blocks([1])).await?, [Present]);
+    // It goes on from there, and does not learn from an answer that another has put the same meanwhile.
+    assert_eq!(alice.put(&prompt, org, prompt.blocks(1..=4)).await?, [Present; 4]);
+    assert_eq!(carol.put(&prompt, org, prompt.blocks([3])).await?, [Stored]);
+    assert_eq!(alice.put(&prompt, org, prompt.blocks([3])).await?, [Present]);
+    assert_eq!(erin.found_blocks(&prompt).await?, 3);
+
+    // Two have said the same of a block whose parent only one of them has: it is for all once its parent is.
+    let late = Prompt::new(namespace, &layout, 7, 2);
+    let forged_parent = Prompt { seed: 98, ..late.clone() };
+    assert_eq!(alice.put(&late, org, late.blocks(1..=2)).await?, [Stored; 2]);
+    assert_eq!(bob.put(&late, org, forged_parent.blocks([1])).await?, [Stored]);
+    assert_eq!(bob.put(&late, org, late.blocks([2])).await?, [Stored]);
+    assert_eq!(erin.found_blocks(&late).await?, 0);
+    assert_eq!(carol.put(&late, org, late.blocks([1])).await?, [Stored]);
+    assert_eq!(erin.found_blocks(&late).await?, 1);
+    assert_eq!(alice.put(&late, org, late.blocks([2])).await?, [Present], "what others have put is not told");
+    assert_eq!(erin.found_blocks(&late).await?, 2);
 
     // A publisher's word is enough.
     let mut publisher = Account::new(&node, &issuer, "bob", "press", &["reader", "writer", "publisher"])?;
     assert_eq!(publisher.put(&fresh, org, fresh.blocks(1..=4)).await?, [Stored; 4]);
     assert_eq!(carol.found_blocks(&fresh).await?, 4);
 
-    // Who follows the scope's events would learn the tokens of what is hidden.
+    // The scope's events tell what all of them find.
     let follow = |account: &Account| {
         let mut events = EventsClient::new(account.channel.clone());
         let request = v1::SubscribeRequest { scope: org.into(), ..Default::default() };
         async move { events.subscribe(request).await.map(drop).map_err(|status| status.code()) }
     };
-    assert_eq!(follow(&bob).await, Err(Code::PermissionDenied));
-    assert_eq!(follow(&publisher).await, Ok(()));
+    assert_eq!(follow(&bob).await, Ok(()));
+    assert_eq!(follow(&dave).await, Err(Code::PermissionDenied));
 
     node.kill()?;
     let node = start(&data, &policy).await?;
     let (mut alice, mut carol) = (account(&node, "alice")?, account(&node, "carol")?);
-    assert_eq!((carol.found_blocks(&prompt).await?, alice.found_blocks(&prompt).await?), (2, 4));
+    let mut bob = account(&node, "bob")?;
+    assert_eq!((carol.found_blocks(&prompt).await?, alice.found_blocks(&prompt).await?), (3, 4));
+    let own = forged.layout.planes(esker_prefix::ObjectKind::Block).len();
+    ensure!(
+        bob.wrong_planes(&forged).await? == 3 * own,
+        "three blocks of all, and one of its own behind them"
+    );
     node.kill()
 }
 
@@ -193,11 +244,11 @@ async fn what_an_account_has_put_is_taken_back_at_once_and_for_good() -> Result<
     assert_eq!(refused(admin.revoke("alice", "x\ny").await), Err(Code::InvalidArgument));
     assert_eq!(refused(admin.revoke("../x", "bad").await), Err(Code::InvalidArgument));
     assert_eq!(admin.revoke("alice", "bad").await?, 10);
-    let after = [4, 0, 2, 0];
+    let after = [4, 0, 2, 4];
     for (prompt, blocks) in prompts.iter().zip(after) {
         assert_eq!(good.found_blocks(prompt).await?, blocks);
     }
-    assert_eq!(bob.found_blocks(shared).await?, 0);
+    assert_eq!(bob.found_blocks(shared).await?, 4, "what bob put is bob's word");
     let audit = std::fs::read_to_string(data.join("audit.jsonl"))?;
     let line = audit.lines().find(|line| line.contains("revoke-writer") && line.contains("alice/bad"));
     ensure!(line.is_some_and(|line| line.contains("dave/operator") && line.contains("10")), "{audit}");
@@ -208,9 +259,38 @@ async fn what_an_account_has_put_is_taken_back_at_once_and_for_good() -> Result<
     std::fs::remove_dir_all(data.join("store").join("index"))?;
     let node = start(&data, &policy).await?;
     let mut good = account(&node, "good")?;
-    for (prompt, blocks) in prompts.iter().zip([4, 1, 2, 0]) {
+    for (prompt, blocks) in prompts.iter().zip([4, 1, 2, 4]) {
         assert_eq!(good.found_blocks(prompt).await?, blocks);
     }
+    node.kill()
+}
+
+#[tokio::test]
+async fn the_public_scope_is_for_those_to_whom_the_policy_opens_it() -> Result<()> {
+    let folder = scratch();
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let tenants = "[tenants.alice]\npublic = true\n[tenants.bob]\npublic = true\n[tenants.carol]\n";
+    let node = start(&folder.path().join("data"), &issuer.policy(tenants)?).await?;
+    let press = &["reader", "writer", "publisher"];
+    let mut alice = Account::new(&node, &issuer, "alice", "press", press)?;
+    let mut writer = Account::new(&node, &issuer, "alice", "engine", WRITER)?;
+    let mut bob = Account::new(&node, &issuer, "bob", "engine", WRITER)?;
+    let mut carol = Account::new(&node, &issuer, "carol", "press", press)?;
+    let layout = flat_layout();
+    let namespace = alice.register(&layout).await?;
+    let prompt = Prompt::new(namespace, &layout, 5, 4);
+    let public = v1::Scope::Public;
+    for account in [&mut writer, &mut carol] {
+        let refused = account.put(&prompt, public, prompt.blocks(1..=4)).await.err().context("it was put")?;
+        let code = refused.downcast_ref::<tonic::Status>().map(tonic::Status::code);
+        ensure!(code == Some(Code::PermissionDenied), "{refused}");
+    }
+    assert_eq!(alice.put(&prompt, public, prompt.blocks(1..=4)).await?, [v1::Outcome::Stored; 4]);
+    let mut found = Vec::new();
+    for account in [&mut writer, &mut bob, &mut carol] {
+        found.push(account.found_blocks(&prompt).await?);
+    }
+    assert_eq!(found, [4, 4, 0]);
     node.kill()
 }
 
@@ -220,7 +300,7 @@ async fn what_is_put_into_an_orgs_scope_counts_for_who_put_it() -> Result<()> {
     let data = folder.path().join("data");
     let issuer = Issuer::new(&folder.path().join("identity"))?;
     let tenants = "[tenants.alice]\norg = \"research\"\nstored_bytes = 300_000\n\
-                   [tenants.bob]\norg = \"research\"\nstored_bytes = 300_000\n";
+                   [tenants.bob]\npublic = true\nstored_bytes = 300_000\n";
     let node = start(&data, &issuer.policy(tenants)?).await?;
     let roles = &["reader", "writer", "publisher"];
     let mut alice = Account::new(&node, &issuer, "alice", "engine", roles)?;

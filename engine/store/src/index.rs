@@ -30,7 +30,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use esker_prefix::{BlockHash, NamespaceId, ObjectId, ObjectKind, ScopeTag};
+use esker_prefix::{NamespaceId, ScopeTag};
 use rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, IteratorMode, Options, ReadOptions, WriteBatch,
     WriteOptions,
@@ -52,7 +52,6 @@ const USE_PREFIX: u8 = 0xF1;
 const SCRUB_KEY: [u8; 1] = [0xF2];
 const HIGHEST_KEY: [u8; 1] = [0xF3];
 const HITS_PREFIX: u8 = 0xF4;
-const VOUCH_PREFIX: u8 = 0xF5;
 const FORMAT_KEY: [u8; 1] = [0xFF];
 const FORMAT: u32 = 5;
 /// The resident table answers lookups; this serves duplicates and quarantine.
@@ -253,17 +252,6 @@ impl Index {
         Ok(all)
     }
 
-    /// Objects that more than one writer has put, whether they are still stored or not.
-    pub(crate) fn vouched(&self) -> Result<Vec<ObjectId>> {
-        let mut all = Vec::new();
-        for item in self.db.iterator(IteratorMode::From(&[VOUCH_PREFIX], rocksdb::Direction::Forward)) {
-            let (key, _) = self.read(item)?;
-            let Some((&VOUCH_PREFIX, rest)) = key.split_first() else { break };
-            all.extend(vouched_of(rest));
-        }
-        Ok(all)
-    }
-
     /// Writes all changes or none.
     pub(crate) fn write(&self, changes: Changes) -> Result<()> {
         self.change_bytes.add(changes.0.size_in_bytes() as u64);
@@ -349,14 +337,6 @@ impl Changes {
         self.0.delete(hits_key(of));
     }
 
-    pub(crate) fn put_vouch(&mut self, id: ObjectId) {
-        self.0.put(vouch_key(id), []);
-    }
-
-    pub(crate) fn remove_vouch(&mut self, id: ObjectId) {
-        self.0.delete(vouch_key(id));
-    }
-
     pub(crate) fn remove_segment(&mut self, id: SegmentId) {
         self.0.delete(segment_key(SEGMENT_PREFIX, id));
         self.0.delete(segment_key(USE_PREFIX, id));
@@ -378,17 +358,6 @@ fn hits_key((namespace, scope, class): &hits::Of) -> [u8; 50] {
 fn hits_of(key: &[u8]) -> Option<hits::Of> {
     let mut reader = Reader::new(<&[u8; 49]>::try_from(key).ok()?);
     Some((NamespaceId(reader.bytes()), ScopeTag(reader.bytes()), TtlClass(reader.u8())))
-}
-
-fn vouch_key(id: ObjectId) -> [u8; 34] {
-    let mut key = [VOUCH_PREFIX; 34];
-    Writer::new(&mut key[1..]).u8(id.kind as u8).bytes(&id.hash.0);
-    key
-}
-
-fn vouched_of(key: &[u8]) -> Option<ObjectId> {
-    let mut reader = Reader::new(<&[u8; 33]>::try_from(key).ok()?);
-    Some(ObjectId { kind: ObjectKind::from_u8(reader.u8())?, hash: BlockHash(reader.bytes()) })
 }
 
 fn open_db(path: &Path) -> std::result::Result<(DB, Options), rocksdb::Error> {

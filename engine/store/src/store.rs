@@ -15,12 +15,12 @@ use crate::encoding::Hashed;
 use crate::erasure::{Erase, Lapses};
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::hits::HitCounts;
-use crate::index::{Changes, Index};
+use crate::index::Index;
 use crate::io::{self, AlignedBuf, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
 use crate::owner::{OwnerId, OwnerOf};
-use crate::record::RecordHeader;
+use crate::record::{RecordHeader, content_digest};
 use crate::recovery::{self, Recovery};
 use crate::scrub::Scrubber;
 use crate::sealing::{self, Sealer};
@@ -57,8 +57,6 @@ pub struct Found {
     pub namespace: NamespaceId,
     /// Scope it belongs to.
     pub scope: ScopeTag,
-    /// Whose word alone it is; unnamed where nobody was named, or where it was vouched for ([`Store::vouch`]).
-    pub sole_writer: WriterId,
     pub(crate) located: Located,
     /// The record's header once it was read, if it is to be remembered.
     pub(crate) header: Option<Arc<OnceLock<RecordHeader>>>,
@@ -299,6 +297,15 @@ impl Store {
         ids.iter().zip(all).map(|(&id, located)| Some(Found::new(id, located?))).collect()
     }
 
+    /// Whether the bytes of an object are stored under any of these names. Hashes them in any case, so that how long it takes tells
+    /// little.
+    pub fn holds(&self, object: &PutObject, names: &[ObjectId]) -> bool {
+        let digests: Vec<_> =
+            object.planes.iter().map(|plane| *blake3::hash(&plane.bytes).as_bytes()).collect();
+        let digest = Some(content_digest(digests.iter()));
+        names.iter().any(|&name| self.shared.stored_digest(name) == digest)
+    }
+
     /// States that may lie off the block grid behind `from` and more of `blocks`, which continue each other from the root of a
     /// namespace and scope on: behind how many blocks, and how many tokens the prefix has that the state completes. The longest
     /// first, at most `most`, of less than `below` tokens. Which of them are of some prompt is told by their names.
@@ -383,19 +390,6 @@ impl Store {
     /// Something newer took the place of an object: it goes first when space is needed, unless it is held.
     pub fn supersede(&self, id: ObjectId) {
         self.shared.table.demote(id);
-    }
-
-    /// Says that these objects are no longer the word of their writer alone: somebody independent has put the same bytes, or one
-    /// whose word is enough. It is kept in the index only, so that an index that is built anew, or that lost its newest changes
-    /// with a power cut, has them as the word of one again.
-    pub fn vouch(&self, ids: &[ObjectId]) -> Result<()> {
-        let mut changes = Changes::default();
-        for &id in ids {
-            if self.shared.table.vouch(id) {
-                changes.put_vouch(id);
-            }
-        }
-        self.shared.index.write(changes)
     }
 
     /// From now on `owner_of` says whose each writer is, whom the bytes of its records count for: when room is needed, the owner that
@@ -652,7 +646,6 @@ impl Found {
             stored_bytes: located.record_bytes() as u64,
             namespace: located.namespace,
             scope: located.scope,
-            sole_writer: located.sole_writer,
             located,
             header: None,
         }
@@ -685,19 +678,7 @@ fn register(pool: &BufferPool, disk: &dyn Disk, settings: &StoreSettings) {
 fn take_up(shared: &Shared, segments: &Path) -> Result<(Position, Recovery)> {
     let recovered = recovery::recover(shared, segments)?;
     shared.hits.load(&shared.index, &shared.table.realms())?;
-    restore_vouches(shared)?;
     Ok(recovered)
-}
-
-/// Takes up what was vouched for; that of objects that are gone is forgotten.
-fn restore_vouches(shared: &Shared) -> Result<()> {
-    let mut changes = Changes::default();
-    for id in shared.index.vouched()? {
-        if !shared.table.vouch(id) {
-            changes.remove_vouch(id);
-        }
-    }
-    shared.index.write(changes)
 }
 
 /// Takes the folder's lock, or names the folder.

@@ -55,8 +55,6 @@ pub(crate) struct Located {
     pub(crate) raw_bytes: u64,
     pub(crate) namespace: NamespaceId,
     pub(crate) scope: ScopeTag,
-    /// Whose word alone it is.
-    pub(crate) sole_writer: WriterId,
 }
 
 struct Inner {
@@ -289,20 +287,6 @@ impl Table {
         let mut inner = self.write();
         let Some(slot) = inner.find(id) else { return false };
         inner.retention.pin(slot)
-    }
-
-    /// Makes an object the word of more than one. `false` if it is not there.
-    pub(crate) fn vouch(&self, id: ObjectId) -> bool {
-        let mut inner = self.write();
-        let Some(at) = inner.find(id) else { return false };
-        let before = *inner.slot(at);
-        let realm = Realm { vouched: true, ..inner.realms.get(before.realm) };
-        let realm = inner.realms.id_of(realm);
-        inner.subtract(&before);
-        let after = Slot { realm, ..before };
-        *inner.slot_mut(at) = after;
-        inner.add(&after);
-        true
     }
 
     /// From now on `owner_of` says whom a writer's records count for; what is stored is gone through once.
@@ -803,7 +787,6 @@ impl Inner {
             raw_bytes: u64::from(slot.raw_bytes),
             namespace: realm.namespace,
             scope: realm.scope,
-            sole_writer: if realm.vouched { WriterId::UNNAMED } else { realm.writer },
         }
     }
 
@@ -881,10 +864,7 @@ impl Located {
 struct Realm {
     namespace: NamespaceId,
     scope: ScopeTag,
-    /// Who put it first.
     writer: WriterId,
-    /// Whether it is more than that one's word.
-    vouched: bool,
     /// Whether the store writes it about itself, an erasure of what a writer has put among them: no bytes of the writer's.
     own: bool,
 }
@@ -892,7 +872,7 @@ struct Realm {
 impl Realm {
     fn of(entry: &Entry) -> Self {
         let Entry { namespace, scope, writer, .. } = *entry;
-        Self { namespace, scope, writer, vouched: false, own: is_own(entry.id) }
+        Self { namespace, scope, writer, own: is_own(entry.id) }
     }
 }
 

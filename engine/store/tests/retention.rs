@@ -523,7 +523,7 @@ fn what_is_erased_never_comes_back() {
 }
 
 #[test]
-fn a_writers_word_can_be_taken_back_and_others_can_vouch_for_it() {
+fn a_writers_word_can_be_taken_back() {
     let dir = tempfile::tempdir().unwrap();
     let clock = ManualClock::new();
     let open = || Store::open_at(dir.path(), small(), clock.clone()).unwrap();
@@ -535,48 +535,48 @@ fn a_writers_word_can_be_taken_back_and_others_can_vouch_for_it() {
     let objects = chain(0, 6, &LENS);
     assert!(store.put(by(&objects[..3], one)).iter().all(Result::is_ok));
     assert!(store.put(by(&objects[3..], two)).iter().all(Result::is_ok));
-    let writers = |store: &Store| {
-        store.lookup(&ids(&objects)).iter().map(|found| found.sole_writer.0).collect::<Vec<_>>()
-    };
-    assert_eq!(writers(&store), [1, 1, 1, 2, 2, 2]);
-    // Who puts the same changes nothing by that; what the others make of it is theirs to say.
-    assert!(store.put(by(&objects, two)).iter().all(|put| matches!(put, Ok(PutOutcome::Present))));
-    assert_eq!(writers(&store), [1, 1, 1, 2, 2, 2]);
-    store.vouch(&[id(1), id(4), id(77)]).unwrap();
     let stored_bytes: u64 = store.realms().iter().map(|(_, _, bytes)| bytes).sum();
     assert_eq!(store.scope_bytes(objects[0].scope), stored_bytes);
-    // What a writer has put stays its own, whoever vouches for it.
     let bytes_of = |store: &Store, part: &[PutObject]| {
         store.get(&ids(part)).into_iter().flatten().map(|found| found.stored_bytes).sum::<u64>()
     };
     let by_writer = |store: &Store| [one, two].map(|writer| store.writer_bytes(writer));
     let expected = [bytes_of(&store, &objects[..3]), bytes_of(&store, &objects[3..])];
     assert_eq!(by_writer(&store), expected);
-    drop(store);
-    let store = open();
-    assert_eq!(writers(&store), [1, 0, 1, 2, 0, 2]);
+    // Who puts the same changes nothing by that.
+    assert!(store.put(by(&objects, two)).iter().all(|put| matches!(put, Ok(PutOutcome::Present))));
     assert_eq!(by_writer(&store), expected);
     drop(store);
     drop_index(dir.path());
     let store = open();
-    assert_eq!(writers(&store), [1, 1, 1, 2, 2, 2], "an index built anew knows what records say");
-    // Vouched for or not: the bytes are those of whose word counts for nothing any more.
-    store.vouch(&[id(1)]).unwrap();
+    assert_eq!(by_writer(&store), expected, "records say who put them");
     assert_eq!(store.erase(Erase::Writer(one)).unwrap(), 3);
     assert_eq!(by_writer(&store), [0, expected[1]]);
-    let left = |store: &Store| {
-        let left = store.get(&ids(&objects)).into_iter().map(|found| Some(found?.sole_writer.0));
-        left.collect::<Vec<_>>()
-    };
-    assert_eq!(left(&store), [None, None, None, Some(2), Some(2), Some(2)]);
+    let left = |store: &Store| store.get(&ids(&objects)).iter().map(Option::is_some).collect::<Vec<_>>();
+    assert_eq!(left(&store), [false, false, false, true, true, true]);
     assert!(store.lookup(&ids(&objects)).is_empty(), "what hangs on it is no prefix any more");
     // What it puts from now on is new.
     assert!(store.put(by(&objects[..1], one)).iter().all(Result::is_ok));
-    let after = [Some(1), None, None, Some(2), Some(2), Some(2)];
+    let after = [true, false, false, true, true, true];
     assert_eq!(left(&store), after);
     drop(store);
     drop_index(dir.path());
     assert_eq!(left(&open()), after, "nothing that was taken back comes back");
+}
+
+#[test]
+fn whether_bytes_are_stored_can_be_asked_under_any_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), small()).unwrap();
+    let objects = chain(0, 2, &LENS);
+    assert!(store.put(objects.clone()).iter().all(Result::is_ok));
+    let names = ids(&objects);
+    assert!(store.holds(&objects[1], &[id(77), names[1]]));
+    assert!(!store.holds(&objects[1], &names[..1]), "other bytes");
+    assert!(!store.holds(&objects[1], &[id(77)]));
+    let mut elsewhere = objects[1].clone();
+    elsewhere.id = id(77);
+    assert!(store.holds(&elsewhere, &names), "its own name says nothing");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use esker_prefix::{BlockHash, BlockObject, Chain, ObjectId, ObjectKind, StateObj
 use esker_store::{Found, PutObject, Store, TtlClass};
 
 use super::GenerateError;
+use crate::candidates::Gone;
 use crate::gate::{Inside, Refused};
 use crate::lookup::Tails;
 use crate::node::Engine;
@@ -132,13 +133,14 @@ impl<'a> Trail<'a> {
         let tails = Tails {
             namespace: self.engine.namespace,
             scope: &self.place.key,
+            sight: self.place.sight.clone(),
             block_tokens: self.engine.loaded.model.layout().block_tokens(),
             first_block: 0,
             from_block: if self.has_states() { 0 } else { blocks },
             tokens: prompt,
             below: prompt.len() as u64,
         };
-        tails.find(store, &self.hashes[..blocks], 1, |found| self.place.sight.sees(found)).pop()
+        tails.find(store, &self.hashes[..blocks], 1, |_| true).pop()
     }
 
     /// Takes the state at the last block boundary that the sequence has passed, if the model has states; not where it was put
@@ -204,13 +206,12 @@ impl<'a> Trail<'a> {
 
     /// Blocks that are stored and found here: the longest leading run.
     pub(super) fn blocks(&self, store: &Store, ids: &[ObjectId]) -> Vec<Found> {
-        store.lookup_while(ids, |found| self.place.sight.sees(found))
+        self.place.sight.run(store, self.engine.namespace, ids, |_| true)
     }
 
     /// Each of these, if it is stored and found here.
     pub(super) fn find(&self, store: &Store, ids: &[ObjectId]) -> Vec<Option<Found>> {
-        let all = store.get(ids).into_iter();
-        all.map(|found| found.filter(|found| self.place.sight.sees(found))).collect()
+        self.place.sight.find(store, self.engine.namespace, ids)
     }
 
     /// Held while something is stored here.
@@ -218,9 +219,10 @@ impl<'a> Trail<'a> {
         self.place.pass.enter()
     }
 
-    /// What was put with success is not the word of somebody else alone any more.
-    pub(super) fn vouch(&self, store: &Store, put: &[ObjectId]) -> Result<(), GenerateError> {
-        Ok(self.place.vouch(store, put)?)
+    /// Objects of this trail, with the places that they are to have.
+    pub(super) fn place(&self, store: &Store, objects: Vec<PutObject>) -> Vec<PutObject> {
+        let placed = self.place.sight.place(store, &self.place.peers, objects, &mut Gone::default());
+        placed.into_iter().map(|placed| placed.object).collect()
     }
 
     /// A dropped block leaves its children without a parent, so the rest of this trail is not worth offering.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use esker_decoder::{Logits, Sequence};
 use esker_prefix::{KvLayout, ObjectId, ObjectKind, TokenId};
-use esker_store::{FetchOrder, FetchRequest, PlaneSelection, PutOutcome, TtlClass};
+use esker_store::{FetchOrder, FetchRequest, Found, PlaneSelection, PutOutcome, TtlClass};
 
 use super::resume::Resumption;
 use super::trail::Trail;
@@ -117,13 +117,17 @@ pub(crate) fn warm(
     Ok(())
 }
 
-/// Tokens of the leading blocks of a prefix that are stored, and the names of the whole blocks.
-pub(crate) fn stored_tokens(node: &Node, engine: &Engine, prefix: &Prefix<'_>) -> (usize, Vec<ObjectId>) {
+/// The leading blocks of a prefix that are stored, and the names of all its whole blocks.
+pub(crate) fn stored_blocks(
+    node: &Node,
+    engine: &Engine,
+    prefix: &Prefix<'_>,
+) -> (Vec<Found>, Vec<ObjectId>) {
     let layout = engine.loaded.model.layout();
     let mut trail = Trail::new(engine, prefix.place, prefix.class);
     trail.extend(&prefix.tokens[..whole_tokens(layout, prefix.tokens.len())]);
     let ids = ids(&trail, ObjectKind::Block, prefix.tokens.len());
-    (trail.blocks(&node.store, &ids).len() * trail.block_tokens(), ids)
+    (trail.blocks(&node.store, &ids), ids)
 }
 
 /// Whether a prefix can be resumed at its very end. If so, it counts as used from now on.
@@ -159,13 +163,13 @@ fn put(node: &Node, trail: &mut Trail<'_>, sequence: &Sequence) -> Result<Option
     while let Some(object) = trail.next_object(sequence)? {
         objects.push(object);
     }
+    let objects = trail.place(&node.store, objects);
     let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
     let _inside = trail.enter()?;
     let outcomes = node.store.put(objects).into_iter().collect::<Result<Vec<_>, _>>()?;
     if outcomes.contains(&PutOutcome::Declined) {
         return Ok(None);
     }
-    trail.vouch(&node.store, &ids)?;
     let new = ids.into_iter().zip(outcomes).filter(|(_, outcome)| *outcome == PutOutcome::Stored);
     let new: Vec<ObjectId> = new.map(|(id, _)| id).collect();
     Ok(Some(node.store.get(&new).into_iter().flatten().map(|found| found.stored_bytes).sum()))

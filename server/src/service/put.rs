@@ -2,7 +2,7 @@
 
 mod names;
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -75,8 +75,6 @@ pub(super) struct Put {
     held: Arc<Held>,
     /// Of the object that was named last.
     last_name: Mutex<Option<(ObjectKind, u64, Name)>>,
-    /// What this put has sent to a scope of several tenants.
-    sent: Mutex<HashSet<ObjectId>>,
 }
 
 /// What a put may use, until its last batch is stored: also if the client has left by then.
@@ -123,7 +121,7 @@ impl Put {
         Ok(Self {
             node: node.clone(),
             namespace,
-            author: Arc::new(Author { principal: principal.clone(), place }),
+            author: Arc::new(Author::new(principal.clone(), place)),
             layout,
             prefix: named,
             class: ttl_class(ttl),
@@ -134,7 +132,6 @@ impl Put {
             object_bytes: object,
             held: Arc::new(Held { _in_flight: in_flight, more: OnceLock::new() }),
             last_name: Mutex::default(),
-            sent: Mutex::default(),
         })
     }
 
@@ -349,13 +346,12 @@ impl Put {
         }
         let named = objects.iter().map(|object| (object.object.id.kind, object.tokens)).collect();
         let objects: Vec<PutObject> = objects.into_iter().map(|object| object.object).collect();
-        let orphans = self.orphans(&objects);
         let (node, author, in_parts) = (self.node.clone(), Arc::clone(&self.author), self.in_parts);
         let (submitted, submitting) = oneshot::channel();
         let held = Arc::clone(&self.held);
         let storing = tokio::task::spawn_blocking(move || {
             let _held = held;
-            store(&node, &author, objects, &orphans, in_parts, submitted)
+            store(&node, &author, objects, in_parts, submitted)
         });
         commits.submitting = Some(submitting);
         let batch = UnderWay { named, bytes, storing, over: None };
@@ -375,29 +371,8 @@ impl Put {
     /// gets further when it is sent again.
     fn new_objects(&self, objects: &[Numbered]) -> usize {
         let ids: Vec<ObjectId> = objects.iter().map(|object| object.object.id).collect();
-        let found = self.node.store.get(&ids).into_iter().flatten();
-        ids.len() - found.filter(|found| self.author.place.sight.sees(found)).count()
-    }
-
-    /// Which of these continue what is not there for whoever puts them: the word of another tenant alone, which this put has not
-    /// said as well.
-    fn orphans(&self, objects: &[PutObject]) -> Vec<bool> {
-        let place = &self.author.place;
-        if !place.is_shared() {
-            return vec![false; objects.len()];
-        }
-        let parents: Vec<ObjectId> =
-            objects.iter().map(|object| object.parent.unwrap_or(object.id)).collect();
-        let hidden = place.hidden(&self.node.store, &parents);
-        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
-        let orphan = |((object, parent), hidden): ((&PutObject, &ObjectId), bool)| {
-            let orphan = hidden && object.parent.is_some() && !sent.contains(parent);
-            if !orphan {
-                sent.insert(object.id);
-            }
-            orphan
-        };
-        objects.iter().zip(&parents).zip(hidden).map(orphan).collect()
+        let found = self.author.place.sight.find(&self.node.store, self.namespace, &ids);
+        found.iter().filter(|found| found.is_none()).count()
     }
 
     async fn answer_all<R>(&self, commits: &mut Commits, answers: &Answers<'_, R>) -> Result<(), Status> {
@@ -567,7 +542,6 @@ fn store(
     node: &Node,
     author: &Arc<Author>,
     objects: Vec<PutObject>,
-    orphans: &[bool],
     in_parts: bool,
     submitted: oneshot::Sender<()>,
 ) -> Stored {
@@ -575,22 +549,10 @@ fn store(
     let may_wait = |object: &&PutObject| in_parts || object.id.kind == ObjectKind::State;
     let kept: Vec<Option<PutObject>> = objects.iter().map(|o| Some(o).filter(may_wait).cloned()).collect();
     let ids: Vec<ObjectId> = objects.iter().map(|object| object.id).collect();
-    let missing = |(object, orphan): (&PutObject, &bool)| {
-        let parent = object.parent.filter(|_| *orphan)?;
-        Some(StoreError::MissingParent { id: object.id, parent })
-    };
-    let missing: Vec<Option<StoreError>> = objects.iter().zip(orphans).map(missing).collect();
-    let objects = objects.into_iter().zip(orphans).filter(|(_, orphan)| !**orphan);
-    let under_way = node.store.submit(objects.map(|(object, _)| object).collect());
+    let under_way = author.submit(node, objects);
     // Nobody listens any more if this fails.
     let _ = submitted.send(());
-    let mut known = under_way.wait().into_iter();
-    let one = |missing: Option<StoreError>| match missing {
-        Some(missing) => Err(missing),
-        None => known.next().unwrap_or(Err(StoreError::Closed)),
-    };
-    let mut results: Vec<Result<PutOutcome, StoreError>> = missing.into_iter().map(one).collect();
-    author.account(node, &ids, &mut results);
+    let results = author.wait(node, under_way);
     let stored = ids.iter().zip(&results).filter(|(_, result)| result.is_ok()).map(|(id, _)| *id);
     node.staging.follow(node, stored);
     let settle = |(result, kept): (Result<PutOutcome, StoreError>, Option<PutObject>)| match (result, kept) {
@@ -598,8 +560,7 @@ fn store(
             let parent = object.parent;
             node.staging.park(author, object, Instant::now()).map_err(|_| error)?;
             // It may have come between the two.
-            let come = parent.filter(|parent| node.store.get(&[*parent]).iter().any(Option::is_some));
-            node.staging.follow(node, come);
+            node.staging.follow(node, parent);
             Ok(None)
         }
         (result, _) => result.map(Some),

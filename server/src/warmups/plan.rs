@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use esker_prefix::ObjectKind;
 
-use crate::generate::{Prefix, stored_tokens};
+use crate::generate::{Prefix, stored_blocks};
 use crate::node::{Engine, Node};
 use crate::service::ttl_class;
 use crate::writers::Place;
@@ -29,19 +29,17 @@ pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, place:
     let block_tokens = u64::from(layout.block_tokens());
     let mut plan = Plan::default();
     let mut planned = HashSet::new();
-    let (mut stored_bytes, mut stored_blocks) = (0_u64, 0);
+    let (mut last_bytes, mut last_blocks) = (0_u64, 0);
     let (mut new_blocks, mut new_states) = (0, 0);
     for prompt in &submission.prompts {
         let prefix = Prefix { tokens: prompt, place, class: ttl_class(submission.ttl) };
-        let (stored, ids) = stored_tokens(node, engine, &prefix);
-        let stored = stored as u64 / block_tokens;
+        let (stored, ids) = stored_blocks(node, engine, &prefix);
         // The last block that is there tells best what those after it will take.
-        let last = usize::try_from(stored).ok().and_then(|stored| ids.get(stored.checked_sub(1)?));
-        if let Some(found) = last.and_then(|&id| node.store.get(&[id]).pop().flatten()) {
-            stored_bytes += found.stored_bytes;
-            stored_blocks += 1;
+        if let Some(found) = stored.last() {
+            last_bytes += found.stored_bytes;
+            last_blocks += 1;
         }
-        let new = ids.iter().skip(usize::try_from(stored).unwrap_or(usize::MAX));
+        let new = ids.iter().skip(stored.len());
         let new = new.filter(|id| planned.insert(id.hash)).count() as u64;
         plan.tokens += ids.len() as u64 * block_tokens;
         plan.new += new * block_tokens;
@@ -50,7 +48,7 @@ pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, place:
     }
     plan.cached = plan.tokens - plan.new;
     let block_bytes =
-        stored_bytes.checked_div(stored_blocks).unwrap_or_else(|| layout.object_bytes(ObjectKind::Block));
+        last_bytes.checked_div(last_blocks).unwrap_or_else(|| layout.object_bytes(ObjectKind::Block));
     plan.new_bytes =
         new_blocks * block_bytes + new_states * layout.object_bytes_at(ObjectKind::State, block_tokens);
     plan

@@ -320,15 +320,14 @@ fn an_index_that_cannot_be_read_to_its_end_is_built_anew_at_once() {
     assert_eq!(fetch(&store, all(found)).into_iter().filter(Result::is_ok).count(), 30);
 }
 
-/// Whichever block of the index is bad, whatever it holds: entries, segments, their use, hits, who vouched.
+/// Whichever block of the index is bad, whatever it holds: entries, segments, their use, hits.
 #[test]
 fn one_bad_block_of_the_index_never_keeps_a_store_from_opening() {
-    const VOUCHED: u64 = 1000;
+    const STORED: u64 = 1000;
     let dir = tempfile::tempdir().unwrap();
-    let ids: Vec<_> = (0..VOUCHED).map(id).collect();
+    let ids: Vec<_> = (0..STORED).map(id).collect();
     let store = Store::open(dir.path(), settings()).unwrap();
-    assert!(store.put((0..VOUCHED).map(|n| object(n, n, &[100])).collect()).iter().all(Result::is_ok));
-    store.vouch(&ids).unwrap();
+    assert!(store.put((0..STORED).map(|n| object(n, n, &[100])).collect()).iter().all(Result::is_ok));
     drop(store.fetch(all(store.lookup(&ids[..1]))));
     store.close().unwrap();
     // Opening turns the log into a table.
@@ -346,7 +345,7 @@ fn one_bad_block_of_the_index_never_keeps_a_store_from_opening() {
             assert!(!copy.path().join(crate::index::DAMAGED_MARK).exists(), "a check changes nothing");
             let store = Store::open(copy.path(), settings()).unwrap();
             assert_eq!(store.lookup(&ids[..1]).len(), 1);
-            assert_eq!(store.get(&ids).iter().flatten().count() as u64, VOUCHED, "byte {offset}");
+            assert_eq!(store.get(&ids).iter().flatten().count() as u64, STORED, "byte {offset}");
             // What a check finds an opening mends, and the other way round.
             assert_eq!(
                 report.index_error.is_some(),
