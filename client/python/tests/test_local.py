@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 import esker
-from esker import Kind, Object, Outcome
+from esker import Kind, Object, Outcome, buffers
+from esker.buffers import Ended
 from esker.chunks import ChunkStore
 from esker.connectors.identity import identity
 from esker.local import Arena, PutRoom
@@ -158,16 +159,72 @@ def test_errors_say_what_to_do(local: tuple[Node, str]) -> None:
 
 
 def test_the_put_area_is_a_ring() -> None:
-    room = PutRoom(1000, 1000 + 10 * 4096)
-    room.begin()
+    area = memoryview(bytearray(1000 + 10 * 4096))
+    room = PutRoom(area, 1000, 1000 + 10 * 4096)
     places = [room.place(3 * 4096 - 100) for _ in range(3)]
     assert all(b - a >= 3 * 4096 - 100 for a, b in zip(places, places[1:])) and places[-1] + 3 * 4096 - 100 <= 1000 + 10 * 4096
     assert room._fits(3 * 4096) is None
     room.free(1)
     assert room.place(2 * 4096) == 1000
+    room.write(1000, [b"ab", [b"c", b"d"]])
+    assert area[1000:1004] == b"abcd"
     room.close()
-    with pytest.raises(esker.Unreachable):
+    with pytest.raises(Ended):
         room.place(1)
+    with pytest.raises(Ended):
+        room.write(1000, [b"xxxx"])
+    assert area[1000:1004] == b"abcd"
+
+
+def test_a_writer_that_is_late_writes_nothing_into_the_puts_that_follow(
+    local: tuple[Node, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = esker.Client(local[1])
+    namespace = register(client)
+    goes_on, is_through = threading.Event(), threading.Event()
+    first = threading.Lock()
+
+    def copy(into: memoryview, data: memoryview) -> None:
+        if first.acquire(blocking=False):
+            goes_on.wait(2)
+        buffers.copy(into, data)
+
+    def late() -> Iterator[Object]:
+        try:
+            yield from blocks(DSA, 1, salt=1)
+        finally:
+            is_through.set()
+
+    def following() -> Iterator[Object]:
+        yield from blocks(DSA, 1, salt=2)
+        # It is written and not announced yet.
+        goes_on.set()
+        is_through.wait(5)
+
+    monkeypatch.setattr("esker.local.copy", copy)
+    with pytest.raises(esker.DeadlineExceeded):
+        client.put(namespace, late(), tokens=range(128), timeout_s=0.3)
+    # Two puts may be under way at a time: the second from here comes where the late one was.
+    assert client.put(namespace, blocks(DSA, 1, salt=3), tokens=range(1, 129))[0].stored
+    tokens = range(2, 131)
+    assert client.put(namespace, following(), tokens=tokens)[0].stored
+    fetched = client.fetch(namespace, client.lookup(namespace, tokens).grant)
+    planes = fetched.objects[Kind.BLOCK, 128]
+    assert [bytes(planes[at]) for at in sorted(planes)] == fill(DSA, Kind.BLOCK, 128, salt=2)
+
+
+def test_a_room_of_the_put_area_is_closed_for_good(local: tuple[Node, str]) -> None:
+    arena = Arena(local[1].removeprefix("unix:"))
+    with arena.room() as room:
+        at = room.place(100)
+    # The second of these has the same memory.
+    for _ in range(2):
+        with arena.room():
+            with pytest.raises(Ended):
+                room.place(100)
+            with pytest.raises(Ended):
+                room.write(at, [b"late"])
+    arena.close()
 
 
 def _quiet(work):  # type: ignore[no-untyped-def]

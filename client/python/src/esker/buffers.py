@@ -4,9 +4,13 @@ the CPU becomes a flat view of bytes. Nothing is copied.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Iterable, Sequence
-from typing import Any, Union
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar, Union
+
+_T = TypeVar("_T")
 
 #: What is accepted as memory: an object with the buffer protocol, a torch tensor, or several of them, filled one after another.
 Buffer = Any
@@ -56,6 +60,41 @@ def _tensor(tensor: Any) -> Any:
 
     # As bytes: numpy has no bfloat16 or FP8.
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+class Ended(Exception):
+    """The call is over: what was lent to it is not looked at any more."""
+
+
+class Lent:
+    """Memory that one call may use until :meth:`end`. What a put sends is read by a thread of gRPC, which may still be at it when the
+    node has ended the call and the caller wants its memory back."""
+
+    def __init__(self) -> None:
+        self._using = threading.Lock()
+        self._ended = False
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """For as long as one copy takes; :class:`Ended` if the call is over."""
+        with self._using:
+            if self._ended:
+                raise Ended
+            yield
+
+    def each(self, made: Iterator[_T]) -> Iterator[_T]:
+        """What is made from the memory, one at a time."""
+        while True:
+            with self.using():
+                one = next(made, None)
+            if one is None:
+                return
+            yield one
+
+    def end(self) -> None:
+        """Waits for the copy that is being made; there is none after this."""
+        with self._using:
+            self._ended = True
 
 
 class Scatter:

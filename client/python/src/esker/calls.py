@@ -8,7 +8,7 @@ from typing import Any, Union
 
 from . import answers
 from .answers import Durability, Fetched, Found, Missing, Namespace, Order, Scope, Ttl
-from .buffers import Buffer, Buffers, Scatter, flat, pieces
+from .buffers import Buffer, Buffers, Lent, Scatter, flat, pieces
 from .errors import ProtocolError
 from .layout import Kind, Layout, Plane
 from .wire import MAX_MESSAGE_BYTES, PlaneChunk, has_message, message, message_class, put_chunks, read_fetch_reply
@@ -337,12 +337,13 @@ def put(
     scope: Scope,
     ttl: Ttl,
     durability: Durability,
+    lent: Lent,
 ) -> Iterator[bytes]:
-    """Messages of Put, made as they are sent."""
+    """Messages of Put, made as they are sent, for as long as the objects are lent."""
     prefix = put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
     yield message("PutRequest", prefix=prefix).SerializeToString()
     for object in objects:
-        yield from object_chunks(namespace.layout, object)
+        yield from lent.each(object_chunks(namespace.layout, object))
 
 
 def object_chunks(layout: Layout, object: Object) -> Iterator[bytes]:

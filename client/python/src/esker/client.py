@@ -34,6 +34,7 @@ from .answers import (
     WarmupJob,
     WriteTokens,
 )
+from .buffers import Ended, Lent
 from .calls import Into, Method, Object, Question
 from .credentials import Credentials
 from .errors import ClientClosed, EskerError, LimitReached, NodeFailed, NotFound, from_rpc
@@ -195,13 +196,16 @@ class Client:
         if arena is not None and max(map(namespace.layout.object_bytes, Kind)) <= arena.largest_object:
             prefix = calls.put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
             return self._put_local(arena, namespace.layout, prefix, objects, timeout_s)
-        requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability)
+        lent = Lent()
+        requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability, lent)
         failed: list[Exception] = []
 
         def sent() -> Iterator[bytes]:
             # gRPC runs this on a thread of its own and would swallow what it raises.
             try:
                 yield from requests
+            except Ended:
+                pass
             except Exception as error:
                 failed.append(error)
                 raise
@@ -213,6 +217,8 @@ class Client:
             if failed:
                 raise failed[0] from None
             raise from_rpc(error, self.address) from error
+        finally:
+            lent.end()
 
     def release(self, grant: bytes, timeout_s: float | None = None) -> None:
         """Gives a grant up: nothing was used."""
@@ -457,10 +463,12 @@ class Client:
                             f"memory at once ({arena.largest_object}): keep the state at a block boundary"
                         )
                     at = room.place(length)
-                    arena.write(at, planes)
+                    room.write(at, planes)
                     some.append(message("LocalObject", kind=int(object.kind), tokens=object.tokens, at=at, bytes=length))
                     some_bytes += length
                 yield from _announced(some, arena.together)
+            except Ended:
+                pass
             except Exception as error:
                 failed.append(error)
                 raise

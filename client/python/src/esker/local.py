@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .buffers import Buffers, copy, pieces
+from .buffers import Buffers, Ended, Lent, copy, pieces
 from .errors import LimitReached, ProtocolError, Unreachable
 from .wire import MAX_MESSAGE_BYTES, PlaneChunk, message, message_class
 
@@ -56,11 +56,11 @@ class Arena:
         self._slots_at = attached.slots_at
         # Two puts at a time, each with half of the put area: while the node takes the one to the drive, the other is filled.
         middle = attached.put_at + (attached.arena_bytes - attached.put_at) // (2 * _ALIGN) * _ALIGN
-        halves = [PutRoom(attached.put_at, middle), PutRoom(middle, attached.arena_bytes)]
-        self.largest_object = min(half.largest for half in halves)
-        self._rooms: queue.SimpleQueue[PutRoom] = queue.SimpleQueue()
+        halves = [(attached.put_at, middle), (middle, attached.arena_bytes)]
+        self.largest_object = min(end - start for start, end in halves)
+        self._halves: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         for half in halves:
-            self._rooms.put(half)
+            self._halves.put(half)
 
     def _attached(self) -> tuple[Any, int]:
         head, descriptors, _, _ = socket.recv_fds(self._socket, 4, 1)
@@ -103,22 +103,15 @@ class Arena:
     def room(self) -> Iterator[PutRoom]:
         """A part of the put area, for one put alone; waits for one."""
         try:
-            room = self._rooms.get(timeout=ROOM_TIMEOUT_S)
+            half = self._halves.get(timeout=ROOM_TIMEOUT_S)
         except queue.Empty:
             raise LimitReached("other puts of this client hold the whole put area") from None
-        room.begin()
+        room = PutRoom(self._view, *half)
         try:
             yield room
         finally:
             room.close()
-            self._rooms.put(room)
-
-    def write(self, at: int, buffers: Sequence[Buffers]) -> None:
-        """Copies planes into the put area."""
-        for plane in buffers:
-            for piece in pieces(plane):
-                copy(self._view[at : at + len(piece)], piece)
-                at += len(piece)
+            self._halves.put(half)
 
     def close(self) -> None:
         """Gives the arena back. Its memory is unmapped with the last call that still looks at it."""
@@ -126,25 +119,19 @@ class Arena:
 
 
 class PutRoom:
-    """The put area as a ring: objects are placed in order and their places are free again in the same order."""
+    """What one put has of the put area, as a ring: objects are placed in order and their places are free again in the same order.
 
-    def __init__(self, start: int, end: int) -> None:
+    Each put has a new one: a thread that is late with an old one finds it closed, whoever has the memory now.
+    """
+
+    def __init__(self, arena: memoryview, start: int, end: int) -> None:
+        self._arena = arena
         self._start = start
         self._end = end
+        self._lent = Lent()
         self._placed: collections.deque[tuple[int, int]] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest object."""
-        return self._end - self._start
-
-    def begin(self) -> None:
-        """A new put: nothing is placed."""
-        with self._changed:
-            self._placed.clear()
-            self._closed = False
 
     def has_room(self, length: int) -> bool:
         """Whether :meth:`place` would not wait."""
@@ -152,16 +139,24 @@ class PutRoom:
             return self._closed or self._fits(length) is not None
 
     def place(self, length: int) -> int:
-        """Where an object of this length may be written; waits for room."""
+        """Where an object of this length may be written; waits for room. :class:`Ended` if the put is over."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._closed or self._fits(length) is not None, ROOM_TIMEOUT_S):
                 raise LimitReached("the node does not take objects out of the put area")
             if self._closed:
-                raise Unreachable("the put has ended")
+                raise Ended
             at = self._fits(length)
             assert at is not None
             self._placed.append((at, length))
             return at
+
+    def write(self, at: int, planes: Sequence[Buffers]) -> None:
+        """Copies planes to their place. :class:`Ended` if the put is over."""
+        with self._lent.using():
+            for plane in planes:
+                for piece in pieces(plane):
+                    copy(self._arena[at : at + len(piece)], piece)
+                    at += len(piece)
 
     def _fits(self, length: int) -> int | None:
         if not self._placed:
@@ -183,10 +178,11 @@ class PutRoom:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """The put has ended: nobody waits any more."""
+        """The put has ended: nobody waits any more, and nothing is written any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._lent.end()
 
 
 class Requests:
