@@ -7,6 +7,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -115,6 +116,57 @@ def test_a_restarted_node_hands_out_a_new_arena(local: tuple[Node, str]) -> None
     assert within(20, lambda: chunks.get(keys, {0: memory})[0]) and memory == data[0]
     node.kill()
     assert not chunks.get(keys, {0: memory})[0] and not chunks.put([os.urandom(32)], data)[0]
+
+
+def test_a_call_that_fails_leaves_the_others_their_arena(local: tuple[Node, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    client = esker.Client(local[1])
+    namespace = register(client)
+    tokens = range(2000)
+    client.put(namespace, blocks(DSA, 15), tokens=tokens)
+    chunks = ChunkStore(client, identity("test", "one", "", {}), "test", 1 << 20)
+    keys, data = [os.urandom(32) for _ in range(96)], {at: os.urandom(1 << 20) for at in range(96)}
+    assert all(chunks.put(keys, data).values())
+    has_begun, goes_on = threading.Event(), threading.Event()
+    read = Arena.read
+
+    def slow(arena: Arena, filled: object, take: object) -> None:
+        has_begun.set()
+        goes_on.wait(20)
+        read(arena, filled, take)
+
+    def overdue() -> Iterator[Object]:
+        yield from blocks(DSA, 1)
+        threading.Event().wait(1)
+
+    memory = {at: bytearray(1 << 20) for at in range(96)}
+    with ThreadPoolExecutor(1) as threads:
+        with monkeypatch.context() as patched:
+            patched.setattr(Arena, "read", slow)
+            # More than fits in the arena: the node waits for the thread before it can go on.
+            loading = threads.submit(chunks.get, keys, memory)
+            assert has_begun.wait(10)
+        with pytest.raises(esker.DeadlineExceeded):
+            client.put(namespace, overdue(), tokens=range(5000, 5200), timeout_s=0.3)
+        with pytest.raises(esker.NotFound):
+            client.fetch(namespace, os.urandom(16))
+        found = client.lookup(namespace, tokens)
+        assert client.fetch(namespace, found.grant).usable_tokens == 15 * 128
+        goes_on.set()
+        assert all(loading.result().values()) and memory == data
+
+
+def test_an_arena_is_given_back_with_its_last_call(local: tuple[Node, str]) -> None:
+    arenas = [Arena(local[1].removeprefix("unix:")) for _ in range(8)]
+    with pytest.raises(esker.LimitReached):
+        Arena(local[1].removeprefix("unix:"))
+    with arenas[0].used():
+        with arenas[0].used():
+            arenas[0].close()
+        with pytest.raises(esker.LimitReached):
+            Arena(local[1].removeprefix("unix:"))
+    within(10, lambda: _quiet(lambda: Arena(local[1].removeprefix("unix:")))).close()
+    for arena in arenas[1:]:
+        arena.close()
 
 
 def test_damage_is_missing_here_too(local: tuple[Node, str]) -> None:

@@ -37,7 +37,7 @@ from .answers import (
 from .buffers import Ended, Lent
 from .calls import Into, Method, Object, Question
 from .credentials import Credentials
-from .errors import ClientClosed, EskerError, LimitReached, NodeFailed, NotFound, from_rpc
+from .errors import ClientClosed, EskerError, LimitReached, NotFound, Unreachable, from_rpc
 from .layout import Kind, Layout
 from .local import Arena, PutRoom, Requests
 from .wire import message
@@ -107,7 +107,8 @@ class Client:
     def close(self) -> None:
         """Closes the connection; calls in flight end with an error, later ones with :class:`ClientClosed`."""
         self._closed = True
-        self._detach()
+        if (arena := self._arena) is not None:
+            self._detach(arena)
         self._channel.close()
 
     # The prefix cache
@@ -400,13 +401,18 @@ class Client:
                     self._attach_after = time.monotonic() + ATTACH_AGAIN_S
             return self._arena
 
-    def _detach(self) -> None:
+    def _detach(self, arena: Arena) -> None:
+        """The next call asks for another arena; those that use this one go on."""
         with self._attaching:
-            arena, self._arena = self._arena, None
-        if arena is not None:
-            arena.close()
+            if self._arena is arena:
+                self._arena = None
+        arena.close()
 
     def _fetch_local(self, arena: Arena, receiver: calls.Receiver, request: Any, timeout_s: float | None) -> Fetched:
+        with arena.used():
+            return self._fetch_in(arena, receiver, request, timeout_s)
+
+    def _fetch_in(self, arena: Arena, receiver: calls.Receiver, request: Any, timeout_s: float | None) -> Fetched:
         requests = Requests(message("FetchLocalStart", arena=arena.id, fetch=request, together=arena.together))
         replies = self._stub(calls.FETCH_LOCAL, "stream_stream")(iter(requests), **self._how(timeout_s))
         try:
@@ -421,7 +427,7 @@ class Client:
                     if receiver.done:
                         break
         except grpc.RpcError as error:
-            raise self._failed_local(error) from error
+            raise self._failed_local(arena, error) from error
         finally:
             requests.end()
             replies.cancel()
@@ -430,7 +436,7 @@ class Client:
     def _put_local(
         self, arena: Arena, layout: Layout, prefix: Any, objects: Iterable[Object], timeout_s: float | None
     ) -> list[Put]:
-        with arena.room() as room:
+        with arena.used(), arena.room() as room:
             return self._put_in(arena, room, layout, prefix, objects, timeout_s)
 
     def _put_in(
@@ -487,14 +493,14 @@ class Client:
         except grpc.RpcError as error:
             if failed:
                 raise failed[0] from None
-            raise self._failed_local(error) from error
+            raise self._failed_local(arena, error) from error
         return results
 
-    def _failed_local(self, error: grpc.RpcError) -> EskerError:
-        """A node that started anew does not know the arena: the next call asks for another."""
+    def _failed_local(self, arena: Arena, error: grpc.RpcError) -> EskerError:
+        """A node that started anew does not know the arena. All else that fails a call leaves it as it is."""
         failed = from_rpc(error, self.address)
-        if failed.retry or isinstance(failed, (NotFound, NodeFailed)):
-            self._detach()
+        if isinstance(failed, (NotFound, Unreachable)):
+            self._detach(arena)
         return failed
 
     def _is_local(self) -> bool:

@@ -29,7 +29,7 @@ _ALIGN = 4096
 
 
 class Arena:
-    """Shared memory of one client, for as long as its socket is open."""
+    """Shared memory of one client, for as long as its socket is open: until it is closed and the last call that uses it has ended."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -48,6 +48,9 @@ class Arena:
         finally:
             socket.close(descriptor)
         self._view = memoryview(self._memory)
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._closed = False
         self.id: bytes = attached.arena
         #: Whether the node takes several objects, and gives several results, in one message.
         self.together: bool = attached.together
@@ -85,6 +88,20 @@ class Arena:
                 raise ProtocolError("the node closed the arena socket before it handed one out")
             into += more
 
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """One call: as long as it lasts the node keeps the arena."""
+        with self._lock:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                is_over = self._closed and self._calls == 0
+            if is_over:
+                self._socket.close()
+
     def read(self, filled: Any, take: Any) -> None:
         """Gives each part of a filled slot to ``take``, and makes sure afterwards that it still was what was promised."""
         if filled.slot >= self._slots:
@@ -114,8 +131,12 @@ class Arena:
             self._halves.put(half)
 
     def close(self) -> None:
-        """Gives the arena back. Its memory is unmapped with the last call that still looks at it."""
-        self._socket.close()
+        """Gives the arena back when the last call that uses it has ended."""
+        with self._lock:
+            self._closed = True
+            is_over = self._calls == 0
+        if is_over:
+            self._socket.close()
 
 
 class PutRoom:
