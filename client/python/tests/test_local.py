@@ -6,6 +6,7 @@ import asyncio
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -136,7 +137,7 @@ def test_a_call_that_fails_leaves_the_others_their_arena(local: tuple[Node, str]
 
     def overdue() -> Iterator[Object]:
         yield from blocks(DSA, 1)
-        threading.Event().wait(1)
+        time.sleep(1)
 
     memory = {at: bytearray(1 << 20) for at in range(96)}
     with ThreadPoolExecutor(1) as threads:
@@ -265,10 +266,32 @@ def test_a_writer_that_is_late_writes_nothing_into_the_puts_that_follow(
     assert [bytes(planes[at]) for at in sorted(planes)] == fill(DSA, Kind.BLOCK, 128, salt=2)
 
 
+def test_memory_that_the_node_may_still_read_is_not_written_again(local: tuple[Node, str]) -> None:
+    client = esker.Client(local[1])
+    namespace = register(client)
+    tokens = range(400)
+    assert client.put(namespace, blocks(DSA, 1), tokens=tokens)[0].stored
+    arena = client._arena
+
+    def overdue() -> Iterator[Object]:
+        yield from blocks(DSA, 2)
+        time.sleep(1)
+
+    # Of a call that the node ended with an answer the node wants nothing more.
+    with pytest.raises(esker.InvalidRequest):
+        client.put(namespace, blocks(DSA, 9), tokens=tokens)
+    assert client.put(namespace, blocks(DSA, 2), tokens=tokens)[1].stored and client._arena is arena
+    # Of one that ended at this side it may.
+    with pytest.raises(esker.DeadlineExceeded):
+        client.put(namespace, overdue(), tokens=tokens, timeout_s=0.3)
+    assert client.put(namespace, blocks(DSA, 3), tokens=tokens)[2].stored and client._arena is not arena
+
+
 def test_a_room_of_the_put_area_is_closed_for_good(local: tuple[Node, str]) -> None:
     arena = Arena(local[1].removeprefix("unix:"))
     with arena.room() as room:
         at = room.place(100)
+        room.free(1)
     # The second of these has the same memory.
     for _ in range(2):
         with arena.room():

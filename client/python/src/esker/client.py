@@ -37,7 +37,7 @@ from .answers import (
 from .buffers import Ended, Lent
 from .calls import Into, Method, Object, Question
 from .credentials import Credentials
-from .errors import ClientClosed, EskerError, LimitReached, NotFound, Unreachable, from_rpc
+from .errors import ClientClosed, DeadlineExceeded, EskerError, LimitReached, NodeFailed, NotFound, Unreachable, from_rpc
 from .layout import Kind, Layout
 from .local import Arena, PutRoom, Requests
 from .wire import message
@@ -52,6 +52,8 @@ ATTACH_AGAIN_S = 30.0
 FIRST_ANNOUNCE_BYTES = 2 << 20
 ANNOUNCE_BYTES = 8 << 20
 MAX_ANNOUNCED = 1024
+#: Errors that gRPC may have made at this side, so that they do not say that the node has ended the call.
+_OF_EITHER_SIDE = (DeadlineExceeded, NodeFailed, Unreachable)
 
 
 def _announced(objects: list[Any], together: bool) -> Iterator[Any]:
@@ -436,8 +438,12 @@ class Client:
     def _put_local(
         self, arena: Arena, layout: Layout, prefix: Any, objects: Iterable[Object], timeout_s: float | None
     ) -> list[Put]:
-        with arena.used(), arena.room() as room:
-            return self._put_in(arena, room, layout, prefix, objects, timeout_s)
+        try:
+            with arena.used(), arena.room() as room:
+                return self._put_in(arena, room, layout, prefix, objects, timeout_s)
+        finally:
+            if arena.is_spent:
+                self._detach(arena)
 
     def _put_in(
         self,
@@ -493,7 +499,10 @@ class Client:
         except grpc.RpcError as error:
             if failed:
                 raise failed[0] from None
-            raise self._failed_local(arena, error) from error
+            ended = self._failed_local(arena, error)
+            if not isinstance(ended, _OF_EITHER_SIDE):
+                room.free_all()
+            raise ended from error
         return results
 
     def _failed_local(self, arena: Arena, error: grpc.RpcError) -> EskerError:

@@ -51,6 +51,8 @@ class Arena:
         self._lock = threading.Lock()
         self._calls = 0
         self._closed = False
+        #: Whether a part of the put area is lost, as the node may still read it.
+        self.is_spent = False
         self.id: bytes = attached.arena
         #: Whether the node takes several objects, and gives several results, in one message.
         self.together: bool = attached.together
@@ -128,7 +130,10 @@ class Arena:
             yield room
         finally:
             room.close()
-            self._halves.put(half)
+            if room.is_free:
+                self._halves.put(half)
+            else:
+                self.is_spent = True
 
     def close(self) -> None:
         """Gives the arena back when the last call that uses it has ended."""
@@ -197,6 +202,16 @@ class PutRoom:
             for _ in range(min(objects, len(self._placed))):
                 self._placed.popleft()
             self._changed.notify_all()
+
+    def free_all(self) -> None:
+        """The node has ended the put: it takes nothing more."""
+        self.free(len(self._placed))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the node is through with it. Where this side ended the call, the node may be about to take what was announced."""
+        with self._changed:
+            return not self._placed
 
     def close(self) -> None:
         """The put has ended: nobody waits any more, and nothing is written any more."""
