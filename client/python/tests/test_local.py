@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import esker
-from esker import Kind, Object, Outcome, buffers
+from esker import Kind, Object, Outcome, buffers, calls
 from esker.buffers import Ended
 from esker.chunks import ChunkStore
 from esker.connectors.identity import identity
@@ -195,6 +195,78 @@ def test_asyncio_takes_the_same_path(local: tuple[Node, str]) -> None:
             memory = bytearray(4 * DSA.object_bytes(Kind.BLOCK))
             assert (await client.fetch(namespace, found.grant, into=memory)).usable_tokens == 512
             assert memory[-64:] == fill(DSA, Kind.BLOCK, 512)[1][-64:]
+
+    asyncio.run(work())
+
+
+def test_a_cancelled_fetch_writes_nothing_any_more(local: tuple[Node, str]) -> None:
+    has_begun = threading.Event()
+    memory = bytearray(4 * DSA.object_bytes(Kind.BLOCK))
+    planes = [spec.len_bytes for spec in DSA.planes(Kind.BLOCK)]
+
+    def slow(kind: Kind, tokens: int, plane: int) -> memoryview:
+        has_begun.set()
+        time.sleep(0.2)
+        at = (tokens // 128 - 1) * sum(planes) + sum(planes[:plane])
+        return memoryview(memory)[at : at + planes[plane]]
+
+    async def work() -> None:
+        async with esker.AsyncClient(local[1]) as client:
+            namespace = await client.register_namespace(weights=b"w" * 32, tokenizer=b"t" * 32, layout=DSA)
+            tokens = list(range(600))
+            await client.put(namespace, blocks(DSA, 4), tokens=tokens)
+            found = await client.lookup(namespace, tokens)
+            fetching = asyncio.ensure_future(client.fetch(namespace, found.grant, into=slow))
+            while not has_begun.is_set():
+                await asyncio.sleep(0.01)
+            # Also where it is cancelled again while it ends.
+            for _ in range(2):
+                fetching.cancel()
+                await asyncio.sleep(0)
+            with pytest.raises(asyncio.CancelledError):
+                await fetching
+            memory[:] = bytes(len(memory))
+            await asyncio.sleep(1)
+            assert not any(memory)
+            # Nothing of it is in the way of the next one.
+            assert (await client.fetch(namespace, found.grant)).usable_tokens == 512
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("through", ["shared memory", "gRPC"])
+def test_a_cancelled_put_reads_nothing_any_more(
+    local: tuple[Node, str], through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun = threading.Event()
+    reads: list[float] = []
+
+    def slow(read):  # type: ignore[no-untyped-def]
+        def slowly(*arguments):  # type: ignore[no-untyped-def]
+            has_begun.set()
+            time.sleep(0.3)
+            reads.append(time.monotonic())
+            return read(*arguments)
+
+        return slowly
+
+    if through == "gRPC":
+        monkeypatch.setattr("esker.calls.put_chunks", slow(calls.put_chunks))
+    else:
+        monkeypatch.setattr("esker.local.copy", slow(buffers.copy))
+
+    async def work() -> None:
+        async with esker.AsyncClient(local[1] if through == "shared memory" else local[0].address) as client:
+            namespace = await client.register_namespace(weights=b"w" * 32, tokenizer=b"t" * 32, layout=DSA)
+            putting = asyncio.ensure_future(client.put(namespace, blocks(DSA, 4), tokens=list(range(600))))
+            while not has_begun.is_set():
+                await asyncio.sleep(0.01)
+            putting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await putting
+            ended = time.monotonic()
+            await asyncio.sleep(1)
+            assert max(reads) <= ended
 
     asyncio.run(work())
 

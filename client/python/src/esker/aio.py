@@ -7,7 +7,8 @@ comes back.
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
+import contextvars
 import types
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ from .client import DEFAULT_TIMEOUT_S, Client, local_path
 from .credentials import Credentials
 from .errors import ClientClosed, from_rpc
 from .layout import Layout
+from .stop import STOP, Stop
 from .wire import message
 
 #: Puts, and fetches through shared memory, that are under way at a time; more of them wait.
@@ -372,10 +374,25 @@ class AsyncClient:
     # How calls are made
 
     async def _on_thread(self, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-        loop = asyncio.get_running_loop()
         if self._closed:
             raise ClientClosed(self.address)
-        return await loop.run_in_executor(self._threads, functools.partial(call, *arguments, **options))
+        stop = Stop()
+
+        def work() -> _T:
+            STOP.set(stop)
+            return call(*arguments, **options)
+
+        running = self._threads.submit(contextvars.copy_context().run, work)
+        waiting = asyncio.wrap_future(running)
+        try:
+            await asyncio.wait([waiting])
+        except asyncio.CancelledError:
+            # The thread uses the caller's memory, which is the caller's again when this raises.
+            if not running.cancel():
+                stop.set()
+            await _over(waiting)
+            raise
+        return waiting.result()
 
     def _stub(self, method: Method, shape: str) -> Any:
         if self._closed:
@@ -406,3 +423,12 @@ class AsyncClient:
             raise from_rpc(error, self.address) from error
         finally:
             replies.cancel()
+
+
+async def _over(waiting: asyncio.Future[Any]) -> None:
+    """Waits for the end, whatever it is, and however often the task is cancelled meanwhile."""
+    while not waiting.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([waiting])
+    if not waiting.cancelled():
+        waiting.exception()

@@ -40,6 +40,7 @@ from .credentials import Credentials
 from .errors import ClientClosed, DeadlineExceeded, EskerError, LimitReached, NodeFailed, NotFound, Unreachable, from_rpc
 from .layout import Kind, Layout
 from .local import Arena, PutRoom, Requests
+from .stop import STOP
 from .wire import message
 
 #: How long a call may take unless it says otherwise, in seconds.
@@ -213,9 +214,8 @@ class Client:
                 failed.append(error)
                 raise
 
-        stub = self._stub(calls.PUT, "stream_stream")
         try:
-            return [calls.put_result(reply) for reply in stub(sent(), **self._how(timeout_s))]
+            return [calls.put_result(reply) for reply in self._both_ways(calls.PUT, sent(), timeout_s)]
         except grpc.RpcError as error:
             if failed:
                 raise failed[0] from None
@@ -416,7 +416,7 @@ class Client:
 
     def _fetch_in(self, arena: Arena, receiver: calls.Receiver, request: Any, timeout_s: float | None) -> Fetched:
         requests = Requests(message("FetchLocalStart", arena=arena.id, fetch=request, together=arena.together))
-        replies = self._stub(calls.FETCH_LOCAL, "stream_stream")(iter(requests), **self._how(timeout_s))
+        replies = self._both_ways(calls.FETCH_LOCAL, iter(requests), timeout_s)
         try:
             for reply in replies:
                 filled = [reply.filled] if reply.HasField("filled") else reply.several.slots
@@ -488,7 +488,7 @@ class Client:
         results: list[Put] = []
         free = 0
         try:
-            for reply in self._stub(calls.PUT_LOCAL, "stream_stream")(sent(), **self._how(timeout_s)):
+            for reply in self._both_ways(calls.PUT_LOCAL, sent(), timeout_s):
                 if reply.HasField("result"):
                     results.append(calls.put_result(reply.result))
                 results += map(calls.put_result, reply.results.results)
@@ -540,6 +540,12 @@ class Client:
             return self._stub(method, "unary_unary")(request, **self._how(timeout_s))
         except grpc.RpcError as error:
             raise from_rpc(error, self.address) from error
+
+    def _both_ways(self, method: Method, requests: Iterator[Any], timeout_s: float | None) -> Any:
+        replies = self._stub(method, "stream_stream")(requests, **self._how(timeout_s))
+        if (stop := STOP.get()) is not None:
+            stop.took(replies)
+        return replies
 
     def _stream(self, method: Method, request: Any, timeout_s: float | None) -> Iterator[Any]:
         replies = self._stub(method, "unary_stream")(request, **self._how(timeout_s))
