@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import types
 import uuid
@@ -318,6 +319,26 @@ def test_a_lookup_never_waits(node: Node, engines: list[Engine]) -> None:
             engine.tier.on_schedule_end(ScheduleEndContext((), ()))
     assert time.monotonic() - started < 0.5
     assert within(10, lambda: engine.tier.lookup(key(0), context) is LookupResult.HIT)
+
+
+def test_neither_lookups_nor_loads_wait_behind_stores(node: Node, engines: list[Engine]) -> None:
+    engine = Engine(node, threads=2, lookup_timeout_s=1)
+    engines.append(engine)
+    data = os.urandom(ROW)
+    assert all(engine.tier._stores.put({key(0): memoryview(data)}).values())
+    goes_on = threading.Event()
+    engine.tier._stores.put = lambda rows: goes_on.wait(30) and {}  # type: ignore[method-assign]
+    context = ReqContext(req_id="r")
+    for at in range(8):
+        engine.tier.submit_store(TransferJob(at, [key(10 + at)], np.array([at % SLOTS], dtype=np.int32), False, context))
+    try:
+        assert engine.lookup(key(0), context) is LookupResult.HIT
+        engine.tier.submit_load(TransferJob(100, [key(0)], np.array([0], dtype=np.int32), True, context))
+        results = within(10, lambda: list(engine.tier.get_finished_jobs()))
+        assert [(result.job_id, result.success) for result in results] == [(100, True)]
+        assert engine.memory[0].tobytes() == data
+    finally:
+        goes_on.set()
 
 
 def test_a_replicated_layout_stores_one_copy(node: Node, engines: list[Engine]) -> None:

@@ -44,6 +44,8 @@ log = logging.getLogger("esker")
 STORE_AGE_S = 30.0
 #: Jobs that wait; one more fails at once.
 MAX_JOBS = 256
+#: One question of a step goes out while the one before it is not answered.
+LOOKUP_THREADS = 2
 
 _ENGINE_KEYS = frozenset({"locality", "enable_kv_events"})
 
@@ -70,7 +72,12 @@ class EskerTier(SecondaryTierManager):
         self._client = self._settings.client()
         self._stores = Stores(self._client, self._settings, offloading_spec.config, self._used_bytes())
         self._row_bytes = self._used_bytes()
-        self._threads = ThreadPoolExecutor(self._settings.threads, thread_name_prefix="esker-tier")
+        # Apart: behind bulk transfers every question would be too late, and loads are waited for where stores are not.
+        self._threads = {
+            "lookup": ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="esker-lookup"),
+            "load": ThreadPoolExecutor(self._settings.threads, thread_name_prefix="esker-load"),
+            "store": ThreadPoolExecutor(self._settings.threads, thread_name_prefix="esker-store"),
+        }
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._running = 0
@@ -127,7 +134,7 @@ class EskerTier(SecondaryTierManager):
         with self._lock:
             batch, self._batch = self._batch, {}
         if batch:
-            self._threads.submit(self._ask, batch)
+            self._threads["lookup"].submit(self._ask, batch)
 
     def _ask(self, batch: Mapping[str, list[tuple[OffloadKey, int | None]]]) -> None:
         keys = list(dict.fromkeys(key for asked in batch.values() for key, _ in asked))
@@ -161,22 +168,22 @@ class EskerTier(SecondaryTierManager):
     # Jobs
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        self._submit(job_metadata, self._store)
+        self._submit("store", job_metadata, self._store)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
-        self._submit(job_metadata, self._load)
+        self._submit("load", job_metadata, self._load)
 
-    def _submit(self, job: TransferJob, work: Any) -> None:
+    def _submit(self, what: str, job: TransferJob, work: Any) -> None:
         with self._lock:
             refused = self._silent or self._running >= MAX_JOBS
             if refused:
-                self._finish(job, [], 0.0, store=work == self._store)
+                self._finish(job, [], 0.0, store=what == "store")
             else:
                 self._running += 1
         if not refused:
-            self._threads.submit(self._run, job, work)
+            self._threads[what].submit(self._run, what, job, work)
 
-    def _run(self, job: TransferJob, work: Any) -> None:
+    def _run(self, what: str, job: TransferJob, work: Any) -> None:
         started = time.monotonic()
         done: list[OffloadKey] = []
         try:
@@ -185,7 +192,7 @@ class EskerTier(SecondaryTierManager):
             log.warning("esker: a job of the tier failed: %s", error)
         with self._lock:
             self._running -= 1
-            self._finish(job, done, time.monotonic() - started, store=work == self._store)
+            self._finish(job, done, time.monotonic() - started, store=what == "store")
             self._idle.notify_all()
 
     def _finish(self, job: TransferJob, done: Collection[OffloadKey], seconds: float, store: bool) -> None:
@@ -246,7 +253,8 @@ class EskerTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         try:
-            self._threads.shutdown(wait=True, cancel_futures=False)
+            for threads in self._threads.values():
+                threads.shutdown(wait=True, cancel_futures=False)
             self._client.close()
         except Exception as error:  # noqa: BLE001: the primary tier is unmapped after this
             log.warning("esker: the tier did not end cleanly: %s", error)
