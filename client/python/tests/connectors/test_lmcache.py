@@ -24,6 +24,9 @@ from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.factory import create_l2_adapter_from_registry  # noqa: E402
 from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import PluginL2AdapterConfig  # noqa: E402
 
+from esker.chunks import Identity  # noqa: E402
+from esker.connectors.lmcache import Form, Objects  # noqa: E402
+from esker.connectors.settings import Settings  # noqa: E402
 from support import Node, documented, usage, within  # noqa: E402
 
 SIZE = 65_536
@@ -101,13 +104,49 @@ def test_store_lookup_load_and_unlock(node: Node, drivers: list[Driver]) -> None
     drivers.append(second)
     second.stored.copy_(first.stored)
     assert second.lookup() == [0, 1, 2, 3, 4, 5]
-    layout = {0: MemoryLayoutDesc(shapes=[torch.Size([SIZE // 2])], dtypes=[torch.bfloat16])}
+    layout = {0: MemoryLayoutDesc(shapes=[torch.Size([SIZE])], dtypes=[torch.uint8])}
     assert second.lookup(layout) == [0, 1, 2, 3, 4, 5]
     assert second.load() == [0, 1, 2, 3, 4, 5] and second.right([0, 1, 2, 3, 4, 5])
     # Other weights are other names.
     other = Driver(node, weights_revision="r2")
     drivers.append(other)
     assert other.lookup() == [] and other.lookup(layout) == [] and other.load() == []
+
+
+def test_each_fact_alone_gives_another_namespace(tmp_path: pathlib.Path) -> None:
+    def of(
+        rope: str = "yarn", model: str = "org/model", size: int = SIZE, dtype: torch.dtype = torch.bfloat16, **told: str
+    ) -> Identity:
+        (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope}))
+        settings = Settings(**{"weights_revision": "r1", **told})
+        layout = MemoryLayoutDesc(shapes=[torch.Size([size // dtype.itemsize])], dtypes=[dtype])
+        objects = Objects(None, settings, str(tmp_path))
+        return objects.store(ObjectKey(b"c" * 32, model, 0), Form.of_layout(layout))._identity
+
+    others = [
+        of("linear"),
+        of(model="org/other"),
+        of(size=2 * SIZE),
+        of(dtype=torch.float16),
+        of(weights_revision="r2"),
+        of(model_facts="--quantization fp8"),
+    ]
+    assert of() == of() and of() not in others
+    assert all(one not in others[:at] for at, one in enumerate(others))
+
+
+def test_objects_of_another_type_are_not_found(node: Node, drivers: list[Driver]) -> None:
+    driver = Driver(node)
+    drivers.append(driver)
+    assert driver.store(0, 6).is_successful()
+    layouts = [
+        {0: MemoryLayoutDesc(shapes=[torch.Size([SIZE // dtype.itemsize])], dtypes=[dtype])}
+        for dtype in (torch.uint8, torch.bfloat16)
+    ]
+    assert [driver.lookup(one) for one in layouts] == [[0, 1, 2, 3, 4, 5], []]
+    for target in driver.targets:
+        target.metadata.dtype = torch.bfloat16
+    assert driver.load() == []
 
 
 def test_what_was_loaded_is_on_the_bill_and_each_chunk_once(node: Node, drivers: list[Driver]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import time
 import types
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost  # noqa: E40
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost  # noqa: E402
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
 
+from esker.chunks import Identity  # noqa: E402
 from esker.connectors.sglang import EskerHiCache  # noqa: E402
 from support import Node, documented, usage, within  # noqa: E402
 
@@ -258,6 +261,50 @@ def test_ranks_of_mla_share_one_copy_and_others_do_not(node: Node, ranks: list[R
     other = Rank(node, weights_revision="r2")
     ranks.append(other)
     assert other.backend.batch_exists(names) == 0
+
+
+def test_each_fact_alone_gives_another_namespace(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = ("tp_rank", "pp_rank", "attn_cp_rank")
+    flags = {"quantization": None, "kv_cache_dtype": "auto", "json_model_override_args": "{}", "dtype": "auto"}
+
+    def of(rope: str = "yarn", *, told: dict[str, str] = {}, pool: dict[str, object] = {}, **changes: object) -> Identity:
+        (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope}))
+        given = {name: changes.pop(name, value) for name, value in flags.items()}
+        monkeypatch.setattr("esker.connectors.sglang.get_server_args", lambda: types.SimpleNamespace(**given))
+        extra = extra_config("127.0.0.1:1", model_path=str(tmp_path), **told)
+        defaults = {"is_mla_model": False, "enable_storage_metrics": False, "is_page_first_layout": True}
+        sizes = {name.replace("rank", "size"): 4 for name in ranks}
+        facts = {**dict.fromkeys(ranks, 0), **sizes, **defaults, "model_name": "org/model", **changes}
+        backend = EskerHiCache(HiCacheStorageConfig(**facts, extra_config=extra))
+        memory = {
+            "layout": "page_first",
+            "dtype": torch.bfloat16,
+            "page_size": PAGE,
+            "get_dummy_flat_data_page": lambda: torch.zeros(1024, dtype=torch.uint8),
+            **pool,
+        }
+        name = str(memory.pop("name", PoolName.KV))
+        backend._register(name, types.SimpleNamespace(**memory))
+        return backend._pools[name].store("pages")._identity
+
+    others = [
+        of("linear"),
+        of(told={"weights_revision": "r2"}),
+        of(told={"model_facts": "a patched kernel"}),
+        *(of(**{name: "other"}) for name in flags),
+        *(of(**{name: 1}) for name in ranks),
+        *(of(**{name.replace("rank", "size"): 8}) for name in ranks),
+        of(model_name="org/other"),
+        of(logical_page_size=4 * PAGE),
+        of(pool={"name": PoolName.SWA}),
+        of(pool={"layout": "page_head"}),
+        of(pool={"dtype": torch.float16}),
+        of(pool={"page_size": 2 * PAGE}),
+        of(pool={"storage_format_tag": "packed"}),
+        of(pool={"get_dummy_flat_data_page": lambda: torch.zeros(2048, dtype=torch.uint8)}),
+    ]
+    assert of() == of() and of() not in others
+    assert all(one not in others[:at] for at, one in enumerate(others))
 
 
 def test_what_was_loaded_is_on_the_bill_by_one_rank_and_once(node: Node, ranks: list[Rank]) -> None:

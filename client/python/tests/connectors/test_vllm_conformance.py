@@ -28,6 +28,7 @@ from vllm.v1 import kv_cache_interface as specs  # noqa: E402
 import cases as table  # noqa: E402
 import esker  # noqa: E402
 from cases import L1, L2, L3, L4, L4_FILLED, L5, L17, L18  # noqa: E402
+from esker.chunks import Identity  # noqa: E402
 from esker.connectors.settings import Settings  # noqa: E402
 from esker.connectors.vllm import SchedulerSide, Shape  # noqa: E402
 from support import Node, within  # noqa: E402
@@ -45,25 +46,44 @@ def window(tokens: int) -> specs.SlidingWindowSpec:
     )
 
 
+def engine_config(
+    *groups: object,
+    tp: int = 1,
+    revision: str = "r1",
+    model: str = "org/model",
+    dtype: str = "bf16",
+    quantization: str | None = None,
+    kv_dtype: str = "auto",
+    hash_algo: str = "sha256",
+    kv_layout: str | None = None,
+    speculative: object = None,
+    hf_config: object = types.SimpleNamespace(),
+    hf_text_config: object = None,
+    **told: str,
+) -> tuple[types.SimpleNamespace, types.SimpleNamespace, Settings]:
+    """What the connector reads of vLLM's configuration, of the groups of a cache, and its own settings."""
+    ns = types.SimpleNamespace
+    kv = ns(
+        kv_cache_groups=[ns(layer_names=[f"layer.{at}"], kv_cache_spec=spec) for at, spec in enumerate(groups)],
+        hash_block_size=PAGE,
+        cache_hit_alignment_tokens=PAGE,
+        kv_cache_layout=kv_layout,
+    )
+    of_model = {"model": model, "dtype": dtype, "quantization": quantization, "hf_config": hf_config}
+    config = ns(
+        model_config=ns(revision=None, tokenizer=None, hf_text_config=hf_text_config, **of_model),
+        parallel_config=ns(tensor_parallel_size=tp, pipeline_parallel_size=1),
+        cache_config=ns(cache_dtype=kv_dtype, prefix_caching_hash_algo=hash_algo),
+        speculative_config=speculative,
+    )
+    return config, kv, Settings(weights_revision=revision, lookup_timeout_s=5, **told)  # type: ignore[arg-type]
+
+
 class Engine:
     """A scheduler's side over a real node, with these groups."""
 
-    def __init__(self, node: Node, *groups: object, tp: int = 1, revision: str = "r1", model: str = "org/model") -> None:
-        ns = types.SimpleNamespace
-        kv = ns(
-            kv_cache_groups=[
-                ns(layer_names=[f"layer.{at}"], kv_cache_spec=spec) for at, spec in enumerate(groups)
-            ],
-            hash_block_size=PAGE,
-            cache_hit_alignment_tokens=PAGE,
-        )
-        config = ns(
-            model_config=ns(model=model, revision=None, tokenizer=None, dtype="bf16", quantization=None, hf_config=ns()),
-            parallel_config=ns(tensor_parallel_size=tp, pipeline_parallel_size=1),
-            cache_config=ns(cache_dtype="auto", prefix_caching_hash_algo="sha256"),
-            speculative_config=None,
-        )
-        settings = Settings(endpoint=node.address, weights_revision=revision, lookup_timeout_s=5)
+    def __init__(self, node: Node, *groups: object, **more: object) -> None:
+        config, kv, settings = engine_config(*groups, endpoint=node.address, **more)
         self.shape = Shape(config, kv, settings)  # type: ignore[arg-type]
         self.client = esker.Client(node.address)
         self.side = SchedulerSide(settings, self.shape, self.client)
@@ -302,6 +322,37 @@ def test_a_node_that_does_not_answer_is_a_miss_in_time(node: Node, engines: list
     engine.put(0, request, list(range(9)))
     node.kill()
     assert engine.matched(request) == 0
+
+
+def test_each_fact_alone_gives_another_namespace() -> None:
+    def of(group: int = 0, rank: int = 0, *, spec: object = full(), tp: int = 2, **changes: object) -> Identity:
+        shape = Shape(*engine_config(full(), spec, tp=tp, **changes))  # type: ignore[arg-type]
+        return shape.store(None, shape.groups[group], rank)._identity  # type: ignore[arg-type]
+
+    ns = types.SimpleNamespace
+    others = [
+        of(group=1),
+        of(rank=1),
+        of(tp=4),
+        of(spec=full(2 * PAGE), group=1),
+        of(spec=window(64), group=1),
+        of(revision="r2"),
+        of(model="org/other"),
+        of(model_facts="a patched kernel"),
+        of(dtype="fp16"),
+        of(quantization="fp8"),
+        of(kv_dtype="fp8_e4m3"),
+        of(hash_algo="xxhash"),
+        of(kv_layout="HND"),
+        of(speculative=ns(model="org/draft")),
+        of(hf_config=ns(rope_parameters={"rope_type": "yarn", "factor": 4.0})),
+        of(hf_config=ns(rope_scaling={"rope_type": "yarn", "factor": 4.0})),
+        of(hf_config=ns(rope_theta=1e6)),
+        of(hf_config=ns(partial_rotary_factor=0.5)),
+        of(hf_text_config=ns(rope_theta=2e6)),
+    ]
+    assert of() == of() and of() not in others
+    assert all(one not in others[:at] for at, one in enumerate(others))
 
 
 def test_what_failed_to_load_is_not_asked_for_again(node: Node, engines: list[Engine]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pathlib
 import threading
 import time
 import types
@@ -20,7 +22,9 @@ from vllm.v1.kv_offload.tiering.base import TransferJob  # noqa: E402
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory  # noqa: E402
 from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager  # noqa: E402
 
-from esker.connectors.vllm_tier import EskerTier  # noqa: E402
+from esker.chunks import Identity  # noqa: E402
+from esker.connectors.settings import Settings  # noqa: E402
+from esker.connectors.vllm_tier import EskerTier, Stores  # noqa: E402
 from support import Node, documented, within  # noqa: E402
 
 ROW = 8192
@@ -348,6 +352,34 @@ def test_a_replicated_layout_stores_one_copy(node: Node, engines: list[Engine]) 
     assert engine.tier._row_bytes == ROW // 4
     engine.store({key(1): os.urandom(ROW // 4)})
     assert engine.tier._stores._of(0).counters.stored_bytes == ROW // 4
+
+
+def test_each_fact_alone_gives_another_namespace(tmp_path: pathlib.Path) -> None:
+    ns = types.SimpleNamespace
+
+    def of(rope: str = "yarn", group: int = 0, *, told: dict[str, str] = {}, **changes: object) -> Identity:
+        (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope}))
+        settings = Settings(**{"weights_revision": "r1", **told})
+        config = spec(**{"extra_config": {"model_path": str(tmp_path)}, **changes}).config
+        return Stores(None, settings, config, ROW)._of(group)._identity
+
+    parallel = ns(rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1, dcp_size=1)
+    others = [
+        of("linear"),
+        of(group=1),
+        of(told={"weights_revision": "r2"}),
+        of(told={"model_facts": "--quantization fp8"}),
+        of(model=ns(name="org/other", dtype="bfloat16")),
+        of(model=ns(name="org/model", dtype="float16")),
+        of(cache=ns(tokens_per_hash=32, blocks_per_chunk=2)),
+        of(cache=ns(tokens_per_hash=16, blocks_per_chunk=4)),
+        of(kv_cache_layout="HND"),
+        of(canonical_layout=True),
+        of(groups=(ns(tokens_per_block=16, layer_names=("other",), group_id=0),)),
+        of(parallel=ns(**{**vars(parallel), "tp_size": 2})),
+    ]
+    assert of() == of() and of() not in others
+    assert all(one not in others[:at] for at, one in enumerate(others))
 
 
 def reset(engine: Engine) -> None:

@@ -52,6 +52,12 @@ def weights_revision(configured: str | None, model: Union[str, pathlib.Path, Non
     )
 
 
+def config_digest(model: Union[str, pathlib.Path, None]) -> str:
+    """Digest of the model's own configuration, which says rope, quantisation and what else decides KV; empty without a folder."""
+    file = pathlib.Path(model) / "config.json" if model else None
+    return hashlib.blake2b(file.read_bytes(), digest_size=32).hexdigest() if file is not None and file.is_file() else ""
+
+
 def tokenizer_digest(model: Union[str, pathlib.Path, None], fallback: str = "") -> str:
     """Digest of the tokenizer's files, or the fallback where there are none. Keys are made of tokens, so this is a second guard."""
     folder = pathlib.Path(model) if model else None

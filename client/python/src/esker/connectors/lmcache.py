@@ -9,7 +9,8 @@ Invariants:
 - An object counts as loaded only when the node has proven it and all of it has arrived.
 - What was loaded is settled, off the path: a load is an account of its own, as nothing says which request it is for, and a chunk
   counts once, however many ranks and groups it has objects of.
-- The namespace binds model and revision of the weights; rank, object group and LMCache's salt are part of the name.
+- The namespace binds model and revision of the weights, the types and bytes of an object, and what is told of rope and quantisation;
+  rank, object group and LMCache's salt are part of the name.
 - ``report_status`` turns unhealthy when the node cannot be reached or stores fail.
 """
 
@@ -25,7 +26,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.internal_api import L2StoreResult
@@ -34,7 +35,7 @@ from lmcache.v1.distributed.l2_adapters.config import L2AdapterConfigBase
 from lmcache.v1.platform.event_notifier import create_event_notifier
 
 from ..chunks import Account, ChunkStore
-from .identity import identity, weights_revision
+from .identity import config_digest, identity, weights_revision
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("esker")
 
-#: Sizes that the objects of one model may have: one for each object group, as a rule.
-MAX_SIZES = 8
+#: Forms that the objects of one model may have: one for each object group, as a rule.
+MAX_FORMS = 8
 #: How long the node holds what a lookup found, in seconds, and how many locked keys are remembered before expired ones are dropped.
 GRANT_S = 30.0
 MAX_LOCKED = 65_536
@@ -69,6 +70,7 @@ class EskerL2AdapterConfig(L2AdapterConfigBase):
             "Esker L2 adapter config fields:\n"
             "- endpoint (str): HOST:PORT of the node (optional, default 127.0.0.1:7410)\n"
             "- weights_revision (str): changes whenever the weights do (required, unless model_path has *.safetensors)\n"
+            "- model_facts (str): what else decides KV and no file in model_path says, such as flags for quantisation (optional)\n"
             "- ttl (str): 5m, 1h, 24h or 72h after the last use (optional)\n"
             "- durable (bool): a store is done when it is flushed (optional, default true)"
         )
@@ -86,9 +88,7 @@ class EskerL2Adapter(L2AdapterInterface):
             config = EskerL2AdapterConfig.from_dict(config)
         self._settings = config.settings
         self._client = self._settings.client()
-        self._objects = Objects(
-            self._client, self._settings, weights_revision(self._settings.weights_revision, config.model_path)
-        )
+        self._objects = Objects(self._client, self._settings, config.model_path)
         self._notifiers = {what: create_event_notifier() for what in ("store", "lookup", "load")}
         self._threads = {
             "store": ThreadPoolExecutor(2, thread_name_prefix="esker-store"),
@@ -121,9 +121,8 @@ class EskerL2Adapter(L2AdapterInterface):
         return self._submit("store", lambda: self._store(keys, objects), L2StoreResult(False, 0))
 
     def _store(self, keys: "list[ObjectKey]", objects: "list[MemoryObj]") -> L2StoreResult:
-        memory = [item.byte_array for item in objects]
-        stored = self._objects.move(keys, memory, ChunkStore.put)
-        sizes = [len(piece) for piece in memory]
+        stored = self._objects.move(keys, objects, ChunkStore.put)
+        sizes = [len(item.byte_array) for item in objects]
         there = [(key, size) for key, size, done in zip(keys, sizes, stored, strict=True) if done]
         with self._lock:
             self._failed_stores = 0 if len(there) == len(keys) else self._failed_stores + 1
@@ -166,7 +165,7 @@ class EskerL2Adapter(L2AdapterInterface):
     def _load(self, keys: "list[ObjectKey]", objects: "list[MemoryObj]") -> Bitmap:
         loaded = Bitmap(len(keys))
         account = f"lmcache/{self._instance}/{next(self._loads)}"
-        done = self._objects.move(keys, [item.byte_array for item in objects], ChunkStore.get, account)
+        done = self._objects.move(keys, objects, ChunkStore.get, account)
         for at, there in enumerate(done):
             if there:
                 loaded.set(at)
@@ -224,15 +223,37 @@ class EskerL2Adapter(L2AdapterInterface):
         return task
 
 
-class Objects:
-    """Chunks by object key: a store for each model and size. Rank, group and salt are part of the names."""
+class Form(NamedTuple):
+    """What objects have in common: KV of another type under one model's name is not the same KV, however many bytes it has."""
 
-    def __init__(self, client: Any, settings: Settings, revision: str) -> None:
+    len_bytes: int
+    dtypes: str  # a digest of them, in hexadecimal
+
+    @classmethod
+    def of_object(cls, item: "MemoryObj") -> "Form":
+        """The form of an object in memory."""
+        metadata = item.metadata
+        return cls(len(item.byte_array), _dtypes(metadata.dtypes or [metadata.dtype]))
+
+    @classmethod
+    def of_layout(cls, layout: "MemoryLayoutDesc | None") -> "Form":
+        """The form that a lookup asks for; of no bytes where it does not say."""
+        if layout is None:
+            return cls(0, "")
+        pairs = zip(layout.shapes, layout.dtypes, strict=True)
+        return cls(sum(math.prod(shape) * dtype.itemsize for shape, dtype in pairs), _dtypes(layout.dtypes))
+
+
+class Objects:
+    """Chunks by object key: a store for each model and form. Rank, group and salt are part of the names."""
+
+    def __init__(self, client: Any, settings: Settings, model_path: str | None) -> None:
         self._client = client
         self._settings = settings
-        self._revision = revision
-        self._stores: dict[tuple[str, int], ChunkStore] = {}
-        self._sizes: dict[str, Sizes] = {}
+        self._revision = weights_revision(settings.weights_revision, model_path)
+        self._config = config_digest(model_path)
+        self._stores: dict[tuple[str, Form], ChunkStore] = {}
+        self._forms: dict[str, Forms] = {}
         self._lock = threading.Lock()
 
     @property
@@ -250,17 +271,23 @@ class Objects:
                     sums[name] = sums.get(name, 0) + value
         return sums
 
-    def store(self, key: "ObjectKey", size: int) -> ChunkStore:
+    def store(self, key: "ObjectKey", form: Form) -> ChunkStore:
         """The store of objects like this one."""
-        kind = (key.model_name, size)
+        kind = (key.model_name, form)
         with self._lock:
             store = self._stores.get(kind)
             if store is None:
-                store = self._stores[kind] = self._make("objects", kind, size)
+                store = self._stores[kind] = self._make("objects", (key.model_name, *form), form.len_bytes)
             return store
 
     def _make(self, what: str, kind: tuple[Any, ...], size: int) -> ChunkStore:
-        facts = {"what": what, "kind": kind}
+        # LMCache says nothing of rope and quantisation.
+        facts = {
+            "what": what,
+            "kind": kind,
+            "config": self._config,
+            "model_facts": self._settings.model_facts,
+        }
         return ChunkStore(
             self._client,
             identity("lmcache", self._revision, "", facts),
@@ -270,13 +297,13 @@ class Objects:
             **self._settings.store_options(),
         )
 
-    def sizes(self, key: "ObjectKey") -> "Sizes":
-        """Which sizes objects like this one have."""
+    def forms(self, key: "ObjectKey") -> "Forms":
+        """Which forms objects like this one have."""
         with self._lock:
-            sizes = self._sizes.get(key.model_name)
-            if sizes is None:
-                sizes = self._sizes[key.model_name] = Sizes(self._make("sizes", (key.model_name,), Sizes.BYTES))
-            return sizes
+            forms = self._forms.get(key.model_name)
+            if forms is None:
+                forms = self._forms[key.model_name] = Forms(self._make("forms", (key.model_name,), Forms.BYTES))
+            return forms
 
     def close(self) -> None:
         """Sends the accounts that wait."""
@@ -288,15 +315,17 @@ class Objects:
     def move(
         self,
         keys: "list[ObjectKey]",
-        memory: list[memoryview],
+        objects: "list[MemoryObj]",
         move: Callable[..., dict[int, bool]],
         account: str = "",
     ) -> list[bool]:
         """Stores objects, or loads them on an account; whether each was."""
         done = [False] * len(keys)
         groups: dict[int, tuple[ChunkStore, list[int]]] = {}
-        for at, (key, piece) in enumerate(zip(keys, memory, strict=True)):
-            store = self.store(key, len(piece))
+        memory = [item.byte_array for item in objects]
+        forms = [Form.of_object(item) for item in objects]
+        for at, (key, form) in enumerate(zip(keys, forms, strict=True)):
+            store = self.store(key, form)
             groups.setdefault(id(store), (store, []))[1].append(at)
         counted: set[bytes] = set()
         for number, (store, positions) in enumerate(groups.values()):
@@ -310,55 +339,62 @@ class Objects:
             for index, at in enumerate(positions):
                 done[at] = answers[index]
             if move is ChunkStore.put and any(answers.values()):
-                self.sizes(keys[positions[0]]).add(len(memory[positions[0]]))
+                self.forms(keys[positions[0]]).add(forms[positions[0]])
         return done
 
 
-class Sizes:
-    """The sizes that objects of one kind have, kept in the node: a lookup may come with no layout, and after a restart nothing
-    else says how large what is stored is."""
+class Forms:
+    """The forms that objects of one model have, kept in the node: a lookup may come with no layout, and after a restart nothing
+    else says what is stored."""
 
     BYTES = 64
+    #: Bytes of an object, and the digest of its types.
+    _RECORD = struct.Struct("<Q16s")
 
     def __init__(self, store: ChunkStore) -> None:
         self._store = store
-        self._known: list[int] = []
+        self._known: list[Form] = []
         self._read = False
         self._lock = threading.Lock()
 
-    def all(self) -> list[int]:
+    def all(self) -> list[Form]:
         """What is known here and in the node."""
         with self._lock:
             if not self._read:
-                memory = {at: bytearray(self.BYTES) for at in range(MAX_SIZES)}
+                memory = {at: bytearray(self.BYTES) for at in range(MAX_FORMS)}
                 loaded = self._store.get(self._names(), memory)
                 for at, there in loaded.items():
-                    (size,) = struct.unpack_from("<Q", memory[at])
-                    if there and size not in self._known:
-                        self._known.append(size)
+                    form = self._decode(memory[at])
+                    if there and form not in self._known:
+                        self._known.append(form)
                 # A node that did not answer is asked again.
                 self._read = self._store.healthy and bool(self._known)
             return list(self._known)
 
-    def add(self, size: int) -> None:
-        """A size was stored."""
-        if size in self.all():
+    def add(self, form: Form) -> None:
+        """Objects of this form were stored."""
+        if form in self.all():
             return
         with self._lock:
-            self._known.append(size)
+            self._known.append(form)
             # Two writers may want one place: each finds the first that is free, or that has its own bytes.
             for name in self._names():
                 record = bytearray(self.BYTES)
                 if not self._store.exists([name])[0]:
-                    struct.pack_into("<Q", record, 0, size)
+                    self._RECORD.pack_into(record, 0, form.len_bytes, bytes.fromhex(form.dtypes))
                     self._store.put([name], {0: record})
                     record = bytearray(self.BYTES)
-                if self._store.get([name], {0: record})[0] and struct.unpack_from("<Q", record)[0] == size:
+                if self._store.get([name], {0: record})[0] and self._decode(record) == form:
                     return
+
+    @classmethod
+    def _decode(cls, record: bytearray) -> Form:
+        len_bytes, dtypes = cls._RECORD.unpack_from(record)
+        return Form(len_bytes, dtypes.hex())
 
     @staticmethod
     def _names() -> list[bytes]:
-        return [hashlib.blake2b(b"size %d" % at, digest_size=32).digest() for at in range(MAX_SIZES)]
+        return [hashlib.blake2b(b"form %d" % at, digest_size=32).digest() for at in range(MAX_FORMS)]
 
 
 class Holds:
@@ -374,8 +410,8 @@ class Holds:
         found: list[int] = []
         groups: dict[int, tuple[ChunkStore, list[int]]] = {}
         for at, key in enumerate(keys):
-            size = _bytes_of(layouts.get(key.object_group_id))
-            for one in [size] if size else self._objects.sizes(key).all():
+            form = Form.of_layout(layouts.get(key.object_group_id))
+            for one in [form] if form.len_bytes else self._objects.forms(key).all():
                 store = self._objects.store(key, one)
                 groups.setdefault(id(store), (store, []))[1].append(at)
         for store, positions in groups.values():
@@ -429,9 +465,5 @@ def _name(key: "ObjectKey") -> bytes:
     return hasher.digest()
 
 
-def _bytes_of(layout: "MemoryLayoutDesc | None") -> int:
-    if layout is None:
-        return 0
-    return sum(
-        math.prod(shape) * dtype.itemsize for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
-    )
+def _dtypes(dtypes: Iterable[Any]) -> str:
+    return hashlib.blake2b(",".join(map(str, dtypes)).encode(), digest_size=16).hexdigest()

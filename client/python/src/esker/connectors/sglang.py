@@ -7,7 +7,7 @@ that all of them support, so that ranks can intersect.
 Invariants:
 - Nothing here raises on the data path: every failure is a page that is not there.
 - A page of a pool counts as loaded only when the node has proven it and all of it has arrived.
-- The namespace binds model, revision of the weights, pool, memory layout, dtype, page size and parallel ranks. MLA ranks hold the
+- The namespace binds model, revision of the weights, rope, quantisation, pool, memory layout, dtype, page size and parallel ranks. MLA ranks hold the
   same latents and share one copy, whichever writes first; Mamba state is each rank's own.
 """
 
@@ -31,10 +31,11 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransfer,
     PoolTransferResult,
 )
+from sglang.srt.runtime_context import get_server_args
 
 from ..chunks import Account, ChunkStore
 from ..resume import Need, Presence, resume_points
-from .identity import identity, weights_revision
+from .identity import config_digest, identity, weights_revision
 from .settings import Settings
 
 log = logging.getLogger("esker")
@@ -69,6 +70,7 @@ class EskerHiCache(HiCacheStorage):
         self._zero_copy = bool(extra.get("interface_v1", 0))
         model = extra.get("model_path") or storage_config.model_name
         self._revision = weights_revision(self._settings.weights_revision, model)
+        self._flags = _flags(model)
         self._client = self._settings.client()
         self._pools: dict[str, Pool] = {}
         self._lock = threading.Lock()
@@ -108,6 +110,8 @@ class EskerHiCache(HiCacheStorage):
             "layout": pool.layout,
             "format": str(getattr(pool.memory, "storage_format_tag", None)),
             "dtype": pool.dtype,
+            "flags": self._flags,
+            "model_facts": self._settings.model_facts,
             "page_tokens": pool.page_tokens,
             "page_bytes": pool.page_bytes(way),
             "tp": "any" if replicated else [config.tp_rank, config.tp_size],
@@ -338,6 +342,17 @@ class Pool:
 
     def _first(self, indices: torch.Tensor, page: int) -> int:
         return int(indices[page * self.index_tokens].item())
+
+
+def _flags(model: str | None) -> dict[str, str]:
+    """Rope and quantisation, as the model's folder and the engine's flags say; what else there is comes as `model_facts`."""
+    facts = {"config": config_digest(model)}
+    try:
+        given = get_server_args()
+    except ValueError:  # not inside an engine
+        return facts
+    names = ("quantization", "kv_cache_dtype", "json_model_override_args", "dtype")
+    return facts | {name: str(getattr(given, name, None)) for name in names}
 
 
 def _memory(pieces: list[tuple[int, int]]) -> list[memoryview]:

@@ -277,7 +277,8 @@ class Shape:
             "quantization": str(model.quantization),
             "hash": config.cache_config.prefix_caching_hash_algo,
             "kv_layout": getattr(kv, "kv_cache_layout", None),
-            "max_model_len_rope": str(getattr(model.hf_config, "rope_parameters", None) or getattr(model.hf_config, "rope_scaling", None)),
+            "max_model_len_rope": _rope(getattr(model, "hf_text_config", None) or model.hf_config),
+            "model_facts": settings.model_facts,
             "speculative": str(getattr(config.speculative_config, "model", None)),
             "tp": self.tp_size,
         }
@@ -664,6 +665,11 @@ class WorkerSide:
         for store in self._stores:
             store.close()
         self._client.close()
+
+
+def _rope(config: Any) -> str:
+    names = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+    return str({name: getattr(config, name, None) for name in names})
 
 
 class _Nothing:

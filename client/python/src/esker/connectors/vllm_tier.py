@@ -34,7 +34,7 @@ from vllm.v1.kv_offload.tiering.base import (
 )
 
 from ..chunks import ChunkStore
-from .identity import identity, tokenizer_digest, weights_revision
+from .identity import config_digest, identity, tokenizer_digest, weights_revision
 from .settings import Settings
 from .vllm_verdicts import Groups, Verdicts
 
@@ -280,6 +280,9 @@ class Stores:
         self._facts = {
             "model": config.model.name,
             "dtype": str(config.model.dtype),
+            # Rope and quantisation, of which the tier is told nothing.
+            "config": config_digest(model),
+            "model_facts": settings.model_facts,
             "tokens_per_hash": config.cache.tokens_per_hash,
             "blocks_per_chunk": config.cache.blocks_per_chunk,
             "kv_layout": config.kv_cache_layout,
