@@ -324,6 +324,29 @@ def test_a_node_that_does_not_answer_is_a_miss_in_time(node: Node, engines: list
     assert engine.matched(request) == 0
 
 
+def test_ranks_of_mla_share_one_copy_and_others_do_not(node: Node, engines: list[Engine]) -> None:
+    latents = specs.MLAAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    for spec, is_shared in ((latents, True), (full(), False)):
+        engine = Engine(node, spec, tp=2)
+        engines.append(engine)
+        request = engine.request(tokens(4 * PAGE + 1))
+        engine.put(0, request, [0, 1], rank=1)
+        assert engine.matched(request) == (2 * PAGE if is_shared else 0)
+        # What the second rank wrote the first one loads; and what is there is not written again.
+        assert engine.load(0, request, [0, 1, 2]) == ([0, 1] if is_shared else [])
+        group = engine.shape.groups[0]
+        store = engine.shape.store(engine.client, group, 0)
+        other = {at: os.urandom(store.chunk_bytes) for at in (0, 1)}
+        assert all(store.put(engine.shape.hashes(request, group), other).values())  # type: ignore[arg-type]
+        assert store.counters.stored == (0 if is_shared else 2)
+        if is_shared:
+            assert engine.load(0, request, [0, 1]) == [0, 1]
+            # An engine with other ranks has the same latents.
+            more = Engine(node, spec, tp=4)
+            engines.append(more)
+            assert more.matched(more.request(tokens(4 * PAGE + 1))) == 2 * PAGE
+
+
 def test_each_fact_alone_gives_another_namespace() -> None:
     def of(group: int = 0, rank: int = 0, *, spec: object = full(), tp: int = 2, **changes: object) -> Identity:
         shape = Shape(*engine_config(full(), spec, tp=tp, **changes))  # type: ignore[arg-type]
