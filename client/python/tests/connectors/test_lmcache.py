@@ -130,6 +130,7 @@ def test_each_fact_alone_gives_another_namespace(tmp_path: pathlib.Path) -> None
         of(dtype=torch.float16),
         of(weights_revision="r2"),
         of(model_facts="--quantization fp8"),
+        of(adapter_revision="a1"),
     ]
     assert of() == of() and of() not in others
     assert all(one not in others[:at] for at, one in enumerate(others))

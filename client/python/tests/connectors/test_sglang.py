@@ -291,6 +291,7 @@ def test_each_fact_alone_gives_another_namespace(tmp_path: pathlib.Path, monkeyp
         of("linear"),
         of(told={"weights_revision": "r2"}),
         of(told={"model_facts": "a patched kernel"}),
+        of(told={"adapter_revision": "a1"}),
         *(of(**{name: "other"}) for name in flags),
         *(of(**{name: 1}) for name in ranks),
         *(of(**{name.replace("rank", "size"): 8}) for name in ranks),

@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import random
+import struct
 import threading
 import time
 import types
@@ -30,7 +31,7 @@ import esker  # noqa: E402
 from cases import L1, L2, L3, L4, L4_FILLED, L5, L17, L18  # noqa: E402
 from esker.chunks import Identity  # noqa: E402
 from esker.connectors.settings import Settings  # noqa: E402
-from esker.connectors.vllm import SchedulerSide, Shape  # noqa: E402
+from esker.connectors.vllm import EskerMetadata, SchedulerSide, Shape  # noqa: E402
 from support import Node, within  # noqa: E402
 
 PAGE = 16
@@ -376,6 +377,44 @@ def test_each_fact_alone_gives_another_namespace() -> None:
     ]
     assert of() == of() and of() not in others
     assert all(one not in others[:at] for at, one in enumerate(others))
+
+
+def test_what_an_adapter_computed_is_found_by_its_weights(
+    node: Node, engines: list[Engine], tmp_path: pathlib.Path
+) -> None:
+    """Two engines, each with its own weights under one name and path: what one host calls `poet` is not what the other does."""
+    adapter = types.SimpleNamespace(lora_name="poet", lora_path=str(tmp_path))
+    prompt = tokens(4 * PAGE + 1)
+
+    def engine(weights: bytes, **told: str) -> tuple[Engine, types.SimpleNamespace]:
+        header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+        (tmp_path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + weights)
+        made = Engine(node, full(), **told)
+        engines.append(made)
+        request = made.request(prompt)
+        request.lora_request = adapter
+        within(10, lambda: made.shape.hashes(request, made.shape.groups[0]))  # type: ignore[arg-type]
+        return made, request
+
+    first, request = engine(b"v")
+    first.put(0, request, list(range(4)))
+    assert first.matched(request) == 4 * PAGE and first.load(0, request, [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert first.matched(first.request(prompt)) == 0, "without the adapter"
+    other, request = engine(b"w")
+    assert other.matched(request) == 0
+    same, request = engine(b"v")
+    assert same.matched(request) == 4 * PAGE
+    # One whose weights cannot be known: nothing is asked and nothing is saved, unless the operator says which they are.
+    for told, saved in (({}, 0), ({"adapter_revision": "a1"}, 1)):
+        unknown = Engine(node, full(), **told)
+        engines.append(unknown)
+        request = unknown.request(prompt)
+        request.lora_request = types.SimpleNamespace(lora_name="poet", lora_path="org/on-a-hub")
+        assert unknown.matched(request) == 0
+        unknown.side.allocated(request, ([1, 2, 3, 4, 5],), 0)  # type: ignore[arg-type]
+        metadata = EskerMetadata()
+        unknown.side._save(unknown.side._tracked[request.request_id], 4 * PAGE, metadata)
+        assert len(metadata.saves) == saved
 
 
 def test_what_failed_to_load_is_not_asked_for_again(node: Node, engines: list[Engine]) -> None:

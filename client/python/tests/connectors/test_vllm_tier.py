@@ -369,6 +369,7 @@ def test_each_fact_alone_gives_another_namespace(tmp_path: pathlib.Path) -> None
         of(group=1),
         of(told={"weights_revision": "r2"}),
         of(told={"model_facts": "--quantization fp8"}),
+        of(told={"adapter_revision": "a1"}),
         of(model=ns(name="org/other", dtype="bfloat16")),
         of(model=ns(name="org/model", dtype="float16")),
         of(cache=ns(tokens_per_hash=32, blocks_per_chunk=2)),

@@ -44,7 +44,7 @@ def weights_revision(configured: str | None, model: Union[str, pathlib.Path, Non
     if folder is not None and folder.is_dir():
         files = sorted(folder.glob("*.safetensors"))
         if files:
-            return "files:" + _files_digest(files)
+            return "files:" + files_digest(files)
     raise NoRevision(
         f"esker: nothing says which revision of the weights of {str(model)!r} this is, and KV of other weights must never be "
         "loaded. Set `weights_revision` in the connector's configuration to a string that changes whenever the weights do, or "
@@ -70,11 +70,23 @@ def tokenizer_digest(model: Union[str, pathlib.Path, None], fallback: str = "") 
     return hasher.hexdigest() if found else f"none:{fallback}"
 
 
-def _files_digest(files: list[pathlib.Path]) -> str:
+def adapter_files(folder: str) -> list[pathlib.Path]:
+    """The files of an adapter that decide KV. ``ValueError`` if this is no folder with weights that can be digested."""
+    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"there is no folder {folder!r} with *.safetensors")
+    return [*files, *pathlib.Path(folder).glob("adapter_config.json")]
+
+
+def files_digest(files: list[pathlib.Path]) -> str:
+    """Digest of weights: headers and three samples of every tensor; other files as a whole."""
     hasher = hashlib.blake2b(digest_size=32)
     for file in files:
         size = file.stat().st_size
         hasher.update(f"{file.name}\0{size}\0".encode())
+        if file.suffix != ".safetensors":
+            hasher.update(file.read_bytes())
+            continue
         with file.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             header = handle.read(min(length, size))

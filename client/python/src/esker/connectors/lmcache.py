@@ -71,6 +71,7 @@ class EskerL2AdapterConfig(L2AdapterConfigBase):
             "- endpoint (str): HOST:PORT of the node (optional, default 127.0.0.1:7410)\n"
             "- weights_revision (str): changes whenever the weights do (required, unless model_path has *.safetensors)\n"
             "- model_facts (str): what else decides KV and no file in model_path says, such as flags for quantisation (optional)\n"
+            "- adapter_revision (str): changes whenever a LoRA adapter does under its name (optional)\n"
             "- ttl (str): 5m, 1h, 24h or 72h after the last use (optional)\n"
             "- durable (bool): a store is done when it is flushed (optional, default true)"
         )
@@ -287,6 +288,7 @@ class Objects:
             "kind": kind,
             "config": self._config,
             "model_facts": self._settings.model_facts,
+            "adapter_revision": self._settings.adapter_revision,
         }
         return ChunkStore(
             self._client,

@@ -25,6 +25,7 @@ class Settings:
 
     endpoint: str = "127.0.0.1:7410"
     weights_revision: str = ""
+    adapter_revision: str = ""  # changes whenever an adapter (LoRA) does under its name
     model_facts: str = ""  # what else decides KV and was told to the engine by flags: rope, quantisation
     token: str = ""
     token_file: str = ""  # its content, where the token should not be in a command line

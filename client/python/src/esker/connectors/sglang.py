@@ -112,6 +112,7 @@ class EskerHiCache(HiCacheStorage):
             "dtype": pool.dtype,
             "flags": self._flags,
             "model_facts": self._settings.model_facts,
+            "adapter_revision": self._settings.adapter_revision,
             "page_tokens": pool.page_tokens,
             "page_bytes": pool.page_bytes(way),
             "tp": "any" if replicated else [config.tp_rank, config.tp_size],

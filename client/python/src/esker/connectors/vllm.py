@@ -14,7 +14,8 @@ Invariants:
   as a request may), or as computed when it finished without one.
 - A step is never failed by the store: saving copies pages and hands them to a bounded queue; what has no room is dropped.
 - The namespace binds model, revision of the weights, dtype, page layout, group and parallel rank. Ranks that hold identical
-  latents (MLA) share one namespace, so one copy is kept, whichever rank writes first.
+  latents (MLA) share one namespace, so one copy is kept, whichever rank writes first. What an adapter (LoRA) computed is named by
+  its revision too, and neither loaded nor stored where that is not known.
 - After ``reset_cache`` (vLLM calls it when weights were changed in place) the revision is not known any more: nothing is read
   and nothing is written until the engine is started again.
 """
@@ -44,6 +45,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from ..chunks import Account, ChunkStore
 from ..client import Client
 from ..resume import Need, Presence, common, resume_points
+from .adapters import Adapters
 from .identity import identity, tokenizer_digest, weights_revision
 from .settings import Settings
 from .vllm_stats import EskerStats
@@ -263,6 +265,7 @@ class Shape:
         #: Names accounts: request ids begin anew with each engine.
         self.engine = str(getattr(getattr(config, "kv_transfer_config", None), "engine_id", None) or uuid.uuid4())
         self._settings = settings
+        self._adapters = Adapters(settings.adapter_revision)
         self._revision = weights_revision(settings.weights_revision, model.model, getattr(model, "revision", None))
         self._tokenizer = tokenizer_digest(getattr(model, "tokenizer", None), str(model.model))
         self.groups = [self._group(index, group, kv) for index, group in enumerate(kv.kv_cache_groups)]
@@ -322,10 +325,12 @@ class Shape:
         )
 
     def hashes(self, request: "Request", group: Group) -> list[bytes]:
-        """Names of the request's whole pages: the hash of the tokens up to each page's end."""
+        """Names of the request's whole pages: the hash of the tokens up to each page's end, and the adapter. None of them if
+        nothing says which revision of the adapter this is."""
         step = group.page_tokens // self.hash_tokens
         hashes = request.block_hashes
-        return [bytes(hashes[at]) for at in range(step - 1, len(hashes), step)]
+        keys = [bytes(hashes[at]) for at in range(step - 1, len(hashes), step)]
+        return self._adapters.names(getattr(request, "lora_request", None), keys)
 
 
 class SchedulerSide:
@@ -472,8 +477,9 @@ class SchedulerSide:
                 for page in range(first, min(end, len(table)))
                 if table[page] != NULL_BLOCK and not (page < len(present) and present[page])
             }
-            if blocks:
-                metadata.saves.append(Pages(group.index, self._shape.hashes(request, group)[:end], blocks))
+            # What has no name now is not saved later: a block of a window may be another request's by then.
+            if blocks and (hashes := self._shape.hashes(request, group)):
+                metadata.saves.append(Pages(group.index, hashes[:end], blocks))
 
     def _account(self, request: "Request") -> Account:
         return Account(f"vllm/{self._shape.engine}/{request.request_id}"[-MAX_NAME_BYTES:], request.num_prompt_tokens)

@@ -283,6 +283,7 @@ class Stores:
             # Rope and quantisation, of which the tier is told nothing.
             "config": config_digest(model),
             "model_facts": settings.model_facts,
+            "adapter_revision": settings.adapter_revision,
             "tokens_per_hash": config.cache.tokens_per_hash,
             "blocks_per_chunk": config.cache.blocks_per_chunk,
             "kv_layout": config.kv_cache_layout,
