@@ -63,6 +63,11 @@ class Node:
         """SIGTERM."""
         self._end(signal.SIGTERM)
 
+    def signal(self, which: signal.Signals) -> None:
+        """Sends a signal that does not end it."""
+        assert self._process is not None
+        self._process.send_signal(which)
+
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
             self._process.send_signal(how)

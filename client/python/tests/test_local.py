@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -304,13 +305,17 @@ def test_the_put_area_is_a_ring() -> None:
 def test_a_writer_that_is_late_writes_nothing_into_the_puts_that_follow(
     local: tuple[Node, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = esker.Client(local[1])
+    node, address = local
+    client = esker.Client(address)
     namespace = register(client)
+    # The arena is there before the node is stopped.
+    assert client.put(namespace, blocks(DSA, 1), tokens=range(3, 131))[0].stored
     goes_on, is_through = threading.Event(), threading.Event()
     first = threading.Lock()
 
     def copy(into: memoryview, data: memoryview) -> None:
         if first.acquire(blocking=False):
+            node.signal(signal.SIGCONT)
             goes_on.wait(2)
         buffers.copy(into, data)
 
@@ -327,8 +332,10 @@ def test_a_writer_that_is_late_writes_nothing_into_the_puts_that_follow(
         is_through.wait(5)
 
     monkeypatch.setattr("esker.local.copy", copy)
-    with pytest.raises(esker.DeadlineExceeded):
-        client.put(namespace, late(), tokens=range(128), timeout_s=0.3)
+    # The node ends this call at its first message, when the thread is at the first object.
+    node.signal(signal.SIGSTOP)
+    with pytest.raises(esker.InvalidRequest):
+        client.put(namespace, late(), tokens=range(128), engine_hashes=[os.urandom(32)])
     # Two puts may be under way at a time: the second from here comes where the late one was.
     assert client.put(namespace, blocks(DSA, 1, salt=3), tokens=range(1, 129))[0].stored
     tokens = range(2, 131)
@@ -354,6 +361,10 @@ def test_memory_that_the_node_may_still_read_is_not_written_again(local: tuple[N
         client.put(namespace, blocks(DSA, 9), tokens=tokens)
     assert client.put(namespace, blocks(DSA, 2), tokens=tokens)[1].stored and client._arena is arena
     # Of one that ended at this side it may.
+    with pytest.raises(ValueError, match="has 2 planes"):
+        client.put(namespace, [*blocks(DSA, 2), Object(384, [b""])], tokens=tokens)
+    assert client.put(namespace, blocks(DSA, 2), tokens=tokens)[1].stored and client._arena is not arena
+    arena = client._arena
     with pytest.raises(esker.DeadlineExceeded):
         client.put(namespace, overdue(), tokens=tokens, timeout_s=0.3)
     assert client.put(namespace, blocks(DSA, 3), tokens=tokens)[2].stored and client._arena is not arena
