@@ -161,11 +161,13 @@ def test_an_arena_is_given_back_with_its_last_call(local: tuple[Node, str]) -> N
     arenas = [Arena(local[1].removeprefix("unix:")) for _ in range(8)]
     with pytest.raises(esker.LimitReached):
         Arena(local[1].removeprefix("unix:"))
-    with arenas[0].used():
-        with arenas[0].used():
-            arenas[0].close()
-        with pytest.raises(esker.LimitReached):
-            Arena(local[1].removeprefix("unix:"))
+    assert arenas[0].begin() and arenas[0].begin()
+    arenas[0].close()
+    arenas[0].end()
+    assert not arenas[0].begin()
+    with pytest.raises(esker.LimitReached):
+        Arena(local[1].removeprefix("unix:"))
+    arenas[0].end()
     within(10, lambda: _quiet(lambda: Arena(local[1].removeprefix("unix:")))).close()
     for arena in arenas[1:]:
         arena.close()

@@ -6,6 +6,7 @@ comes back. gRPC waits outside Python's lock.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import types
@@ -175,8 +176,9 @@ class Client:
         """
         receiver = calls.Receiver(namespace.layout, into, groups, layers)
         request = calls.fetch(grant, tokens, groups, order, layers, blocks)
-        if (arena := self._attached()) is not None:
-            return self._fetch_local(arena, receiver, request, timeout_s)
+        with self._through_arena() as arena:
+            if arena is not None:
+                return self._fetch_local(arena, receiver, request, timeout_s)
         for reply in self._stream(calls.FETCH, request, timeout_s):
             receiver.take(reply)
         return receiver.finish()
@@ -196,10 +198,10 @@ class Client:
         timeout_s: float | None = None,
     ) -> list[Put]:
         """Stores objects of one prefix, parents first. One result per object: a refusal is a result too."""
-        arena = self._attached()
-        if arena is not None and max(map(namespace.layout.object_bytes, Kind)) <= arena.largest_object:
-            prefix = calls.put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
-            return self._put_local(arena, namespace.layout, prefix, objects, timeout_s)
+        with self._through_arena() as arena:
+            if arena is not None and max(map(namespace.layout.object_bytes, Kind)) <= arena.largest_object:
+                prefix = calls.put_prefix(namespace, tokens, engine_hashes, unchained, user, scope, ttl, durability)
+                return self._put_local(arena, namespace.layout, prefix, objects, timeout_s)
         lent = Lent()
         requests = calls.put(namespace, objects, tokens, engine_hashes, unchained, user, scope, ttl, durability, lent)
         failed: list[Exception] = []
@@ -396,12 +398,25 @@ class Client:
         if self._socket is None or self._arena is not None:
             return self._arena
         with self._attaching:
+            if self._closed:
+                raise ClientClosed(self.address)
             if self._arena is None and time.monotonic() >= self._attach_after:
                 try:
                     self._arena = Arena(self._socket)
                 except LimitReached:
                     self._attach_after = time.monotonic() + ATTACH_AGAIN_S
             return self._arena
+
+    @contextlib.contextmanager
+    def _through_arena(self) -> Iterator[Arena | None]:
+        """The arena for one call, if there is one; the node keeps it until the call has ended."""
+        while (arena := self._attached()) is not None and not arena.begin():
+            pass  # Another call has just given it up.
+        try:
+            yield arena
+        finally:
+            if arena is not None:
+                arena.end()
 
     def _detach(self, arena: Arena) -> None:
         """The next call asks for another arena; those that use this one go on."""
@@ -411,10 +426,6 @@ class Client:
         arena.close()
 
     def _fetch_local(self, arena: Arena, receiver: calls.Receiver, request: Any, timeout_s: float | None) -> Fetched:
-        with arena.used():
-            return self._fetch_in(arena, receiver, request, timeout_s)
-
-    def _fetch_in(self, arena: Arena, receiver: calls.Receiver, request: Any, timeout_s: float | None) -> Fetched:
         requests = Requests(message("FetchLocalStart", arena=arena.id, fetch=request, together=arena.together))
         replies = self._both_ways(calls.FETCH_LOCAL, iter(requests), timeout_s)
         try:
@@ -439,7 +450,7 @@ class Client:
         self, arena: Arena, layout: Layout, prefix: Any, objects: Iterable[Object], timeout_s: float | None
     ) -> list[Put]:
         try:
-            with arena.used(), arena.room() as room:
+            with arena.room() as room:
                 return self._put_in(arena, room, layout, prefix, objects, timeout_s)
         finally:
             if arena.is_spent:

@@ -90,19 +90,19 @@ class Arena:
                 raise ProtocolError("the node closed the arena socket before it handed one out")
             into += more
 
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """One call: as long as it lasts the node keeps the arena."""
+    def begin(self) -> bool:
+        """A call begins, and until :meth:`end` the node keeps the arena; False if it was closed before."""
         with self._lock:
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls -= 1
-                is_over = self._closed and self._calls == 0
-            if is_over:
-                self._socket.close()
+            self._calls += not self._closed
+            return not self._closed
+
+    def end(self) -> None:
+        """A call has ended."""
+        with self._lock:
+            self._calls -= 1
+            is_over = self._closed and self._calls == 0
+        if is_over:
+            self._socket.close()
 
     def read(self, filled: Any, take: Any) -> None:
         """Gives each part of a filled slot to ``take``, and makes sure afterwards that it still was what was promised."""
