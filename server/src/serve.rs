@@ -51,6 +51,8 @@ const FRAME_BYTES: u32 = 256 << 10;
 /// round trip in between.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+/// A client whose TLS handshake is not over by then is let go.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 const KEEPALIVE: Duration = Duration::from_secs(20);
 /// After a stop signal, streams get this long to end by themselves.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -152,7 +154,7 @@ impl TlsFiles {
         let read =
             |path: &Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
         let identity = Identity::from_pem(read(&self.certificate)?, read(&self.key)?);
-        let config = ServerTlsConfig::new().identity(identity);
+        let config = ServerTlsConfig::new().identity(identity).timeout(HANDSHAKE);
         Ok(match &self.client_ca {
             Some(path) => {
                 config.client_ca_root(Certificate::from_pem(read(path)?)).client_auth_optional(true)

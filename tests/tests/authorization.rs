@@ -308,6 +308,11 @@ async fn certificates_say_who_calls() -> Result<()> {
         Ok(channel) => call(&mut Grpc::new(channel), "/esker.v1.Admin/ListTenants").await? != Code::Ok,
     };
     ensure!(refused, "a certificate of another authority was believed");
+    // Who says nothing at all is let go.
+    let mut silent = std::net::TcpStream::connect(&node.address)?;
+    silent.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let closed = tokio::task::spawn_blocking(move || std::io::Read::read(&mut silent, &mut [0; 1])).await?;
+    ensure!(matches!(closed, Ok(0)), "a connection without a handshake stays: {closed:?}");
     node.kill()
 }
 
