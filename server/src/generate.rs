@@ -29,7 +29,7 @@ use resume::Resumption;
 use speculation::Steps;
 use stop::StopText;
 use trail::Trail;
-pub(crate) use warm::{Prefix, Step, stored_blocks, warm, whole_tokens};
+pub(crate) use warm::{Prefix, Step, chain_blocks, keep_chain, stored_blocks, warm, whole_tokens};
 
 /// Besides where a prompt and an output end, states are kept every so many blocks: a prompt that leaves this one in between
 /// resumes no further back than that.

@@ -30,6 +30,7 @@ use crate::principal::{Principal, TenantId};
 use crate::service::from_gate;
 use crate::tenants::Tenants;
 pub(crate) use job::{Job, Record, Stage, Submission};
+pub(crate) use prompts::Prompt;
 use prompts::{Kept, Prompts};
 pub(crate) use run::Runner;
 use run::Turn;

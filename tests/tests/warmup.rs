@@ -64,6 +64,47 @@ fn check(job: &v1::WarmupJob) -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_chain_is_kept_as_far_as_it_is_stored_and_not_computed() -> Result<()> {
+    let folder = scratch();
+    let node = Node::start(&folder.path().join("data"), &[]).await?;
+    let prompt = tokens(31, 6 * 128 + 1);
+    let warmed = request("tokens", std::slice::from_ref(&prompt));
+    submit(&node, &warmed).await?;
+    ensure!(ended(&node, "tokens").await?.state() == State::Done);
+    let lookup = v1::LookupRequest {
+        namespace: node.client.describe().await?.namespace,
+        tokens: prompt.iter().map(|token| token.0).collect(),
+        no_grant: true,
+        want_hashes: true,
+        ..Default::default()
+    };
+    let hashes = node.cache.clone().lookup(lookup).await?.into_inner().hashes;
+    ensure!(hashes.len() == 6, "{} hashes", hashes.len());
+    let of = |job: &str, hashes: Vec<bytes::Bytes>| v1::SubmitWarmupRequest {
+        prompts: vec![v1::WarmupPrompt {
+            prompt: Some(v1::warmup_prompt::Prompt::Chain(v1::WarmupChain { hashes })),
+        }],
+        ..request(job, &[])
+    };
+    submit(&node, &of("chain", hashes.clone())).await?;
+    let kept = ended(&node, "chain").await?;
+    ensure!(kept.state() == State::Done, "{kept:?}");
+    ensure!((kept.tokens, kept.tokens_cached, kept.tokens_computed) == (768, 768, 0), "{kept:?}");
+    let mut longer = hashes;
+    longer.push(vec![7; 32].into());
+    let dry = v1::SubmitWarmupRequest { dry_run: true, ..of("longer", longer.clone()) };
+    let planned = submit(&node, &dry).await?;
+    ensure!((planned.tokens, planned.tokens_cached, planned.tokens_left) == (896, 768, 128), "{planned:?}");
+    submit(&node, &of("longer", longer)).await?;
+    let failed = ended(&node, "longer").await?;
+    ensure!(failed.state() == State::Failed && failed.tokens_cached == 768, "{failed:?}");
+    ensure!(failed.reason.contains("6 of 7 blocks"), "{}", failed.reason);
+    let short = submit(&node, &of("short", vec![vec![7; 31].into()])).await;
+    ensure!(short.is_err_and(|error| error.to_string().contains("hashes")), "a hash of 31 bytes");
+    node.kill()
+}
+
+#[tokio::test]
 async fn what_is_warmed_is_hit_and_a_prefix_is_computed_once() -> Result<()> {
     let folder = scratch();
     let node = Node::start(&folder.path().join("data"), &[]).await?;

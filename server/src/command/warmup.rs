@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use bytes::Bytes;
 use esker_client::{Client, v1};
 use esker_proto::{MAX_MESSAGE_BYTES, MAX_TEXT_BYTES};
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
@@ -30,7 +31,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("what").required(true).args(["file", "list", "watch", "cancel"]))]
 pub struct Args {
-    /// Prompts, one JSON value a line: a string, or an object with "text", "prompt" or "tokens"; "-" reads standard input
+    /// Prompts, one JSON value a line: a string, or an object with "text", "prompt", "tokens" or "hashes" (a chain to be kept); "-" reads standard input
     #[arg(value_name = "FILE.jsonl")]
     file: Option<PathBuf>,
     #[command(flatten)]
@@ -314,6 +315,7 @@ enum Line {
     Text { text: String },
     Prompt { prompt: String },
     Tokens { tokens: Vec<u32> },
+    Chain { hashes: Vec<String> },
 }
 
 /// The jobs of a file: one, or several where it is too long for one.
@@ -371,8 +373,9 @@ fn jobs(args: &Args, file: &Path) -> anyhow::Result<Vec<v1::SubmitWarmupRequest>
 /// A prompt, and the bytes that it takes in a message at most.
 fn prompt(line: &str) -> anyhow::Result<(v1::WarmupPrompt, usize)> {
     use v1::warmup_prompt::Prompt;
-    let line: Line = serde_json::from_str(line)
-        .context("expected a JSON string, or an object with \"text\", \"prompt\" or \"tokens\"")?;
+    let line: Line = serde_json::from_str(line).context(
+        "expected a JSON string, or an object with \"text\", \"prompt\", \"tokens\" or \"hashes\"",
+    )?;
     let (prompt, bytes) = match line {
         Line::Plain(text) | Line::Text { text } | Line::Prompt { prompt: text } => {
             if text.len() > MAX_TEXT_BYTES {
@@ -380,6 +383,16 @@ fn prompt(line: &str) -> anyhow::Result<(v1::WarmupPrompt, usize)> {
             }
             let bytes = text.len();
             (Prompt::Text(text), bytes)
+        }
+        Line::Chain { hashes } => {
+            let hash = |hex: &String| {
+                let hash = blake3::Hash::from_hex(hex);
+                let hash = hash.with_context(|| format!("a hash has 64 hexadecimal digits, not {hex:?}"))?;
+                Ok(Bytes::copy_from_slice(hash.as_bytes()))
+            };
+            let hashes = hashes.iter().map(hash).collect::<anyhow::Result<Vec<_>>>()?;
+            let bytes = hashes.len() * 34;
+            (Prompt::Chain(v1::WarmupChain { hashes }), bytes)
         }
         Line::Tokens { tokens: ids } => {
             let bytes = ids.len() * 5;
@@ -442,7 +455,9 @@ mod tests {
 
     #[test]
     fn every_shape_of_a_line_is_a_prompt_and_others_are_named() {
-        for line in [r#""abc""#, r#"{"text":"abc"}"#, r#"{"prompt":"abc"}"#, r#"{"tokens":[1,2]}"#] {
+        let chain = format!(r#"{{"hashes":["{}"]}}"#, "0a".repeat(32));
+        let lines = [r#""abc""#, r#"{"text":"abc"}"#, r#"{"prompt":"abc"}"#, r#"{"tokens":[1,2]}"#, &chain];
+        for line in lines {
             prompt(line).unwrap();
         }
         let dir = tempfile::tempdir().unwrap();

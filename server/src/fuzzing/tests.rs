@@ -314,6 +314,7 @@ fn write_requests(save: &dyn Fn(u8, &str, &[u8])) {
         prompts: vec![
             prompt(v1::warmup_prompt::Prompt::Text("Once".into())),
             prompt(v1::warmup_prompt::Prompt::Tokens(v1::WarmupTokens { ids: vec![7, 4000] })),
+            prompt(v1::warmup_prompt::Prompt::Chain(v1::WarmupChain { hashes: vec![vec![3; 32].into()] })),
         ],
         max_tokens: 5000,
         priority: 2,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use esker_decoder::{Logits, Sequence};
-use esker_prefix::{KvLayout, ObjectId, ObjectKind, TokenId};
+use esker_prefix::{BlockHash, KvLayout, ObjectId, ObjectKind, TokenId};
 use esker_store::{FetchOrder, FetchRequest, Found, PlaneSelection, PutOutcome, TtlClass};
 
 use super::resume::Resumption;
@@ -130,6 +130,34 @@ pub(crate) fn stored_blocks(
     (trail.blocks(&node.store, &ids), ids)
 }
 
+/// The same for a chain of which only the hashes are known.
+pub(crate) fn chain_blocks(
+    node: &Node,
+    engine: &Engine,
+    place: &Place,
+    hashes: &[BlockHash],
+) -> (Vec<Found>, Vec<ObjectId>) {
+    let ids: Vec<ObjectId> = hashes.iter().map(|&hash| ObjectId { kind: ObjectKind::Block, hash }).collect();
+    // A hash does not say whose it is.
+    let takes = |found: &Found| {
+        found.namespace == engine.namespace
+            && (found.scope == place.key.tag() || place.sight.is_of(found.scope))
+    };
+    (place.sight.run(&node.store, engine.namespace, &ids, takes), ids)
+}
+
+/// Counts what is stored of a chain as used, up to where it can be resumed, once its end has been read; how many blocks that are.
+pub(crate) fn keep_chain(node: &Node, engine: &Engine, place: &Place, hashes: &[BlockHash]) -> usize {
+    let (mut found, _) = chain_blocks(node, engine, place, hashes);
+    let blocks = found.len();
+    let Some(last) = blocks.checked_sub(1) else { return 0 };
+    if engine.loaded.model.layout().has_states() {
+        let state = ObjectId { kind: ObjectKind::State, hash: hashes[last] };
+        found.extend(place.sight.find(&node.store, engine.namespace, &[state]).pop().flatten());
+    }
+    if is_read(node, found) { blocks } else { 0 }
+}
+
 /// Whether a prefix can be resumed at its very end. If so, it counts as used from now on.
 fn is_stored(node: &Node, trail: &Trail<'_>, whole: usize) -> bool {
     let blocks = ids(trail, ObjectKind::Block, whole);
@@ -142,8 +170,12 @@ fn is_stored(node: &Node, trail: &Trail<'_>, whole: usize) -> bool {
         let Some(state) = trail.find(&node.store, &[state]).pop().flatten() else { return false };
         found.push(state);
     }
-    // Reading the first plane of the end proves it and counts as a use of all that leads there.
-    let last = found.split_off(found.len() - 1);
+    is_read(node, found)
+}
+
+/// Reading the first plane of the end proves it and counts as a use of all that leads there.
+fn is_read(node: &Node, mut found: Vec<Found>) -> bool {
+    let last = found.split_off(found.len().saturating_sub(1));
     let request = FetchRequest {
         objects: last,
         planes: PlaneSelection::All,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use esker_prefix::{NamespaceId, TokenId};
 use esker_proto::v1::{self, warmup_prompt};
-use esker_proto::{WireError, check_name, check_namespace_id, check_tokens};
+use esker_proto::{PrefixNames, WireError, check_name, check_namespace_id, check_prefix, check_tokens};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -15,7 +15,7 @@ use super::decoder::{engine, tokenize};
 use super::status::from_wire;
 use crate::node::{Engine, Node};
 use crate::principal::principal_of;
-use crate::warmups::Submission;
+use crate::warmups::{Prompt, Submission};
 
 /// Prompts of one job.
 const MAX_PROMPTS: usize = 10_000;
@@ -167,8 +167,8 @@ fn submission(takes: &Takes<'_>, request: v1::SubmitWarmupRequest) -> Result<Sub
         }
         _ => {}
     }
-    let prompts = (1..).zip(request.prompts).map(|(number, prompt)| {
-        prompt_tokens(takes, prompt)
+    let prompts = (1..).zip(request.prompts).map(|(number, one)| {
+        prompt(takes, one)
             .map_err(|status| Status::new(status.code(), format!("prompt {number}: {}", status.message())))
     });
     Ok(Submission {
@@ -185,11 +185,18 @@ fn submission(takes: &Takes<'_>, request: v1::SubmitWarmupRequest) -> Result<Sub
     })
 }
 
-fn prompt_tokens(takes: &Takes<'_>, prompt: v1::WarmupPrompt) -> Result<Vec<TokenId>, Status> {
+fn prompt(takes: &Takes<'_>, prompt: v1::WarmupPrompt) -> Result<Prompt, Status> {
     let Takes { context, vocabulary, .. } = *takes;
     let tokens = match prompt.prompt.ok_or(WireError::Missing("prompt")).map_err(from_wire)? {
         warmup_prompt::Prompt::Tokens(tokens) => check_tokens(tokens.ids).map_err(from_wire)?,
         warmup_prompt::Prompt::Text(text) => (takes.tokenize)(&text)?,
+        warmup_prompt::Prompt::Chain(v1::WarmupChain { hashes }) => {
+            let names = check_prefix(Vec::new(), &hashes, Vec::new(), Vec::new(), false);
+            let PrefixNames::Hashes(hashes, _) = names.map_err(from_wire)? else {
+                return Err(from_wire(WireError::Empty("hashes")));
+            };
+            return Ok(Prompt::Chain(hashes));
+        }
     };
     if let Some(unknown) = tokens.iter().find(|token| token.0 as usize >= vocabulary) {
         return Err(Status::invalid_argument(format!(
@@ -203,12 +210,13 @@ fn prompt_tokens(takes: &Takes<'_>, prompt: v1::WarmupPrompt) -> Result<Vec<Toke
             tokens.len()
         )));
     }
-    Ok(tokens)
+    Ok(Prompt::Tokens(tokens))
 }
 
 /// For fuzzing: a job that is submitted, or one that is asked for. Whether it may be one for a model of 4,096 tokens and as long a context.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn hear(bytes: &[u8]) -> bool {
+    use esker_proto::MAX_CHAIN_BLOCKS;
     use prost::Message;
     let tokenize = |text: &str| check_tokens(text.bytes().map(u32::from).collect()).map_err(from_wire);
     let takes = Takes {
@@ -223,7 +231,13 @@ pub(crate) fn hear(bytes: &[u8]) -> bool {
     let Some(Submission { name, prompts, ttl, .. }) = submitted else { return false };
     let _ = super::ttl_class(ttl);
     assert!(!name.is_empty() && !prompts.is_empty() && prompts.len() <= MAX_PROMPTS);
-    assert!(prompts.iter().all(|tokens| (1..=4096).contains(&tokens.len())));
-    assert!(prompts.iter().flatten().all(|token| token.0 < 4096));
+    for prompt in &prompts {
+        match prompt {
+            Prompt::Tokens(tokens) => {
+                assert!((1..=4096).contains(&tokens.len()) && tokens.iter().all(|token| token.0 < 4096));
+            }
+            Prompt::Chain(hashes) => assert!((1..=MAX_CHAIN_BLOCKS).contains(&hashes.len())),
+        }
+    }
     true
 }

@@ -3,12 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use esker_prefix::TokenId;
 use esker_proto::v1;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::generate::whole_tokens;
+use super::prompts::Prompt;
 use crate::node::Engine;
 use crate::principal::{Principal, Role, TenantId};
 
@@ -16,7 +15,7 @@ use crate::principal::{Principal, Role, TenantId};
 #[derive(Clone, Debug)]
 pub(crate) struct Submission {
     pub(crate) name: String,
-    pub(crate) prompts: Vec<Vec<TokenId>>,
+    pub(crate) prompts: Vec<Prompt>,
     pub(crate) scope: v1::Scope,
     pub(crate) ttl: v1::TtlClass,
     pub(crate) user: String,
@@ -37,8 +36,18 @@ impl Submission {
         };
         number(self.prompts.len() as u64);
         for prompt in &self.prompts {
-            number(prompt.len() as u64);
-            prompt.iter().for_each(|token| number(token.0.into()));
+            match prompt {
+                Prompt::Tokens(tokens) => {
+                    number(tokens.len() as u64);
+                    tokens.iter().for_each(|token| number(token.0.into()));
+                }
+                Prompt::Chain(hashes) => {
+                    number(u64::MAX);
+                    number(hashes.len() as u64);
+                    let words = hashes.iter().flat_map(|hash| hash.0.as_chunks().0);
+                    words.for_each(|word| number(u64::from_le_bytes(*word)));
+                }
+            }
         }
         number(u64::from(self.scope as i32 as u32));
         number(u64::from(self.ttl as i32 as u32));
@@ -113,7 +122,7 @@ impl Record {
     pub(crate) fn new(engine: &Engine, submission: &Submission, principal: &Principal, now_s: u32) -> Self {
         let layout = engine.loaded.model.layout();
         let seconds = u32::try_from(submission.deadline_s).unwrap_or(u32::MAX);
-        let whole = |prompt: &Vec<TokenId>| whole_tokens(layout, prompt.len()) as u64;
+        let whole = |prompt: &Prompt| prompt.whole_tokens(layout) as u64;
         Self {
             epoch: None,
             digest: String::new(),

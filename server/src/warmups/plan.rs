@@ -4,12 +4,13 @@ use std::collections::HashSet;
 
 use esker_prefix::ObjectKind;
 
-use crate::generate::{Prefix, stored_blocks};
+use crate::generate::{Prefix, chain_blocks, stored_blocks};
 use crate::node::{Engine, Node};
 use crate::service::ttl_class;
 use crate::writers::Place;
 
 use super::job::Submission;
+use super::prompts::Prompt;
 
 /// Counts in tokens of whole blocks; `tokens` = `cached` + `new`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,8 +33,13 @@ pub(crate) fn plan(node: &Node, engine: &Engine, submission: &Submission, place:
     let (mut last_bytes, mut last_blocks) = (0_u64, 0);
     let (mut new_blocks, mut new_states) = (0, 0);
     for prompt in &submission.prompts {
-        let prefix = Prefix { tokens: prompt, place, class: ttl_class(submission.ttl) };
-        let (stored, ids) = stored_blocks(node, engine, &prefix);
+        let (stored, ids) = match prompt {
+            Prompt::Tokens(tokens) => {
+                stored_blocks(node, engine, &Prefix { tokens, place, class: ttl_class(submission.ttl) })
+            }
+            // What is not there is said to be computed, for want of a better place.
+            Prompt::Chain(hashes) => chain_blocks(node, engine, place, hashes),
+        };
         // The last block that is there tells best what those after it will take.
         if let Some(found) = stored.last() {
             last_bytes += found.stored_bytes;

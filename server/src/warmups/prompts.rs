@@ -1,8 +1,8 @@
-//! The prompts of jobs as they lie in the control database, until their job has ended. Where the node encrypts they are sealed by
+//! The prompts of jobs, and how they lie in the control database until their job has ended. Where the node encrypts they are sealed by
 //! the key of their tenant, which goes first when that is erased.
 //!
 //! ```text
-//! not sealed   JSON, an array of arrays of tokens
+//! not sealed   JSON, an array of arrays: of tokens, or of the hashes of a chain in hexadecimal digits
 //! sealed       little-endian
 //!   0   8  magic "EskrPrm\0"
 //!   8   2  version, 1
@@ -14,10 +14,12 @@
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use esker_prefix::{ScopeTag, TokenId};
+use esker_prefix::{BlockHash, KvLayout, ScopeTag, TokenId};
 use esker_store::{OpenError, SALT_BYTES, Seal, SealError, Sealer, TAG_BYTES};
+use serde::{Deserialize, Serialize};
 
 use crate::control::{Control, Table};
+use crate::generate::whole_tokens;
 
 const MAGIC: &[u8; 8] = b"EskrPrm\0";
 const VERSION: u16 = 1;
@@ -29,13 +31,59 @@ pub(super) struct Prompts {
     sealer: Option<Arc<dyn Sealer>>,
 }
 
+/// What is to be warmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Prompt {
+    Tokens(Vec<TokenId>),
+    /// Blocks by their hashes, from the first one on.
+    Chain(Vec<BlockHash>),
+}
+
+/// As it is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Tokens(Vec<u32>),
+    Chain(Vec<String>),
+}
+
 /// What there is of a job's prompts.
 #[derive(Debug, PartialEq)]
 pub(super) enum Kept {
-    All(Vec<Vec<TokenId>>),
+    All(Vec<Prompt>),
     Nothing,
     /// Their key was destroyed: their tenant was erased.
     Shredded,
+}
+
+impl Prompt {
+    /// Tokens of its whole blocks.
+    pub(crate) fn whole_tokens(&self, layout: &KvLayout) -> usize {
+        match self {
+            Self::Tokens(tokens) => whole_tokens(layout, tokens.len()),
+            Self::Chain(hashes) => hashes.len() * layout.block_tokens() as usize,
+        }
+    }
+
+    fn written(&self) -> Written {
+        match self {
+            Self::Tokens(tokens) => Written::Tokens(tokens.iter().map(|token| token.0).collect()),
+            Self::Chain(hashes) => {
+                let hex = |hash: &BlockHash| blake3::Hash::from_bytes(hash.0).to_hex().to_string();
+                Written::Chain(hashes.iter().map(hex).collect())
+            }
+        }
+    }
+
+    fn read(written: Written) -> anyhow::Result<Self> {
+        Ok(match written {
+            Written::Tokens(tokens) => Self::Tokens(tokens.into_iter().map(TokenId).collect()),
+            Written::Chain(hashes) => {
+                let hash = |hex: &String| Ok(BlockHash(*blake3::Hash::from_hex(hex)?.as_bytes()));
+                Self::Chain(hashes.iter().map(hash).collect::<anyhow::Result<_>>()?)
+            }
+        })
+    }
 }
 
 impl Prompts {
@@ -44,10 +92,9 @@ impl Prompts {
     }
 
     /// Writes the prompts of a job down, durably, sealed for whose scope this is.
-    pub(super) fn keep(&self, row: &str, scope: ScopeTag, prompts: &[Vec<TokenId>]) -> anyhow::Result<()> {
-        let tokens: Vec<Vec<u32>> =
-            prompts.iter().map(|prompt| prompt.iter().map(|token| token.0).collect()).collect();
-        let mut bytes = serde_json::to_vec(&tokens).context("prompts cannot be written as JSON")?;
+    pub(super) fn keep(&self, row: &str, scope: ScopeTag, prompts: &[Prompt]) -> anyhow::Result<()> {
+        let written: Vec<Written> = prompts.iter().map(Prompt::written).collect();
+        let mut bytes = serde_json::to_vec(&written).context("prompts cannot be written as JSON")?;
         if let Some(sealer) = &self.sealer
             && let Some(seal) = sealer.begin(scope).map_err(unsealed)?
         {
@@ -69,8 +116,9 @@ impl Prompts {
                 None => return Ok(Kept::Shredded),
             }
         }
-        let tokens: Vec<Vec<u32>> = serde_json::from_slice(&bytes).with_context(damaged)?;
-        Ok(Kept::All(tokens.into_iter().map(|prompt| prompt.into_iter().map(TokenId).collect()).collect()))
+        let written: Vec<Written> = serde_json::from_slice(&bytes).with_context(damaged)?;
+        let prompts: anyhow::Result<Vec<Prompt>> = written.into_iter().map(Prompt::read).collect();
+        Ok(Kept::All(prompts.with_context(damaged)?))
     }
 
     /// Whether nobody can read them any more. What is damaged is told when the job is run.
@@ -135,7 +183,8 @@ mod tests {
         let control = Arc::new(Control::open(&dir.path().join("control")).unwrap());
         let plain = Prompts::new(Arc::clone(&control), None);
         let sealing = Prompts::new(Arc::clone(&control), Some(Arc::clone(&keys) as Arc<dyn Sealer>));
-        let prompts = vec![vec![TokenId(1234), TokenId(5678)], vec![TokenId(9)]];
+        let tokens = |ids: &[u32]| Prompt::Tokens(ids.iter().copied().map(TokenId).collect());
+        let prompts = vec![tokens(&[1234, 5678]), tokens(&[9])];
         let bytes = |row| control.get_bytes(Table::WarmupPrompts, row).unwrap().unwrap();
         plain.keep("a/plain", SCOPE, &prompts).unwrap();
         assert_eq!(bytes("a/plain"), b"[[1234,5678],[9]]");
@@ -149,6 +198,9 @@ mod tests {
             assert_eq!(sealing.read(row).unwrap(), Kept::All(prompts.clone()));
         }
         assert_eq!(sealing.read("a/none").unwrap(), Kept::Nothing);
+        let with_chain = vec![tokens(&[9]), Prompt::Chain(vec![BlockHash([3; 32]), BlockHash([255; 32])])];
+        sealing.keep("a/chain", SCOPE, &with_chain).unwrap();
+        assert_eq!(sealing.read("a/chain").unwrap(), Kept::All(with_chain));
         assert!(format!("{:#}", plain.read("a/sealed").unwrap_err()).contains("root key"));
         let put = |row, bytes: &[u8]| control.put_bytes(Table::WarmupPrompts, row, bytes).unwrap();
         put("a/other", &sealed);

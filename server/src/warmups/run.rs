@@ -8,9 +8,9 @@ use std::time::Duration;
 use esker_proto::v1;
 
 use super::job::{Job, Stage};
-use super::prompts::Kept;
+use super::prompts::{Kept, Prompt};
 use super::record_error;
-use crate::generate::{GenerateError, Prefix, Step, warm, whole_tokens};
+use crate::generate::{GenerateError, Prefix, Step, keep_chain, warm};
 use crate::live::Pace;
 use crate::node::{Engine, Node};
 use crate::principal::{Principal, Role};
@@ -83,7 +83,29 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
     let class = ttl_class(v1::TtlClass::try_from(record.ttl).unwrap_or_default());
     let mut pace = Pace::new(&node.live, node.warmups.share);
     let done = usize::try_from(record.prompts_done).unwrap_or(usize::MAX);
-    for tokens in prompts.iter().skip(done) {
+    for (number, prompt) in (1..).zip(&prompts).skip(done) {
+        let whole = prompt.whole_tokens(engine.loaded.model.layout()) as u64;
+        let tokens = match prompt {
+            Prompt::Tokens(tokens) => tokens,
+            Prompt::Chain(hashes) => {
+                let kept = keep_chain(node, engine, &place, hashes);
+                let block_tokens = engine.loaded.model.layout().block_tokens() as usize;
+                if let Some(turn) = observe(node, job, &mut pace, Step::Found { tokens: kept * block_tokens })
+                {
+                    return turn;
+                }
+                if kept < hashes.len() {
+                    return failed(format!(
+                        "prompt {number} is a chain of which {kept} of {} blocks are stored: the rest can be computed of its tokens only",
+                        hashes.len()
+                    ));
+                }
+                if let Err(error) = node.warmups.update(job, |record| record.next_prompt(whole)) {
+                    return record_error(&error);
+                }
+                continue;
+            }
+        };
         let mut left = None;
         let result = warm(node, engine, &Prefix { tokens, place: &place, class }, &mut |step| match observe(
             node, job, &mut pace, step,
@@ -99,7 +121,6 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
             (None, Ok(())) => {}
             (None, Err(error)) => return after_error(&error),
         }
-        let whole = whole_tokens(engine.loaded.model.layout(), tokens.len()) as u64;
         if let Err(error) = node.warmups.update(job, |record| record.next_prompt(whole)) {
             return record_error(&error);
         }

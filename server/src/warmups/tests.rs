@@ -39,7 +39,7 @@ fn principal(tenant: &str, roles: &[Role]) -> Principal {
 fn submission(name: &str, priority: u32) -> Submission {
     Submission {
         name: name.into(),
-        prompts: vec![(0..300).map(|id| TokenId(64 + id)).collect()],
+        prompts: vec![Prompt::Tokens((0..300).map(|id| TokenId(64 + id)).collect())],
         scope: v1::Scope::Private,
         ttl: v1::TtlClass::Unspecified,
         user: String::new(),
@@ -240,7 +240,7 @@ fn a_crash_amid_an_erasure_leaves_no_job_and_no_session_of_its_tenant() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (principal("a", &[Role::Writer]), principal("b", &[Role::Writer]));
     let marked = |name| {
-        let prompts = vec![(0..400).map(|id| TokenId(9 + 7 * id % 300)).collect()];
+        let prompts = vec![Prompt::Tokens((0..400).map(|id| TokenId(9 + 7 * id % 300)).collect())];
         Submission { prompts, ..submission(name, 0) }
     };
     let marker = "9,16,23,30,37,44,51,58,65,72";
@@ -263,7 +263,7 @@ fn a_crash_amid_an_erasure_leaves_no_job_and_no_session_of_its_tenant() {
     let node = node(dir.path());
     submit(&node, &a, &marked("in the log")).unwrap();
     let namespace = node.engine.as_ref().unwrap().namespace;
-    let tokens = marked("").prompts.swap_remove(0);
+    let Prompt::Tokens(tokens) = marked("").prompts.swap_remove(0) else { unreachable!() };
     node.sessions.hold(&node, &a, "chat", sessions::Kept { namespace, tokens, user: "" }, 3600).unwrap();
     assert_eq!(node.sessions.totals(&node, &a.tenant).unwrap().0, 1);
     let crashed = tempfile::tempdir().unwrap();

@@ -302,7 +302,7 @@ class AsyncClient:
     async def warm_up(
         self,
         job: str,
-        prompts: Sequence[Union[str, Sequence[int]]],
+        prompts: Sequence[Union[str, Sequence[int], Sequence[bytes]]],
         *,
         namespace: bytes = b"",
         scope: Scope = Scope.PRIVATE,

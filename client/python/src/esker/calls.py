@@ -437,7 +437,7 @@ def session(reply: Any) -> answers.Session:
 
 def warmup(
     job: str,
-    prompts: Sequence[Union[str, Sequence[int]]],
+    prompts: Sequence[Union[str, Sequence[int], Sequence[bytes]]],
     namespace: bytes,
     scope: Scope,
     ttl: Ttl,
@@ -450,9 +450,11 @@ def warmup(
 ) -> Any:
     """Request of SubmitWarmup."""
 
-    def prompt(value: Union[str, Sequence[int]]) -> Any:
+    def prompt(value: Union[str, Sequence[int], Sequence[bytes]]) -> Any:
         if isinstance(value, str):
             return message("WarmupPrompt", text=value)
+        if len(value) > 0 and isinstance(value[0], bytes):
+            return message("WarmupPrompt", chain=message("WarmupChain", hashes=value))
         return message("WarmupPrompt", tokens=message("WarmupTokens", ids=value))
 
     return message(

@@ -322,7 +322,7 @@ class Client:
     def warm_up(
         self,
         job: str,
-        prompts: Sequence[Union[str, Sequence[int]]],
+        prompts: Sequence[Union[str, Sequence[int], Sequence[bytes]]],
         *,
         namespace: bytes = b"",
         scope: Scope = Scope.PRIVATE,
