@@ -1,7 +1,7 @@
 //! Power cuts in process: the real store on a simulated disk, cut after every op of a random script, several states of
 //! the medium each, with an index that is gone, older than the segments, or current. In a third of the scripts time jumps, by
 //! a second or by ten years; in half of them things are erased, and erasures lapse; in a third the store is full and evicts, before
-//! the cut and sometimes after it. Where things go, only the ends of what was put together are leased, and hold their paths.
+//! the cut and sometimes after it; and some of the disks that are left have no room for anything more. Where things go, only the ends of what was put together are leased, and hold their paths.
 //!
 //! `ESKER_CRASH_STATES` says how many states, `ESKER_CRASH_SEED` repeats one script. A seed fixes the script, the
 //! faults and the states; which thread of the store comes first is the machine's, so a seed is repeated several times.
@@ -188,6 +188,22 @@ fn without_verification_damaged_sectors_are_served() {
     assert!(failures.iter().any(|failure| failure.contains("wrong")), "the oracle is blind: {failures:?}");
 }
 
+/// The control of lies: without verification an altered or misdirected write is served.
+#[test]
+fn without_verification_a_lie_of_the_disk_is_served() {
+    let opening = Sabotage { skip_verification: true, ..Sabotage::default() };
+    // A script has one lie, and not each of them alters what is read.
+    let round = || run(6000, Mode { opening, lying: true, ..Mode::default() }, "").0;
+    let (mut states, mut failures) = (0, Vec::new());
+    while states < 60_000 && !failures.iter().any(|failure: &String| failure.contains("wrong")) {
+        let tally = round();
+        states += tally.states.into_inner();
+        failures.extend(tally.failures.into_inner().unwrap());
+    }
+    figures::report("lie_control", &[("states", states), ("violations_found", failures.len() as u64)]);
+    assert!(failures.iter().any(|failure| failure.contains("wrong")), "the oracle is blind: {failures:?}");
+}
+
 /// Runs scripts on all cores until there are enough states.
 fn run(states: u64, mode: Mode, seed_variable: &str) -> (Tally, Duration) {
     let start = Instant::now();
@@ -235,6 +251,7 @@ fn script_states(
     tally.lapsed.fetch_add(recording.lapsed, Ordering::Relaxed);
     watchdog.progress();
     let (mut random, mut pressing) = (Random::new(seed ^ 0xc4a5), Random::new(seed ^ 0x93e5));
+    let mut filling = Random::new(seed ^ 0xf011);
     let mut replay = recording.history.replay();
     let each = (STATES_OF_SCRIPT / (recording.history.len() as u64 + 1)).max(1);
     for position in 0..=recording.history.len() {
@@ -253,10 +270,13 @@ fn script_states(
             let may_lose = recording.may_lose + usize::from(damage.is_some());
             let bounded = recording.settings.capacity_bytes < u64::MAX;
             let pressed = may_lose == 0 && bounded && pressing.once_in(4);
+            let full = filling.once_in(8);
+            let room_bytes = full.then(|| filling.one_of(&[0, 0, 4 << 10, 100 << 10]));
             // Only what is admitted presses.
             let settings =
                 StoreSettings { sabotage: mode.opening, admission: !pressed, ..recording.settings.clone() };
-            let state = State { dir, settings, image, index, oracle, may_lose, clock, later_s, pressed };
+            let state =
+                State { dir, settings, image, index, oracle, may_lose, clock, later_s, pressed, room_bytes };
             tally.states.fetch_add(1, Ordering::Relaxed);
             tally.damaged.fetch_add(u64::from(damage.is_some()), Ordering::Relaxed);
             state.examine(&mut random, tally).map_err(|failed| {
@@ -290,6 +310,8 @@ struct State<'a> {
     later_s: u64,
     /// Whether more is put after the opening than there is room for.
     pressed: bool,
+    /// What has room on the disk; `None` for anything.
+    room_bytes: Option<u64>,
 }
 
 impl State<'_> {
@@ -312,7 +334,7 @@ impl State<'_> {
         if self.pressed {
             press(&store);
         }
-        let twice = self.may_lose == 0 && random.once_in(5);
+        let twice = self.may_lose == 0 && random.once_in(5) && self.room_bytes.is_none();
         // Not always looked at before: a look puts damage out of the way, and then it answers for nothing that is put.
         if !(twice && random.once_in(2)) {
             self.oracle.check(&store, self.may_lose, random)?;
@@ -354,7 +376,8 @@ impl State<'_> {
             Some(text) => std::fs::write(&file, text).unwrap(),
             None => drop(std::fs::remove_file(&file)),
         }
-        let disk = SimDisk::open(self.image.clone(), u64::MAX);
+        let room_bytes = self.room_bytes.map(|room_bytes| self.image.len_bytes() + room_bytes);
+        let disk = SimDisk::open(self.image.clone(), room_bytes.unwrap_or(u64::MAX));
         // The machine was off.
         let clock = ManualClock::after_power_cut();
         let store = Store::open_on_at(self.dir, self.settings.clone(), disk.clone(), clock.clone());
