@@ -271,7 +271,7 @@ impl Sequence {
         self.restored = None;
         self.supply = Supply::default();
         self.recorded.iter_mut().flatten().for_each(Vec::clear);
-        self.keep_from_here();
+        self.residual = None;
     }
 }
 

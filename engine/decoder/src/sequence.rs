@@ -33,7 +33,7 @@ pub struct Sequence {
     pub(crate) supply: Supply,
     layers: usize,
     pub(crate) recorded: Option<Vec<Vec<Vec<u32>>>>,
-    residual: Option<Residual>,
+    pub(crate) residual: Option<Residual>,
 }
 
 /// What the layers keep, by family.
@@ -51,6 +51,18 @@ pub enum Logits {
     Last,
     /// Every token's.
     All,
+}
+
+impl Logits {
+    /// Of a chunk's rows, of `width` numbers, those that logits are wanted of.
+    pub(crate) fn of_chunk(self, rows: &[f32], width: usize, is_last: bool) -> &[f32] {
+        match self {
+            Self::None => &[],
+            Self::Last if !is_last => &[],
+            Self::Last => &rows[rows.len() - width..],
+            Self::All => rows,
+        }
+    }
 }
 
 /// Logits, one row per position asked for.
@@ -185,12 +197,7 @@ impl Sequence {
         for chunk in rows.chunks(self.chunk_tokens()) {
             let x = rayon::scope(|_| self.forward(model, chunk)).inspect_err(|_| self.clear(model))?;
             done += chunk.len();
-            let wanted = match want {
-                Logits::None => &[],
-                Logits::Last if done < rows.len() => &[],
-                Logits::Last => &x[x.len() - model.config.hidden_size..],
-                Logits::All => &x[..],
-            };
+            let wanted = want.of_chunk(&x, model.config.hidden_size, done == rows.len());
             if !wanted.is_empty() {
                 values.extend(rayon::scope(|_| model.head.apply(&model.norm.apply(wanted))));
             }
@@ -311,7 +318,8 @@ impl Sequence {
     }
 
     /// From now on keeps the residual of every token after the last layer, see [`Sequence::take_residual`]. Only V4 has
-    /// one to keep; it takes `hc_mult * hidden_size` numbers per token.
+    /// one to keep; it takes `hc_mult * hidden_size` numbers per token, so it ends where rows are found missing: what is
+    /// computed again then may be a whole context.
     pub fn keep_residual(&mut self) {
         self.residual.get_or_insert(Residual { first: self.tokens, values: Vec::new() });
     }

@@ -177,11 +177,14 @@ fn rows_that_cannot_be_had_leave_nothing() {
         for until in [0, 1, 2, 5] {
             let (mut sequence, fetched) = stored.park(&model, 0, until, 0);
             sequence.restore_state(&model, &stored.state).unwrap();
+            sequence.keep_residual();
             let refused = sequence.prefill(&model, &tokens[144..], Logits::None).unwrap_err();
             assert!(matches!(refused, DecoderError::RowsMissing { .. }), "{refused}");
             assert_eq!((fetched.load(Ordering::Relaxed), sequence.tokens()), (until + 1, 0));
             assert!(sequence.residency().is_none());
             assert!(logit_bits(&model, &mut sequence, &tokens, &[TOKENS]) == whole);
+            // What is computed again is not kept for a draft as well.
+            assert!(sequence.take_residual().is_none());
         }
     }
 }

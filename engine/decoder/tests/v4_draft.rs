@@ -34,7 +34,7 @@ fn guesses(model: &Model, tokens: &[TokenId], next: &[TokenId], lengths: &[usize
         sequence.prefill(model, &tokens[span.clone()], Logits::None).unwrap();
         let residual = sequence.take_residual().unwrap();
         assert_eq!((residual.first(), residual.tokens(model)), (span.start, length));
-        let logits: LogitsOut = draft.guess(model, &residual, &next[span]).unwrap();
+        let logits: LogitsOut = draft.guess(model, &residual, &next[span], Logits::All).unwrap();
         rows.extend(logits.rows().map(<[f32]>::to_vec));
     }
     rows
@@ -79,7 +79,7 @@ fn a_guess_does_not_depend_on_its_company_and_a_cut_is_exact_within_a_window() {
         sequence.truncate(start);
         sequence.prefill(&model, &tokens[start..end], Logits::None).unwrap();
         let residual = sequence.take_residual().unwrap();
-        let logits = draft.guess(&model, &residual, &next[start..end]).unwrap();
+        let logits = draft.guess(&model, &residual, &next[start..end], Logits::All).unwrap();
         logits.rows().map(row_bits).collect::<Vec<_>>()
     };
     from(0, 290);
@@ -92,9 +92,23 @@ fn a_guess_does_not_depend_on_its_company_and_a_cut_is_exact_within_a_window() {
     sequence.prefill(&model, &tokens[..200], Logits::None).unwrap();
     sequence.keep_residual();
     sequence.prefill(&model, &tokens[200..], Logits::None).unwrap();
-    let late = draft.guess(&model, &sequence.take_residual().unwrap(), &next[200..]).unwrap();
+    let late = draft.guess(&model, &sequence.take_residual().unwrap(), &next[200..], Logits::All).unwrap();
     let late: Vec<Vec<u32>> = late.rows().map(row_bits).collect();
     assert!(late[8..] == whole[208..] && late[0] != whole[200]);
+}
+
+#[test]
+fn only_the_rows_that_are_asked_for_get_logits() {
+    let model = builder(&Checkpoint::random(config(9), 1)).finish().unwrap();
+    let tokens = Random(2).tokens(301, 61);
+    let mut sequence = Sequence::new(&model);
+    sequence.keep_residual();
+    sequence.prefill(&model, &tokens[..300], Logits::None).unwrap();
+    let residual = sequence.take_residual().unwrap();
+    let guess = |want| Draft::new(&model).unwrap().guess(&model, &residual, &tokens[1..], want).unwrap();
+    let (all, last) = (guess(Logits::All), guess(Logits::Last));
+    assert_eq!((all.rows().len(), last.rows().len(), guess(Logits::None).rows().len()), (300, 1, 0));
+    assert_eq!(last.last().map(row_bits), all.last().map(row_bits));
 }
 
 #[test]
@@ -120,10 +134,10 @@ fn a_draft_that_is_not_there_or_does_not_fit_is_refused() {
     sequence.prefill(&model, &[TokenId(1), TokenId(2)], Logits::None).unwrap();
     let residual = sequence.take_residual().unwrap();
     let mut draft = Draft::new(&model).unwrap();
-    let refused = draft.guess(&model, &residual, &[TokenId(3)]).unwrap_err();
+    let refused = draft.guess(&model, &residual, &[TokenId(3)], Logits::Last).unwrap_err();
     assert!(matches!(refused, DecoderError::DraftTokens { expected: 2, got: 1 }), "{refused}");
-    let refused = draft.guess(&model, &residual, &[TokenId(3), TokenId(61)]).unwrap_err();
+    let refused = draft.guess(&model, &residual, &[TokenId(3), TokenId(61)], Logits::Last).unwrap_err();
     assert!(matches!(refused, DecoderError::UnknownToken { .. }), "{refused}");
     let other = builder(&Checkpoint::random(config(5), 2)).finish().unwrap();
-    assert!(matches!(draft.guess(&other, &residual, &[TokenId(3); 2]), Err(DecoderError::OtherModel)));
+    assert!(matches!(draft.guess(&other, &residual, &[TokenId(3); 2], Logits::Last), Err(DecoderError::OtherModel)));
 }

@@ -134,7 +134,7 @@ impl<'a> Steps<'a> {
         let Some(next) = tokens.get(first..first + rows).filter(|next| !next.is_empty()) else {
             return Ok(None);
         };
-        let logits: LogitsOut = draft.guess(self.model, &residual, next)?;
+        let logits: LogitsOut = draft.guess(self.model, &residual, next, Logits::Last)?;
         Ok(logits.last().map(|row| Sampler::greedy().next(row)))
     }
 

@@ -17,7 +17,7 @@ use crate::v4::cache::LayerCache;
 use crate::v4::config::V4Config;
 use crate::v4::hyper::{HyperHead, Streams};
 use crate::v4::{Layer, Passage};
-use crate::{DecoderError, Model, ModelConfig, Result};
+use crate::{DecoderError, Logits, Model, ModelConfig, Result};
 
 /// The weights of a draft block.
 pub(crate) struct DraftBlock {
@@ -134,10 +134,17 @@ impl Draft {
         self.cache.window.end()
     }
 
-    /// Logits of the token after the next one, for every row of `residual`: those of tokens `residual.first()` on, with
-    /// `next` the token that came, or was drawn, after each. A row stands at the position of its residual. Where the draft does not continue at that position (it is
-    /// new, or the sequence was cut or restored), it begins anew there. Neither chunks nor threads change a bit.
-    pub fn guess(&mut self, model: &Model, residual: &Residual, next: &[TokenId]) -> Result<LogitsOut> {
+    /// Logits of the token after the next one, for the rows of `residual` that are asked for: those of tokens `residual.first()`
+    /// on, with `next` the token that came, or was drawn, after each. A row stands at the position of its residual. Where the
+    /// draft does not continue at that position (it is new, or the sequence was cut or restored), it begins anew there. Neither
+    /// chunks nor threads change a bit.
+    pub fn guess(
+        &mut self,
+        model: &Model,
+        residual: &Residual,
+        next: &[TokenId],
+        want: Logits,
+    ) -> Result<LogitsOut> {
         let block = model.draft.as_ref().ok_or(DecoderError::NoDraft)?;
         if self.model != model.fingerprint() {
             return Err(DecoderError::OtherModel);
@@ -149,11 +156,16 @@ impl Draft {
         let rows: Vec<usize> = next.iter().map(|&token| model.check_token(token)).collect::<Result<_>>()?;
         self.cut(residual.first);
         let wide = residual.values.len() / rows.len();
-        let mut values = Vec::new();
+        let (mut values, mut done) = (Vec::new(), 0);
         for (tokens, streams) in rows.chunks(CHUNK_TOKENS).zip(residual.values.chunks(CHUNK_TOKENS * wide)) {
             let passage = Passage { tokens, first: self.tokens(), model };
             let out = block.forward(&model.embed(tokens), streams, &passage, &mut self.cache)?;
-            values.extend(model.head.apply(&out));
+            done += tokens.len();
+            // A row of logits is as wide as the vocabulary: none is made that nobody looks at.
+            let wanted = want.of_chunk(&out, model.config.hidden_size, done == rows.len());
+            if !wanted.is_empty() {
+                values.extend(model.head.apply(wanted));
+            }
             // A cut goes back by some guessed tokens; twice the window leaves whole windows for as many.
             self.cache.window.drop_before(self.tokens().saturating_sub(2 * block.window));
         }
