@@ -14,6 +14,7 @@ use esker_prefix::{
 
 use crate::arrival::{Part, part};
 use crate::panels::KeyPanels;
+use crate::residency::Parked;
 use crate::row_codec::RowCodec;
 use crate::sequence::Cache;
 use crate::{DecoderError, Model, Result, Sequence};
@@ -44,13 +45,12 @@ impl Sequence {
         self.check_arrived()?;
         let block_tokens = model.layout().block_tokens() as usize;
         let end = index.saturating_add(1).saturating_mul(block_tokens);
-        if let Some(parked) = self.supply.parked.as_ref().filter(|parked| end <= parked.tokens()) {
-            return Err(DecoderError::RowsMissing { layer: 0, tokens: parked.tokens() });
-        }
+        let first = end.saturating_sub(block_tokens);
+        self.check_resident(first)?;
         if end > self.tokens {
             return Err(DecoderError::BlockIncomplete { block: index, end, tokens: self.tokens });
         }
-        let plane = |spec: &PlaneSpec| self.history_plane(model, spec, end - block_tokens..end);
+        let plane = |spec: &PlaneSpec| self.history_plane(model, spec, first..end);
         let planes = model.layout().planes(ObjectKind::Block).iter().map(plane).collect();
         let BlockIdentity { namespace, scope, parent, hash } = identity;
         Ok(BlockObject::new(model.layout(), namespace, scope, parent, hash, end as u64, planes)?)
@@ -74,9 +74,7 @@ impl Sequence {
         let boundary = tokens - tokens % layout.block_tokens() as usize;
         if boundary < tokens {
             self.check_arrived()?;
-            if let Some(parked) = self.supply.parked.as_ref().filter(|parked| boundary < parked.tokens()) {
-                return Err(DecoderError::RowsMissing { layer: 0, tokens: parked.tokens() });
-            }
+            self.check_resident(boundary)?;
         }
         let plane = |spec: &PlaneSpec| match layout.groups()[usize::from(spec.group)].family {
             Family::History => self.history_plane(model, spec, boundary..tokens),
@@ -85,6 +83,14 @@ impl Sequence {
         let planes = layout.planes_at(ObjectKind::State, tokens as u64).iter().map(plane).collect();
         let BlockIdentity { namespace, scope, parent, hash } = identity;
         Ok(StateObject::new(layout, namespace, scope, parent, hash, tokens as u64, planes)?)
+    }
+
+    /// Refuses what needs rows of tokens from `first` on, if the first of them are parked.
+    fn check_resident(&self, first: usize) -> Result<()> {
+        match self.supply.parked.as_ref().map(Parked::tokens).filter(|&tokens| first < tokens) {
+            Some(tokens) => Err(DecoderError::RowsMissing { layer: 0, tokens }),
+            None => Ok(()),
+        }
     }
 
     /// The rows that a run of tokens completes.

@@ -48,7 +48,7 @@ pub struct Residency {
 
 /// The parked rows of one sequence. See the module.
 pub struct Parked {
-    /// Tokens of whole blocks whose rows are parked.
+    /// Tokens whose rows are parked: whole blocks, and after a cut a part of one.
     tokens: usize,
     block_tokens: usize,
     layers: Vec<Option<Place>>,
@@ -111,7 +111,7 @@ impl Parked {
     }
 
     pub(crate) fn truncate(&mut self, tokens: usize) {
-        self.tokens = self.tokens.min(tokens / self.block_tokens * self.block_tokens);
+        self.tokens = self.tokens.min(tokens);
     }
 
     pub(crate) fn figures(&self) -> Residency {

@@ -294,9 +294,6 @@ impl Sequence {
         }
         // Of rows that have still to come none is kept.
         let tokens = if self.supply.arriving.take().is_some() { 0 } else { tokens };
-        if let Some(parked) = &mut self.supply.parked {
-            parked.truncate(tokens);
-        }
         self.tokens = match &mut self.cache {
             Cache::Mla(cache) => {
                 cache.truncate(tokens);
@@ -304,6 +301,9 @@ impl Sequence {
             }
             Cache::V4(cache) => cache.truncate(tokens),
         };
+        if let Some(parked) = &mut self.supply.parked {
+            parked.truncate(self.tokens);
+        }
         for layer in self.recorded.iter_mut().flatten() {
             layer.truncate(self.tokens);
         }

@@ -168,6 +168,39 @@ fn parked_rows_are_read_and_a_cut_is_exact() {
 }
 
 #[test]
+fn a_block_of_which_a_cut_left_the_first_rows_parked_is_refused() {
+    for (config, format) in models() {
+        let model = Checkpoint::random(config, 3).load(format, 16);
+        let tokens = Random(5).tokens(TOKENS, 61);
+        let mut resident = Sequence::new(&model);
+        resident.prefill(&model, &tokens[..136], Logits::None).unwrap();
+        let stored = Stored::of(&model, &tokens, 8);
+        let (mut sequence, _) = stored.park(&model, 4096, usize::MAX, 0);
+        sequence.restore_state(&model, &stored.state).unwrap();
+        sequence.prefill(&model, &tokens[128..140], Logits::None).unwrap();
+        // In the middle of the seventh block, or, with states, at its beginning.
+        let left = sequence.truncate(100);
+        sequence.replay(&model, &tokens[..left]).unwrap();
+        sequence.prefill(&model, &tokens[left..136], Logits::None).unwrap();
+        let missing = |result: Result<(), DecoderError>| {
+            matches!(result, Err(DecoderError::RowsMissing { tokens, .. }) if tokens == left)
+        };
+        let block = |of: &Sequence, index| of.block(&model, index, identity(0, index));
+        for index in 0..8 {
+            match index * BLOCK < left {
+                true => assert!(missing(block(&sequence, index).map(drop)), "block {index}"),
+                false => assert_eq!(block(&sequence, index).unwrap(), block(&resident, index).unwrap()),
+            }
+        }
+        let state = |of: &Sequence, tokens| of.state_at(&model, tokens, identity(0, 20));
+        if left == 100 {
+            assert!(missing(state(&sequence, 105).map(drop)), "its rows begin with parked ones");
+        }
+        assert_eq!(state(&sequence, 136).unwrap(), state(&resident, 136).unwrap());
+    }
+}
+
+#[test]
 fn rows_that_cannot_be_had_leave_nothing() {
     for (config, format) in models() {
         let model = Checkpoint::random(config, 3).load(format, 16);
