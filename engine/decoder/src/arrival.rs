@@ -269,6 +269,7 @@ impl Sequence {
         self.cache = fresh.cache;
         self.tokens = 0;
         self.restored = None;
+        self.namespace = None;
         self.supply = Supply::default();
         self.recorded.iter_mut().flatten().for_each(Vec::clear);
         self.residual = None;

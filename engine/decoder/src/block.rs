@@ -122,12 +122,13 @@ impl Sequence {
         bytes.into()
     }
 
-    /// Appends the rows of `block`, bit for bit. It must be the next block of this sequence, and the child of the
-    /// block restored just before, if one was. Whether its bytes belong to its key is the store's to prove. If the
+    /// Appends the rows of `block`, bit for bit. It must be the next block of this sequence, of the namespace of what was
+    /// restored before, and the child of the block restored just before, if one was. Whether its bytes belong to its key is the store's to prove. If the
     /// model has state groups, the sequence then [needs the state](Sequence::needs_state) after its last block.
     pub fn restore(&mut self, model: &Model, block: &BlockObject) -> Result<()> {
         self.check_model(model)?;
         self.check_arrived()?;
+        self.check_namespace(block.namespace())?;
         self.check_next(model, block)?;
         let block_tokens = model.layout().block_tokens() as usize;
         self.reserve(model, block_tokens);
@@ -142,15 +143,17 @@ impl Sequence {
             cache.drop_state(self.tokens);
         }
         self.restored = Some(block.id().hash);
+        self.namespace = Some(block.namespace());
         self.keep_from_here();
         Ok(())
     }
 
-    /// Puts the state back that continues this sequence, bit for bit. It must be that of the sequence's last token, and of the
-    /// prefix of the block restored just before, if one was. Off the block grid it is of some tokens behind that block, whose
+    /// Puts the state back that continues this sequence, bit for bit. It must be that of the sequence's last token, of the
+    /// namespace of what was restored before, and of the prefix of the block restored just before, if one was. Off the block grid it is of some tokens behind that block, whose
     /// rows it brings along.
     pub fn restore_state(&mut self, model: &Model, state: &StateObject) -> Result<()> {
         self.check_model(model)?;
+        self.check_namespace(state.namespace())?;
         let layout = model.layout();
         let tail = state.tokens() % u64::from(layout.block_tokens());
         let (expected, got) = (self.tokens as u64, state.tokens());
@@ -167,6 +170,7 @@ impl Sequence {
             return Err(DecoderError::StatePrefix { expected, got });
         }
         check_planes(model, ObjectKind::State, state.tokens(), state.planes())?;
+        self.namespace = Some(state.namespace());
         let specs = layout.planes_at(ObjectKind::State, state.tokens());
         let (states, rows) = specs.split_at(layout.planes(ObjectKind::State).len());
         let (states_bytes, rows_bytes) = state.planes().split_at(states.len());
@@ -208,6 +212,13 @@ impl Sequence {
         match place {
             Place::Rows(held) => rows.codec.decode(rows.bytes, held),
             Place::Keys(keys) => keys.extend(&rows.decoded()),
+        }
+    }
+
+    fn check_namespace(&self, got: NamespaceId) -> Result<()> {
+        match self.namespace.filter(|expected| *expected != got) {
+            Some(expected) => Err(DecoderError::OtherNamespace { expected, got }),
+            None => Ok(()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! What can go wrong, by what the caller can do about it.
 
-use esker_prefix::{BlockHash, PrefixError, TokenId};
+use esker_prefix::{BlockHash, NamespaceId, PrefixError, TokenId};
 
 /// Result of an operation of this crate.
 pub type Result<T> = std::result::Result<T, DecoderError>;
@@ -137,6 +137,14 @@ pub enum DecoderError {
         /// Prefix length that the given block completes.
         got: u64,
     },
+    /// A block or state of another namespace than what was restored before it.
+    #[error("the object is of namespace {got}, the sequence was restored from namespace {expected}")]
+    OtherNamespace {
+        /// Namespace of what was restored first.
+        expected: NamespaceId,
+        /// Namespace of the given object.
+        got: NamespaceId,
+    },
     /// A block of another prefix than the block restored before it.
     #[error("block continues prefix {got}, the sequence was restored from {expected}")]
     BlockParent {
@@ -250,6 +258,7 @@ impl DecoderError {
             | Self::BlockIncomplete { .. }
             | Self::RowsMissing { .. }
             | Self::BlockPosition { .. }
+            | Self::OtherNamespace { .. }
             | Self::StateNotHeld { .. }
             | Self::StatePosition { .. }
             | Self::StatePrefix { .. }

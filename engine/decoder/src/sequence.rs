@@ -5,7 +5,7 @@
 
 use std::ops::ControlFlow;
 
-use esker_prefix::{BlockHash, TokenId};
+use esker_prefix::{BlockHash, NamespaceId, TokenId};
 
 use crate::arrival::Supply;
 use crate::config::Family;
@@ -29,6 +29,8 @@ pub struct Sequence {
     pub(crate) model: [u8; 32],
     /// Hash of the block restored last, while nothing else has been appended.
     pub(crate) restored: Option<BlockHash>,
+    /// Namespace of what was restored first; the decoder knows no other name of it than its objects'.
+    pub(crate) namespace: Option<NamespaceId>,
     /// Rows that are not here yet, or stay elsewhere.
     pub(crate) supply: Supply,
     layers: usize,
@@ -143,6 +145,7 @@ impl Sequence {
             tokens: 0,
             model: model.fingerprint(),
             restored: None,
+            namespace: None,
             supply: Supply::default(),
             layers,
             recorded: None,
@@ -308,6 +311,7 @@ impl Sequence {
             layer.truncate(self.tokens);
         }
         self.restored = None;
+        self.namespace.take_if(|_| self.tokens == 0);
         self.keep_from_here();
         self.tokens
     }

@@ -4,8 +4,8 @@
 
 mod support;
 
-use esker_decoder::{DecoderError, ErrorKind, KvFormat, Logits, Model, Sequence, StateField};
-use esker_prefix::{BlockObject, ObjectKind, StateObject, TokenId};
+use esker_decoder::{BlockIdentity, DecoderError, ErrorKind, KvFormat, Logits, Model, Sequence, StateField};
+use esker_prefix::{BlockObject, NamespaceId, ObjectKind, StateObject, TokenId};
 use serde_json::json;
 use support::{Checkpoint, Random, deployed, identity, logit_bits, v4, v32, with};
 
@@ -187,6 +187,37 @@ fn only_the_state_of_the_same_prefix_is_accepted() {
     let mut blocks_only = Sequence::new(&model);
     blocks_only.restore(&model, &blocks[0]).unwrap();
     assert!(blocks_only.state(&model, 0, identity(0, 0)).is_err());
+}
+
+#[test]
+fn what_is_of_another_namespace_is_refused_by_name() {
+    let model = model(KvFormat::F32, 6);
+    let tokens = Random(9).tokens(TOKENS, 61);
+    let (mut ours, blocks, states) = taken(&model, &tokens);
+    ours.truncate(128);
+    // The same prefix, under the name of another model.
+    let foreign = |index| BlockIdentity { namespace: NamespaceId([9; 32]), ..identity(0, index) };
+    let state = ours.state(&model, 7, foreign(7)).unwrap();
+    let block = ours.block(&model, 1, foreign(1)).unwrap();
+    let named = |refused: DecoderError| {
+        assert!(matches!(refused, DecoderError::OtherNamespace { .. }), "{refused}");
+        assert_eq!(refused.kind(), ErrorKind::Block);
+        let text = refused.to_string();
+        assert!(text.contains(&NamespaceId([9; 32]).to_string()), "{text}");
+        assert!(text.contains(&NamespaceId([1; 32]).to_string()), "{text}");
+    };
+    let mut sequence = Sequence::new(&model);
+    sequence.restore(&model, &blocks[0]).unwrap();
+    named(sequence.restore(&model, &block).unwrap_err());
+    blocks[1..8].iter().for_each(|block| sequence.restore(&model, block).unwrap());
+    named(sequence.restore_state(&model, &state).unwrap_err());
+    assert!(sequence.needs_state(), "a refused state leaves the sequence as it was");
+    sequence.restore_state(&model, &states[7]).unwrap();
+    // Nothing is left of it, nor of its namespace.
+    assert_eq!(sequence.truncate(0), 0);
+    sequence.restore(&model, &ours.block(&model, 0, foreign(0)).unwrap()).unwrap();
+    sequence.restore(&model, &block).unwrap();
+    named(sequence.restore(&model, &blocks[2]).unwrap_err());
 }
 
 #[test]
