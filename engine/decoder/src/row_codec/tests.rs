@@ -148,3 +148,156 @@ proptest! {
         }
     }
 }
+
+/// The quantisers as they are published, in F64: a row's bytes, field after field, and the numbers that they stand for.
+#[derive(Default)]
+struct Oracle {
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    plain: Vec<u8>,
+    numbers: Vec<f64>,
+}
+
+impl Oracle {
+    /// `2^ceil(log2(max(|x|, floor) / largest))`, found by trying. Its exponent.
+    fn scale(values: &[f32], floor: f64, largest: f64) -> i32 {
+        let most = values.iter().fold(floor, |most, value| most.max(f64::from(value.abs())));
+        (-200..200).find(|&exponent| 2.0_f64.powi(exponent) >= most / largest).unwrap()
+    }
+
+    /// The nearest of these non-negative numbers, in ascending order; of two equally near ones the even.
+    fn nearest(steps: &[f64], size: f64) -> u8 {
+        let distance = |code: usize| (steps[code] - size).abs();
+        let better = |a: &usize, b: &usize| distance(*a).total_cmp(&distance(*b)).then((a % 2).cmp(&(b % 2)));
+        u8::try_from((0..steps.len()).min_by(better).unwrap()).unwrap()
+    }
+
+    /// The code of each number over the scale, clamped to the largest, with its sign in the bit `sign`.
+    fn code(&mut self, values: &[f32], exponent: i32, steps: &[f64], sign: u8) -> Vec<u8> {
+        let (scale, largest) = (2.0_f64.powi(exponent), steps[steps.len() - 1]);
+        let code = |&value: &f32| {
+            let size = Self::nearest(steps, (f64::from(value).abs() / scale).min(largest));
+            let negative = value.is_sign_negative();
+            self.numbers.push(steps[usize::from(size)] * if negative { -scale } else { scale });
+            size | if negative { sign } else { 0 }
+        };
+        values.iter().map(code).collect()
+    }
+
+    /// Four bits of exponent, of bias 7, and three of mantissa; all ones is no number.
+    fn e4m3(&mut self, values: &[f32]) -> i32 {
+        let number = |code: i32| match (code / 8, f64::from(code % 8) / 8.0) {
+            (0, mantissa) => mantissa * 2.0_f64.powi(-6),
+            (exponent, mantissa) => (1.0 + mantissa) * 2.0_f64.powi(exponent - 7),
+        };
+        let steps: Vec<f64> = (0..127).map(number).collect();
+        let exponent = Self::scale(values, 1e-4, 448.0);
+        let codes = self.code(values, exponent, &steps, 0x80);
+        self.codes.extend(codes);
+        exponent
+    }
+
+    fn e2m1(&mut self, values: &[f32]) -> i32 {
+        let exponent = Self::scale(values, 6.0 * 2.0_f64.powi(-126), 6.0);
+        let codes = self.code(values, exponent, &[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], 8);
+        self.codes.extend(codes.as_chunks::<2>().0.iter().map(|[even, odd]| even | odd << 4));
+        exponent
+    }
+
+    fn bf16(&mut self, values: &[f32]) {
+        for &value in values {
+            // Eight bits of mantissa, of which one is not written; below the normal numbers the step stays.
+            let value = f64::from(value);
+            let exponent = (-126..128).rev().find(|&at| value.abs() >= 2.0_f64.powi(at)).unwrap_or(-126);
+            let step = 2.0_f64.powi(exponent - 7);
+            let rounded = (value / step).round_ties_even() * step;
+            #[expect(clippy::cast_possible_truncation, reason = "eight bits of mantissa are left")]
+            let exact = rounded as f32;
+            self.plain.extend(&exact.to_le_bytes()[2..]);
+            self.numbers.push(rounded);
+        }
+    }
+
+    fn e8m0(&mut self, exponent: i32) {
+        self.scales.push(u8::try_from(exponent + 127).unwrap());
+    }
+
+    fn f32_scale(&mut self, exponent: i32) {
+        self.scales.extend(2.0_f32.powi(exponent).to_le_bytes());
+    }
+}
+
+/// The bytes and numbers of a row in each format that rounds.
+fn oracle(values: &[f32], format: RowFormat, group: &str) -> (Vec<u8>, Vec<f64>) {
+    let mut it = Oracle::default();
+    match (format, group) {
+        (RowFormat::Bf16, _) => it.bf16(values),
+        (_, "window" | "csa" | "hca_128") => {
+            for block in values[..448].chunks(64) {
+                let exponent = it.e4m3(block);
+                it.e8m0(exponent);
+            }
+            it.bf16(&values[448..]);
+            return ([it.codes, it.plain, it.scales, vec![0]].concat(), it.numbers);
+        }
+        (_, "latent") => {
+            for block in values[..512].chunks(128) {
+                let exponent = it.e4m3(block);
+                it.f32_scale(exponent);
+            }
+            it.bf16(&values[512..]);
+            return ([it.codes, it.scales, it.plain].concat(), it.numbers);
+        }
+        (RowFormat::Deployed, "csa_indexer_key") => {
+            for block in values.chunks(32) {
+                let exponent = it.e2m1(block);
+                it.e8m0(exponent);
+            }
+        }
+        _ => {
+            let exponent = it.e4m3(values);
+            it.f32_scale(exponent);
+        }
+    }
+    ([it.codes, it.scales, it.plain].concat(), it.numbers)
+}
+
+proptest! {
+    #[test]
+    fn every_format_gives_the_bytes_and_numbers_of_its_formula(
+        values in proptest::collection::vec(number(), 576),
+        exponents in proptest::collection::vec(-20_i32..20, 18),
+    ) {
+        // Blocks of all sizes: one that holds a very large number has zeros beside it.
+        let sized = values.iter().enumerate().map(|(at, value)| value.clamp(-1e3, 1e3) * 2.0_f32.powi(exponents[at / 32]));
+        let sized: Vec<f32> = sized.collect();
+        for values in [values, sized] {
+            for (config, format, group) in [
+                (V4, RowFormat::Deployed, "window"),
+                (V4, RowFormat::Deployed, "csa"),
+                (V4, RowFormat::Deployed, "hca_128"),
+                (V4, RowFormat::Deployed, "csa_indexer_key"),
+                (V4, RowFormat::DeployedFp8Keys, "csa_indexer_key"),
+                (V4, RowFormat::Bf16, "csa"),
+                (V32, RowFormat::Deployed, "latent"),
+                (V32, RowFormat::Deployed, "indexer_key"),
+                (V32, RowFormat::Bf16, "latent"),
+            ] {
+                let layout = KvLayout::from_config(config, format, 128).unwrap();
+                let group = layout.groups().iter().find(|other| other.name == group).unwrap();
+                let codec = RowCodec::of(group).unwrap();
+                let values = &values[..codec.width(group)];
+                let (bytes, numbers) = oracle(values, format, &group.name);
+                let got = encoded(&codec, values);
+                prop_assert!(got == bytes, "{format:?}, {}: {values:?}", group.name);
+                for (at, (got, number)) in decoded(&codec, &got).iter().zip(&numbers).enumerate() {
+                    prop_assert!(
+                        f64::from(*got) == *number && got.is_sign_negative() == number.is_sign_negative(),
+                        "{format:?}, {}, {at}: {got} is not {number}", group.name
+                    );
+                }
+                prop_assert_eq!(decoded(&codec, &got).len(), numbers.len());
+            }
+        }
+    }
+}
