@@ -143,27 +143,53 @@ pub(crate) enum GenerateError {
     Erased(#[from] Refused),
 }
 
+impl GenerateError {
+    fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled | Self::Decoder(DecoderError::Cancelled { .. }))
+    }
+}
+
 /// Runs a job to its end on the calling thread. `emit` says `Break` when nobody listens any more.
 pub(crate) fn generate(
     node: &Node,
     engine: &Engine,
+    job: Job,
+    emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
+) -> Result<(), GenerateError> {
+    let place = job.place.clone();
+    let mut trail = Trail::new(engine, &place, job.class);
+    trail.extend(&job.prompt);
+    trail.end_prompt();
+    let mut sequence = Sequence::new(&engine.loaded.model);
+    let ended = answer(node, engine, job, &mut trail, &mut sequence, emit);
+    if ended.as_ref().is_err_and(GenerateError::is_cancelled) {
+        // Who hangs up often asks again, for the same and a little more. A guess that was not drawn is no part of it.
+        sequence.truncate(trail.tokens());
+        if let Err(error) = trail.store_rest(&sequence) {
+            tracing::warn!(%error, "what was computed for who has gone is not stored");
+        }
+    }
+    ended
+}
+
+/// The steps of a job. What it leaves in the sequence is as far as it came.
+fn answer(
+    node: &Node,
+    engine: &Engine,
     mut job: Job,
+    trail: &mut Trail<'_>,
+    sequence: &mut Sequence,
     emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
 ) -> Result<(), GenerateError> {
     let model = &engine.loaded.model;
-    let mut trail = Trail::new(engine, &job.place, job.class);
-    trail.extend(&job.prompt);
-    trail.end_prompt();
-
     let started = Instant::now();
-    let mut sequence = Sequence::new(model);
     let mut tokens = std::mem::take(&mut job.prompt);
     let prompt_tokens = tokens.len();
     let drafts = model.has_draft() && job.guessing != Guessing::Never;
     let (stores, resident_bytes) = (job.stores, job.resident_bytes);
     let offer = Arc::new(Offer::default());
     let run = Run { node, engine, offer: &offer, stores, resident_bytes, drafts };
-    let first = run.first_logits(&tokens, job.restore, &mut trail, &mut sequence, emit)?;
+    let first = run.first_logits(&tokens, job.restore, trail, sequence, emit)?;
     let First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked: counts } =
         first;
     let prefilled = Instant::now();
@@ -173,12 +199,12 @@ pub(crate) fn generate(
         let waited = counts.as_ref().map_or(Duration::ZERO, |counts| counts.waited());
         (sequence.residency().unwrap_or_default(), waited)
     };
-    let parked_before = parked(&sequence);
+    let parked_before = parked(sequence);
     // What is put back a second time because it was lost is not served twice.
     let served_bytes = || raw_bytes + counts.as_ref().map_or(0, |counts| counts.raw_bytes());
 
     let mut row = logits.last().map(<[f32]>::to_vec).ok_or(GenerateError::Cancelled)?;
-    let mut steps = Steps::new(model, job.guessing, &mut sequence);
+    let mut steps = Steps::new(model, job.guessing, sequence);
     let mut text = engine.loaded.tokenizer.stream();
     let mut shown = StopText::new(job.stop);
     let mut stop_sequence = None;
@@ -196,9 +222,9 @@ pub(crate) fn generate(
         listen(emit(Event::Token { id, text, logits_digest, raw_bytes: served_bytes() }))?;
         trail.extend(&[id]);
         tokens.push(id);
-        let guessed = steps.resolve(id, &mut sequence);
+        let guessed = steps.resolve(id, sequence);
         // One block at a time, after a token is out: copying a long prompt at once would delay the next one.
-        trail.store_one(&sequence)?;
+        trail.store_one(sequence)?;
         if stopping.is_some() {
             (stopped, stop_sequence) = (true, stopping);
             break;
@@ -208,25 +234,23 @@ pub(crate) fn generate(
         }
         row = match guessed {
             Some(row) => row,
-            None => match steps.compute(&tokens, &mut sequence) {
+            None => match steps.compute(&tokens, sequence) {
                 // A parked row was lost on the way: everything is put back or computed again, and goes on with the same bits.
                 Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens: held })) => {
                     tracing::warn!(layer, held, "a parked row cannot be had; the sequence is made anew");
                     let quiet = &mut |_| ControlFlow::Continue(());
-                    let first =
-                        run.first_logits(&tokens, RestoreMode::Whole, &mut trail, &mut sequence, quiet)?;
+                    let first = run.first_logits(&tokens, RestoreMode::Whole, trail, sequence, quiet)?;
                     first.logits.last().map(<[f32]>::to_vec).ok_or(GenerateError::Cancelled)?
                 }
                 result => result?,
             },
         };
     }
-    steps.end(&mut sequence);
-    trail.keep_end(&sequence)?;
+    steps.end(sequence);
     let rest_of_text =
         if stop_sequence.is_some() { String::new() } else { shown.finish() + &text.finish()? };
     // Every token is out; what is left to be stored belongs to the account that comes last.
-    while trail.store_one(&sequence)? {}
+    trail.store_rest(sequence)?;
     let account = Account {
         prompt_tokens,
         hit_tokens,
@@ -244,7 +268,7 @@ pub(crate) fn generate(
         stop_sequence,
         rest_of_text,
         parked: counts.is_some().then(|| {
-            let after = parked(&sequence);
+            let after = parked(sequence);
             ParkedAccount { prefill: parked_before.0, total: after.0, waited: [parked_before.1, after.1] }
         }),
     };
@@ -307,6 +331,8 @@ impl Run<'_> {
     ) -> Result<First, GenerateError> {
         let Self { node, engine, offer, stores, resident_bytes, drafts } = *self;
         std::thread::scope(|scope| {
+            // Nothing is offered before it is known what is stored.
+            trail.stored = usize::MAX;
             let resumption = Resumption { node, engine, prompt, offer, resident_bytes };
             let mut resumed = resumption.resume(mode, trail, scope, sequence, emit)?;
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());

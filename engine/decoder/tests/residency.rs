@@ -182,9 +182,7 @@ fn a_block_of_which_a_cut_left_the_first_rows_parked_is_refused() {
         let left = sequence.truncate(100);
         sequence.replay(&model, &tokens[..left]).unwrap();
         sequence.prefill(&model, &tokens[left..136], Logits::None).unwrap();
-        let missing = |result: Result<(), DecoderError>| {
-            matches!(result, Err(DecoderError::RowsMissing { tokens, .. }) if tokens == left)
-        };
+        let missing = |result: Result<(), DecoderError>| matches!(result, Err(DecoderError::RowsMissing { tokens, .. }) if tokens == left);
         let block = |of: &Sequence, index| of.block(&model, index, identity(0, index));
         for index in 0..8 {
             match index * BLOCK < left {

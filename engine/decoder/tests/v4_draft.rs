@@ -139,5 +139,8 @@ fn a_draft_that_is_not_there_or_does_not_fit_is_refused() {
     let refused = draft.guess(&model, &residual, &[TokenId(3), TokenId(61)], Logits::Last).unwrap_err();
     assert!(matches!(refused, DecoderError::UnknownToken { .. }), "{refused}");
     let other = builder(&Checkpoint::random(config(5), 2)).finish().unwrap();
-    assert!(matches!(draft.guess(&other, &residual, &[TokenId(3); 2], Logits::Last), Err(DecoderError::OtherModel)));
+    assert!(matches!(
+        draft.guess(&other, &residual, &[TokenId(3); 2], Logits::Last),
+        Err(DecoderError::OtherModel)
+    ));
 }

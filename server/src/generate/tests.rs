@@ -22,9 +22,7 @@ const PROMPT_TOKENS: u32 = 8_000;
 const NEW_TOKENS: usize = 5;
 
 fn open(data: &Path) -> Node {
-    let store = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
-    let settings = NodeSettings { data: data.to_owned(), store, ..NodeSettings::default() };
-    Node::open(&settings, Some(bundled::load(KvFormat::Bf16, 128).unwrap())).unwrap()
+    node_with(bundled::load(KvFormat::Bf16, 128).unwrap(), data)
 }
 
 fn job(prompt: &[TokenId], restore: RestoreMode) -> Job {
@@ -134,24 +132,96 @@ fn in_order_at_once_and_computed_give_the_same_also_where_a_later_plane_is_damag
 
 /// A random model of four words with a draft block: small enough that it guesses right now and then.
 fn drafting() -> LoadedModel {
-    let config = support::with(
-        support::v4(),
+    random(
         serde_json::json!({"vocab_size": 4, "num_nextn_predict_layers": 1, "max_position_embeddings": 1024}),
-    );
-    let checkpoint = support::Checkpoint::random(config, 11);
-    let mut builder = ModelBuilder::new(&checkpoint.config_text(), KvFormat::F32, 16).unwrap();
+        16,
+    )
+}
+
+/// A random V4 with these changes.
+fn random(changes: serde_json::Value, block_tokens: u32) -> LoadedModel {
+    let checkpoint = support::Checkpoint::random(support::with(support::v4(), changes), 11);
+    let mut builder = ModelBuilder::new(&checkpoint.config_text(), KvFormat::F32, block_tokens).unwrap();
     builder.shard("model.safetensors", checkpoint.shard()).unwrap();
     builder.draft_if_present();
     let model = builder.finish().unwrap();
-    assert!(model.has_draft());
-    LoadedModel { name: "drafting".into(), model, ..bundled::load(KvFormat::F32, 16).unwrap() }
+    LoadedModel { name: "random".into(), model, ..bundled::load(KvFormat::F32, block_tokens).unwrap() }
+}
+
+fn node_with(model: LoadedModel, data: &Path) -> Node {
+    let store = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
+    let settings = NodeSettings { data: data.to_owned(), store, ..NodeSettings::default() };
+    Node::open(&settings, Some(model)).unwrap()
+}
+
+/// Waits until what was computed is stored.
+fn settle(node: &Node) {
+    while node.engine.as_ref().unwrap().write_behind.waiting_bytes() > 0 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn what_is_computed_when_the_client_hangs_up_is_stored() {
+    let changes = serde_json::json!({"num_nextn_predict_layers": 1, "vocab_size": 4});
+    for (seed, guessing) in [(1, Guessing::Never), (2, Guessing::Always), (3, Guessing::Always)] {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node_with(random(changes.clone(), 16), dir.path());
+        let all = support::Random(seed).tokens(1_500, 4);
+        let job = |prompt: &[TokenId], restore| Job {
+            max_new_tokens: 60,
+            guessing,
+            stores: true,
+            ..job(prompt, restore)
+        };
+        let hang_up = |job: Job, at: &dyn Fn(&Event) -> bool| {
+            let mut tokens = Vec::new();
+            let ended = generate(&node, node.engine.as_ref().unwrap(), job, &mut |event| {
+                if at(&event) {
+                    return ControlFlow::Break(());
+                }
+                if let Event::Token { id, .. } = event {
+                    tokens.push(id);
+                }
+                ControlFlow::Continue(())
+            });
+            assert!(ended.unwrap_err().is_cancelled());
+            settle(&node);
+            tokens
+        };
+
+        // While the prompt is computed: what is computed of it.
+        hang_up(job(&all[..1_101], RestoreMode::Ordered), &|event| {
+            matches!(event, Event::Prefilling { done: 512.., .. })
+        });
+        let (_, account) = run(&node, Job { stores: false, ..job(&all[..1_101], RestoreMode::Ordered) });
+        assert_eq!((account.hit_tokens, account.replayed_tokens), (512, 0));
+
+        // After some tokens: all of the prompt, and the end.
+        for after in [0, 1, 20, 37] {
+            let prompt = &all[..1_110 + after];
+            let count = std::cell::Cell::new(0);
+            let got = hang_up(job(prompt, RestoreMode::Ordered), &|event| {
+                count.set(count.get() + usize::from(matches!(event, Event::Token { .. })));
+                count.get() > after
+            });
+            assert_eq!(got.len(), after);
+            let turn: Vec<TokenId> = [prompt, &got, &[TokenId(0); 3]].concat();
+            let (answer, account) = run(&node, Job { stores: false, ..job(&turn, RestoreMode::Ordered) });
+            // The last token that was sent may not be computed yet.
+            let held = (prompt.len() + got.len()).saturating_sub(1)..=prompt.len() + got.len();
+            assert!(held.contains(&account.hit_tokens), "{} of {held:?}", account.hit_tokens);
+            assert_eq!(account.replayed_tokens, 0);
+            assert!(answer == run(&node, Job { stores: false, ..job(&turn, RestoreMode::Nothing) }).0);
+        }
+    }
 }
 
 #[test]
 fn guessing_changes_nothing_but_the_time() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = NodeSettings { data: dir.path().to_owned(), ..NodeSettings::default() };
-    let node = Node::open(&settings, Some(drafting())).unwrap();
+    let node = node_with(drafting(), dir.path());
+    assert!(node.engine.as_ref().unwrap().loaded.model.has_draft());
     for (seed, temperature, prompt_tokens) in [(1, 0.0, 37), (2, 0.0, 300), (3, 0.9, 5), (4, 1.3, 127)] {
         let prompt = support::Random(seed).tokens(prompt_tokens, 4);
         let job = |guessing, restore| Job {

@@ -94,6 +94,11 @@ impl<'a> Trail<'a> {
         self.block_tokens
     }
 
+    /// Tokens of the whole trail.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
     /// Number of whole blocks in a prefix.
     pub(super) fn hashes_to(&self, tokens: usize) -> usize {
         tokens / self.block_tokens
@@ -168,6 +173,13 @@ impl<'a> Trail<'a> {
         }
         let state = sequence.state_at(&self.engine.loaded.model, tokens, self.identity_at(tokens))?;
         self.states.push_back((self.hashes_to(tokens), state));
+        Ok(())
+    }
+
+    /// Offers the state at the end, and all that is left.
+    pub(super) fn store_rest(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
+        self.keep_end(sequence)?;
+        while self.store_one(sequence)? {}
         Ok(())
     }
 
