@@ -38,6 +38,9 @@ const STATE_INTERVAL_BLOCKS: usize = 64;
 /// Tokens at the end of a prompt that a draft begins with.
 const DRAFT_TOKENS: usize = 128;
 
+/// How often parked rows may be lost before all rows are put back into memory: an answer is worth more than the budget.
+const PARKED_TRIES: usize = 4;
+
 /// What to generate, checked.
 pub(crate) struct Job {
     pub(crate) prompt: Vec<TokenId>,
@@ -188,20 +191,16 @@ fn answer(
     let drafts = model.has_draft() && job.guessing != Guessing::Never;
     let (stores, resident_bytes) = (job.stores, job.resident_bytes);
     let offer = Arc::new(Offer::default());
-    let run = Run { node, engine, offer: &offer, stores, resident_bytes, drafts };
+    let counts = Arc::new(Counts::default());
+    let run = Run { node, engine, offer: &offer, counts: &counts, stores, resident_bytes, drafts };
     let first = run.first_logits(&tokens, job.restore, trail, sequence, emit)?;
-    let First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked: counts } =
-        first;
+    let First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored } = first;
     let prefilled = Instant::now();
     let lost = offer.shortfall(hit_tokens);
     listen(emit(Event::Prompt { tokens: prompt_tokens, hit_tokens, stores: job.stores, lost }))?;
-    let parked = |sequence: &Sequence| {
-        let waited = counts.as_ref().map_or(Duration::ZERO, |counts| counts.waited());
-        (sequence.residency().unwrap_or_default(), waited)
-    };
+    let parked = |sequence: &Sequence| (sequence.residency().unwrap_or_default(), counts.waited());
     let parked_before = parked(sequence);
-    // What is put back a second time because it was lost is not served twice.
-    let served_bytes = || raw_bytes + counts.as_ref().map_or(0, |counts| counts.raw_bytes());
+    let served_bytes = || raw_bytes + counts.raw_bytes();
 
     let mut row = logits.last().map(<[f32]>::to_vec).ok_or(GenerateError::Cancelled)?;
     let mut steps = Steps::new(model, job.guessing, sequence);
@@ -238,8 +237,10 @@ fn answer(
                 // A parked row was lost on the way: everything is put back or computed again, and goes on with the same bits.
                 Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens: held })) => {
                     tracing::warn!(layer, held, "a parked row cannot be had; the sequence is made anew");
-                    let quiet = &mut |_| ControlFlow::Continue(());
-                    let first = run.first_logits(&tokens, RestoreMode::Whole, trail, sequence, quiet)?;
+                    let (quiet, served) = (&mut |_| ControlFlow::Continue(()), counts.raw_bytes());
+                    let first = run.first_logits(&tokens, RestoreMode::Ordered, trail, sequence, quiet)?;
+                    // What is put back a second time because it was lost is not served twice.
+                    counts.forget_bytes_since(served);
                     first.logits.last().map(<[f32]>::to_vec).ok_or(GenerateError::Cancelled)?
                 }
                 result => result?,
@@ -267,7 +268,7 @@ fn answer(
         stopped,
         stop_sequence,
         rest_of_text,
-        parked: counts.is_some().then(|| {
+        parked: sequence.residency().is_some().then(|| {
             let after = parked(sequence);
             ParkedAccount { prefill: parked_before.0, total: after.0, waited: [parked_before.1, after.1] }
         }),
@@ -283,8 +284,6 @@ struct First {
     bytes_read: u64,
     raw_bytes: u64,
     restored: Instant,
-    /// What reading parked rows costs, if there are any.
-    parked: Option<Arc<Counts>>,
 }
 
 /// What stays the same for all of a generation.
@@ -293,13 +292,14 @@ struct Run<'a> {
     node: &'a Node,
     engine: &'a Engine,
     offer: &'a Arc<Offer>,
+    counts: &'a Arc<Counts>,
     stores: bool,
     resident_bytes: Option<u64>,
     /// Whether a draft block will guess.
     drafts: bool,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
     /// Puts back what is stored of a prompt and computes the rest of it.
     fn first_logits(
         &self,
@@ -309,16 +309,35 @@ impl Run<'_> {
         sequence: &mut Sequence,
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<First, GenerateError> {
-        match self.attempt(prompt, mode, trail, sequence, emit) {
-            // What is damaged has been found out: a shorter prefix is chosen, and waited for.
-            Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens }))
-                if mode == RestoreMode::Ordered =>
-            {
-                tracing::info!(layer, tokens, "rows did not come; the prefix is chosen anew");
-                self.attempt(prompt, RestoreMode::Whole, trail, sequence, emit)
+        let served = self.counts.raw_bytes();
+        let tries = if self.resident_bytes.is_some() { PARKED_TRIES } else { 1 };
+        for _ in 0..tries {
+            match self.attempt(prompt, mode, trail, sequence, emit) {
+                // What is damaged has been found out, or is looked for: a shorter prefix is chosen.
+                Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens }))
+                    if mode == RestoreMode::Ordered =>
+                {
+                    tracing::info!(layer, tokens, "rows did not come; the prefix is chosen anew");
+                    self.counts.forget_bytes_since(served);
+                    if self.resident_bytes.is_some() {
+                        self.resumption(prompt).find_damage(trail);
+                    }
+                }
+                result => return result,
             }
-            result => result,
         }
+        if self.resident_bytes.is_some() {
+            tracing::warn!(tries, "rows that stay on SSD were lost again and again; all come into memory");
+        }
+        self.attempt(prompt, RestoreMode::Whole, trail, sequence, emit)
+    }
+
+    fn resumption<'p>(&self, prompt: &'p [TokenId]) -> Resumption<'p>
+    where
+        'a: 'p,
+    {
+        let Self { node, engine, offer, counts, resident_bytes, .. } = *self;
+        Resumption { node, engine, prompt, offer, counts, resident_bytes }
     }
 
     fn attempt(
@@ -329,20 +348,18 @@ impl Run<'_> {
         sequence: &mut Sequence,
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<First, GenerateError> {
-        let Self { node, engine, offer, stores, resident_bytes, drafts } = *self;
+        let Self { engine, offer, stores, drafts, .. } = *self;
         std::thread::scope(|scope| {
             // Nothing is offered before it is known what is stored.
             trail.stored = usize::MAX;
-            let resumption = Resumption { node, engine, prompt, offer, resident_bytes };
-            let mut resumed = resumption.resume(mode, trail, scope, sequence, emit)?;
+            let resumed = self.resumption(prompt).resume(mode, trail, scope, sequence, emit)?;
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
             trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
             trail.offered_tokens = offer.tokens();
             let logits = prefill(engine, trail, prompt, sequence, drafts, emit)?;
             let (bytes_read, raw_bytes) = (resumed.bytes_read, resumed.raw_bytes);
             let replayed_tokens = resumed.replayed_tokens;
-            let parked = resumed.parked.take();
-            Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored, parked })
+            Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored })
         })
     }
 }

@@ -232,7 +232,7 @@ impl Sequence {
             }
         }
         let arriving = Arriving { arrivals, tokens, awaited, following: Vec::new() };
-        self.supply = Supply { arriving: Some(arriving), parked };
+        self.take_supply(Supply { arriving: Some(arriving), parked });
         self.tokens = tokens;
         if let Cache::V4(cache) = &mut self.cache {
             cache.drop_state(tokens);
@@ -247,9 +247,16 @@ impl Sequence {
         self.supply.arriving.is_some()
     }
 
-    /// What parked rows have cost since they were announced; `None` if all rows are in memory.
+    /// What parked rows have cost, those also that the sequence lost; `None` if it never had any.
     pub fn residency(&self) -> Option<Residency> {
-        self.supply.parked.as_ref().map(Parked::figures)
+        let now = self.supply.parked.as_ref().map(Parked::figures);
+        self.spent.zip(now).map(|(spent, now)| spent.and(now)).or(self.spent).or(now)
+    }
+
+    /// Another supply takes the place of this one, whose figures stay.
+    fn take_supply(&mut self, supply: Supply) {
+        self.spent = self.residency();
+        self.supply = supply;
     }
 
     /// Refuses what needs rows that have still to come.
@@ -270,7 +277,7 @@ impl Sequence {
         self.tokens = 0;
         self.restored = None;
         self.namespace = None;
-        self.supply = Supply::default();
+        self.take_supply(Supply::default());
         self.recorded.iter_mut().flatten().for_each(Vec::clear);
         self.residual = None;
     }

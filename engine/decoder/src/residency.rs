@@ -46,6 +46,18 @@ pub struct Residency {
     pub bytes_fetched: u64,
 }
 
+impl Residency {
+    /// Both together.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            rows_picked: self.rows_picked + other.rows_picked,
+            pool_hits: self.pool_hits + other.pool_hits,
+            planes_fetched: self.planes_fetched + other.planes_fetched,
+            bytes_fetched: self.bytes_fetched + other.bytes_fetched,
+        }
+    }
+}
+
 /// The parked rows of one sequence. See the module.
 pub struct Parked {
     /// Tokens whose rows are parked: whole blocks, and after a cut a part of one.

@@ -10,7 +10,7 @@ use esker_prefix::{BlockHash, NamespaceId, TokenId};
 use crate::arrival::Supply;
 use crate::config::Family;
 use crate::model::Layers;
-use crate::residency::Parked;
+use crate::residency::{Parked, Residency};
 use crate::v4::Passage;
 use crate::v4::draft::Residual;
 use crate::{DecoderError, Model, Result, v4, v32};
@@ -33,6 +33,8 @@ pub struct Sequence {
     pub(crate) namespace: Option<NamespaceId>,
     /// Rows that are not here yet, or stay elsewhere.
     pub(crate) supply: Supply,
+    /// What parked rows have cost that it lost.
+    pub(crate) spent: Option<Residency>,
     layers: usize,
     pub(crate) recorded: Option<Vec<Vec<Vec<u32>>>>,
     pub(crate) residual: Option<Residual>,
@@ -147,6 +149,7 @@ impl Sequence {
             restored: None,
             namespace: None,
             supply: Supply::default(),
+            spent: None,
             layers,
             recorded: None,
             residual: None,

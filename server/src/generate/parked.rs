@@ -31,7 +31,7 @@ pub(super) struct StoredPlanes {
     ahead: Ahead,
 }
 
-/// What reading parked rows has cost so far.
+/// What reading parked rows has cost a generation so far, whatever number of attempts it takes.
 #[derive(Default)]
 pub(super) struct Counts {
     waited_us: AtomicU64,
@@ -47,6 +47,11 @@ impl Counts {
     /// Bytes of the planes that it was given, as they were put. What was read ahead in vain is not among them.
     pub(super) fn raw_bytes(&self) -> u64 {
         self.raw_bytes.load(Ordering::Relaxed)
+    }
+
+    /// What was read since it had counted so many bytes was read for a loss, and serves nobody.
+    pub(super) fn forget_bytes_since(&self, raw_bytes: u64) {
+        self.raw_bytes.store(raw_bytes, Ordering::Relaxed);
     }
 }
 
@@ -69,24 +74,20 @@ struct Ahead {
 }
 
 impl StoredPlanes {
-    /// Of `blocks`, a prefix, which is kept in the store for as long as this lives. They should
+    /// Counts on `counts`. Of `blocks`, a prefix, which is kept in the store for as long as this lives. They should
     /// [remember](Found::remembering) their headers.
     pub(super) fn new(
         store: &Arc<Store>,
         blocks: &[Found],
         planes: &[PlaneSpec],
         offer: &Arc<Offer>,
+        counts: &Arc<Counts>,
     ) -> std::io::Result<Self> {
         let pins = store.pin(&blocks.iter().rev().take(1).map(|found| found.id).collect::<Vec<_>>());
         let (store, offer) = (Arc::clone(store), Arc::clone(offer));
         let stored = Stored { store, blocks: blocks.into(), planes: planes.into(), offer };
         let ahead = Ahead::start(stored.clone())?;
-        Ok(Self { stored, _pins: pins, counts: Arc::default(), ahead })
-    }
-
-    /// What it costs; counted on as rows are read.
-    pub(super) fn counts(&self) -> Arc<Counts> {
-        Arc::clone(&self.counts)
+        Ok(Self { stored, _pins: pins, counts: Arc::clone(counts), ahead })
     }
 }
 

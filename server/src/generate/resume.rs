@@ -56,8 +56,6 @@ pub(super) struct Resumed<'scope> {
     pub(super) raw_bytes: u64,
     /// Tokens that were computed although their rows are stored, because their state is not.
     pub(super) replayed_tokens: usize,
-    /// What parked rows cost; counted on as they are read.
-    pub(super) parked: Option<Arc<Counts>>,
     /// Set when nobody waits for rows any more.
     over: Arc<AtomicBool>,
     /// Reads the rows that are still to come.
@@ -89,6 +87,8 @@ pub(super) struct Resumption<'a> {
     pub(super) prompt: &'a [TokenId],
     /// Where it is noted what was offered and what was lost of it.
     pub(super) offer: &'a Arc<Offer>,
+    /// What reading parked rows costs.
+    pub(super) counts: &'a Arc<Counts>,
     /// Most bytes of the rows that indexers pick among to be kept in memory; the others stay parked. `None` for all.
     pub(super) resident_bytes: Option<u64>,
 }
@@ -132,6 +132,20 @@ impl<'a> Resumption<'a> {
         sequence.replay(model, &prompt[..sequence.tokens()])?;
         tracing::debug!(tokens = sequence.tokens(), replayed = resumed.replayed_tokens, ?mode, "resumed");
         Ok(resumed)
+    }
+
+    /// Reads for a while what would be put back. Of parked rows only those are read that are picked, so that a damaged one
+    /// would cost the sequence each time that another is found.
+    pub(super) fn find_damage(self, trail: &Trail<'_>) {
+        let plan = plan(self.node, &self.engine.loaded.model, trail, self.prompt);
+        let until = Instant::now() + DAMAGE_SEARCH;
+        let fetch = self.node.store.fetch(FetchRequest {
+            objects: plan.blocks,
+            planes: PlaneSelection::All,
+            order: FetchOrder::ByObject,
+            deadline: Some(until),
+        });
+        fetch.take_while(|_| Instant::now() < until).for_each(drop);
     }
 
     /// Block after block, and all of them before this returns: the store reads and proves the next ones meanwhile.
@@ -221,7 +235,7 @@ impl<'a> Resumption<'a> {
         scope: &'scope Scope<'scope, 'a>,
         sequence: &mut Sequence,
     ) -> Result<Resumed<'scope>, GenerateError> {
-        let Self { node, engine, prompt, offer, .. } = self;
+        let Self { node, engine, prompt, offer, counts, .. } = self;
         let model = &engine.loaded.model;
         let (count, tokens) = (plan.blocks.len(), plan.blocks.len() * trail.block_tokens());
         let (blocks, pool) = match pool_bytes {
@@ -229,7 +243,7 @@ impl<'a> Resumption<'a> {
             Some(bytes) => {
                 let blocks: Vec<Found> = plan.blocks.into_iter().map(Found::remembering).collect();
                 let planes = model.layout().planes(ObjectKind::Block);
-                let source = StoredPlanes::new(&node.store, &blocks, planes, offer);
+                let source = StoredPlanes::new(&node.store, &blocks, planes, offer, counts);
                 let source = source.map_err(GenerateError::Thread)?;
                 let pool_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
                 (blocks, Some((source, pool_bytes)))
@@ -305,7 +319,6 @@ impl<'a> Resumption<'a> {
         match pool {
             None => sequence.expect(model, tokens, last, Box::new(arrivals))?,
             Some((source, pool_bytes)) => {
-                resumed.parked = Some(source.counts());
                 let parked = Parked::new(model, tokens, pool_bytes, Box::new(source));
                 sequence.expect_parked(model, parked, last, Box::new(arrivals))?;
             }

@@ -106,28 +106,80 @@ fn in_order_at_once_and_computed_give_the_same_also_where_a_later_plane_is_damag
     let (_, all) = run(&node, Job { resident_bytes: Some(u64::MAX), ..job(&prompt, RestoreMode::Ordered) });
     assert!(all.parked.is_none(), "what fits is not parked");
 
-    // One byte in every 64 KiB of the second half, which ends with states, is another one.
-    let used = node.store.stats().record_bytes;
-    let segments = std::fs::read_dir(dir.path().join("store/segments")).unwrap();
-    let largest = segments.map(|entry| entry.unwrap().path()).max_by_key(|path| {
-        use std::os::unix::fs::MetadataExt;
-        std::fs::metadata(path).unwrap().blocks()
-    });
-    let file = std::fs::File::options().read(true).write(true).open(largest.unwrap()).unwrap();
-    for at in (used / 2..used).step_by(64 << 10) {
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, at).unwrap();
-        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
-    }
-    file.sync_all().unwrap();
+    // The second half ends with states.
+    damage(&node, dir.path(), 50);
     // Keys that are read at once may be sound where a row is not that is picked later, or the other way round.
     let (got, account) =
         run(&node, Job { resident_bytes: Some(256 << 10), ..job(&prompt, RestoreMode::Ordered) });
     assert_eq!(got, expected);
     assert!(account.hit_tokens < whole_hit && account.lost.is_some_and(MissKind::is_damage));
+    // What is sound still stays on SSD, and what it costs is told.
+    let parked = account.parked.unwrap();
+    assert!(parked.prefill.rows_picked > 0 && parked.total.rows_picked > parked.prefill.rows_picked);
+    assert!(parked.total.bytes_fetched > 0 && parked.waited[1] >= parked.waited[0]);
     let (got, account) = run(&node, job(&prompt, RestoreMode::Ordered));
     assert_eq!(got, expected);
     assert!((1..whole_hit).contains(&account.hit_tokens), "{} of {whole_hit}", account.hit_tokens);
+}
+
+#[test]
+fn rows_that_are_lost_while_decoding_leave_the_others_on_ssd() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = open(dir.path());
+    let prompt = prompt(node.engine.as_ref().unwrap().loaded.model.config().vocab_size);
+    let job = |restore| Job { max_new_tokens: 12, ..job(&prompt, restore) };
+    let (expected, _) = run(&node, job(RestoreMode::Nothing));
+    settle(&node);
+    let parked = || Job { resident_bytes: Some(0), ..job(RestoreMode::Ordered) };
+    let of_steps = |account: &Account| {
+        let parked = account.parked.unwrap();
+        parked.total.rows_picked - parked.prefill.rows_picked
+    };
+    let (_, undisturbed) = run(&node, parked());
+
+    let (mut got, mut account, mut bytes) = (Vec::new(), None, Vec::new());
+    generate(&node, node.engine.as_ref().unwrap(), parked(), &mut |event| {
+        match event {
+            Event::Token { id, logits_digest, raw_bytes, .. } => {
+                got.push((id, logits_digest));
+                bytes.push(raw_bytes);
+                if got.len() == 4 {
+                    damage(&node, dir.path(), 25);
+                }
+            }
+            Event::Done(done) => account = Some(done),
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(got, expected);
+    assert!(bytes.is_sorted(), "{bytes:?}");
+    let account = account.unwrap();
+    assert_eq!(account.hit_tokens, undisturbed.hit_tokens);
+    // With all rows in memory nothing would be picked behind the loss, which is most of the steps.
+    let (some, all) = (of_steps(&account), of_steps(&undisturbed));
+    assert!(some > all / 2, "{some} of {all}");
+    assert_eq!(account.parked.unwrap().total.pool_hits, 0, "there is no pool");
+    let (_, after) = run(&node, parked());
+    assert!(after.hit_tokens < account.hit_tokens, "nothing was lost");
+}
+
+/// One byte in every 64 KiB of what is stored, but for the first so many percent, is another one.
+fn damage(node: &Node, data: &Path, from_percent: u64) {
+    let used = node.store.stats().record_bytes;
+    let segments = std::fs::read_dir(data.join("store/segments")).unwrap();
+    let largest = segments.map(|entry| entry.unwrap().path()).max_by_key(|path| {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(path).unwrap().blocks()
+    });
+    let file = std::fs::File::options().read(true).write(true).open(largest.unwrap()).unwrap();
+    for at in (used * from_percent / 100..used).step_by(64 << 10) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+    }
+    file.sync_all().unwrap();
 }
 
 /// A random model of four words with a draft block: small enough that it guesses right now and then.

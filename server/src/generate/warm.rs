@@ -70,9 +70,10 @@ pub(crate) fn warm(
     listen(observe(Step::Next { tokens: 0, bytes: 0 }))?;
     let mut sequence = Sequence::new(model);
     // Nobody is charged for what a warm-up finds or loses.
-    let offer = Arc::default();
+    let (offer, counts) = (Arc::default(), Arc::default());
     std::thread::scope(|scope| {
-        let resumption = Resumption { node, engine, prompt: tokens, offer: &offer, resident_bytes: None };
+        let (offer, counts) = (&offer, &counts);
+        let resumption = Resumption { node, engine, prompt: tokens, offer, counts, resident_bytes: None };
         let quiet = &mut |_| ControlFlow::Continue(());
         resumption.resume(RestoreMode::Whole, &trail, scope, &mut sequence, quiet).map(drop)
     })?;
