@@ -31,9 +31,9 @@ use stop::StopText;
 use trail::Trail;
 pub(crate) use warm::{Prefix, Step, chain_blocks, keep_chain, stored_blocks, warm, whole_tokens};
 
-/// Besides where a prompt and an output end, states are kept every so many blocks: a prompt that leaves this one in between
-/// resumes no further back than that.
-const STATE_INTERVAL_BLOCKS: usize = 64;
+/// Besides where a prompt and an output end, states are kept every so many blocks, if the node is not told otherwise: a prompt
+/// that leaves this one in between resumes no further back than that.
+pub(crate) const STATE_INTERVAL_BLOCKS: usize = 64;
 
 /// Tokens at the end of a prompt that a draft begins with.
 const DRAFT_TOKENS: usize = 128;
@@ -222,6 +222,8 @@ fn answer(
         trail.extend(&[id]);
         tokens.push(id);
         let guessed = steps.resolve(id, sequence);
+        // What is in the sequence now was drawn, not guessed.
+        trail.keep_passed(sequence, node.state_interval_blocks)?;
         // One block at a time, after a token is out: copying a long prompt at once would delay the next one.
         trail.store_one(sequence)?;
         if stopping.is_some() {
@@ -348,7 +350,7 @@ impl<'a> Run<'a> {
         sequence: &mut Sequence,
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<First, GenerateError> {
-        let Self { engine, offer, stores, drafts, .. } = *self;
+        let Self { offer, stores, .. } = *self;
         std::thread::scope(|scope| {
             // Nothing is offered before it is known what is stored.
             trail.stored = usize::MAX;
@@ -356,52 +358,52 @@ impl<'a> Run<'a> {
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
             trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
             trail.offered_tokens = offer.tokens();
-            let logits = prefill(engine, trail, prompt, sequence, drafts, emit)?;
+            let logits = self.prefill(trail, prompt, sequence, emit)?;
             let (bytes_read, raw_bytes) = (resumed.bytes_read, resumed.raw_bytes);
             let replayed_tokens = resumed.replayed_tokens;
             Ok(First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored })
         })
     }
-}
 
-/// Computes what is not restored, and takes the states on the way that are worth keeping.
-fn prefill(
-    engine: &Engine,
-    trail: &mut Trail<'_>,
-    prompt: &[TokenId],
-    sequence: &mut Sequence,
-    drafts: bool,
-    emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
-) -> Result<LogitsOut, GenerateError> {
-    let model = &engine.loaded.model;
-    let first = sequence.tokens();
-    let total = prompt.len() - first;
-    let interval = STATE_INTERVAL_BLOCKS * model.layout().block_tokens() as usize;
-    loop {
-        let start = sequence.tokens();
-        // Numbers do not depend on where a prefill is cut.
-        let mut end = if trail.has_states() {
-            prompt.len().min((start / interval + 1) * interval)
-        } else {
-            prompt.len()
-        };
-        if drafts && end == prompt.len() {
-            // A draft starts from what the model knew after the last tokens of the prompt.
-            if prompt.len() - start > 2 * DRAFT_TOKENS {
-                end = prompt.len() - DRAFT_TOKENS;
+    /// Computes what is not restored, and takes the states on the way that are worth keeping.
+    fn prefill(
+        &self,
+        trail: &mut Trail<'_>,
+        prompt: &[TokenId],
+        sequence: &mut Sequence,
+        emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<LogitsOut, GenerateError> {
+        let Self { node, engine, drafts, .. } = *self;
+        let model = &engine.loaded.model;
+        let first = sequence.tokens();
+        let total = prompt.len() - first;
+        let interval = node.state_interval_blocks * trail.block_tokens();
+        loop {
+            let start = sequence.tokens();
+            // Numbers do not depend on where a prefill is cut.
+            let mut end = if trail.has_states() {
+                prompt.len().min((start / interval + 1) * interval)
             } else {
-                sequence.keep_residual();
+                prompt.len()
+            };
+            if drafts && end == prompt.len() {
+                // A draft starts from what the model knew after the last tokens of the prompt.
+                if prompt.len() - start > 2 * DRAFT_TOKENS {
+                    end = prompt.len() - DRAFT_TOKENS;
+                } else {
+                    sequence.keep_residual();
+                }
             }
+            let want = if end == prompt.len() { Logits::Last } else { Logits::None };
+            let logits = sequence.prefill_observed(model, &prompt[start..end], want, &mut |progress| {
+                emit(Event::Prefilling { done: start - first + progress.done, total })
+            })?;
+            if end == prompt.len() {
+                trail.keep_end(sequence)?;
+                return Ok(logits);
+            }
+            trail.keep_state(sequence)?;
         }
-        let want = if end == prompt.len() { Logits::Last } else { Logits::None };
-        let logits = sequence.prefill_observed(model, &prompt[start..end], want, &mut |progress| {
-            emit(Event::Prefilling { done: start - first + progress.done, total })
-        })?;
-        if end == prompt.len() {
-            trail.keep_end(sequence)?;
-            return Ok(logits);
-        }
-        trail.keep_state(sequence)?;
     }
 }
 

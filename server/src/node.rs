@@ -11,7 +11,7 @@ use crate::audit::{Audit, Event};
 use crate::budget::{self, Budget};
 use crate::control::Control;
 use crate::events::Events;
-use crate::generate::Guessing;
+use crate::generate::{Guessing, STATE_INTERVAL_BLOCKS};
 use crate::grant::Grants;
 use crate::history::History;
 use crate::keys::Keys;
@@ -88,6 +88,8 @@ pub struct Node {
     pub(crate) engine: Option<Engine>,
     /// Of a sequence's rows that indexers pick among, most bytes in memory; `None` for all.
     pub(crate) resident_bytes: Option<u64>,
+    /// Blocks between two states that are kept of a prompt and its output, besides where they end.
+    pub(crate) state_interval_blocks: usize,
     /// Whether a draft block guesses.
     pub(crate) guessing: Guessing,
     pub(crate) traces: Traces,
@@ -173,6 +175,7 @@ impl Node {
             data: data.clone(),
             engine,
             resident_bytes: None,
+            state_interval_blocks: STATE_INTERVAL_BLOCKS,
             guessing: Guessing::Never,
             traces: Traces::default(),
         })
@@ -190,6 +193,12 @@ impl Node {
     #[must_use]
     pub(crate) fn with_guessing(self, guessing: Guessing) -> Self {
         Self { guessing, ..self }
+    }
+
+    /// The same node, which keeps a state every so many blocks; at least one.
+    #[must_use]
+    pub(crate) fn with_state_interval(self, blocks: usize) -> Self {
+        Self { state_interval_blocks: blocks.max(1), ..self }
     }
 
     /// The same node, whose sequences keep at most so many bytes in memory of the rows that indexers pick among; what is

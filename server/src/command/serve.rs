@@ -14,7 +14,7 @@ use esker_store::{OpenReport, StoreSettings};
 
 use crate::budget::LEAST_BYTES;
 use crate::events::publisher::PublisherSettings;
-use crate::generate::Guessing;
+use crate::generate::{Guessing, STATE_INTERVAL_BLOCKS};
 use crate::ledger::LedgerSettings;
 use crate::local::LocalSettings;
 use crate::model_folder::load_model;
@@ -143,6 +143,10 @@ pub struct Args {
     /// SSD and are read as they are picked, with the same answer [default: all in memory]
     #[arg(long, value_name = "BYTES")]
     resident_bytes: Option<u64>,
+    /// Tokens between two states that are kept of a prompt and its output, besides where they end: who shares only a part of a
+    /// conversation resumes no further back. Whole blocks [default: 64 blocks]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    state_interval_tokens: Option<u32>,
     /// Whether the model's draft block, if it has one, guesses tokens ahead; the answer is the same. Measured: while it is
     /// faster
     #[arg(long, value_enum, default_value_t = Guessing::Measured)]
@@ -187,6 +191,16 @@ fn block_tokens(text: &str) -> Result<u32, String> {
     }
 }
 
+/// Whole blocks of these tokens.
+fn state_interval_blocks(tokens: Option<u32>, block_tokens: u32) -> anyhow::Result<usize> {
+    let Some(tokens) = tokens else { return Ok(STATE_INTERVAL_BLOCKS) };
+    anyhow::ensure!(
+        tokens > 0 && tokens.is_multiple_of(block_tokens),
+        "--state-interval-tokens {tokens}: states are kept at the ends of blocks, so give a multiple of {block_tokens}"
+    );
+    Ok((tokens / block_tokens) as usize)
+}
+
 /// An address as ZeroMQ writes it; `*` is every one that this host has.
 fn endpoint(text: &str) -> Result<SocketAddr, String> {
     let address = text.strip_prefix("tcp://").unwrap_or(text);
@@ -219,6 +233,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         "--in-flight {in_flight}: with less than {} the longest objects could not be put",
         ByteSize(LEAST_BYTES)
     );
+    let interval_blocks = state_interval_blocks(args.state_interval_tokens, args.block_tokens)?;
     // Before anything is made or loaded.
     listen.check(args.policy.is_some())?;
     let format = match args.kv {
@@ -281,7 +296,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         model,
     )?;
     let node = Arc::new(
-        node.with_resident_bytes(args.resident_bytes).with_guessing(args.speculate).with_traces(traces),
+        node.with_resident_bytes(args.resident_bytes)
+            .with_state_interval(interval_blocks)
+            .with_guessing(args.speculate)
+            .with_traces(traces),
     );
     tell(&args.data, node.store.open_report());
     runtime.block_on(async {
@@ -347,4 +365,20 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
             _ = terminate.recv() => {}
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_are_kept_at_the_ends_of_blocks() {
+        assert_eq!(state_interval_blocks(None, 16).unwrap(), STATE_INTERVAL_BLOCKS);
+        assert_eq!(state_interval_blocks(Some(16), 16).unwrap(), 1);
+        assert_eq!(state_interval_blocks(Some(8192), 128).unwrap(), 64);
+        for tokens in [0, 15, 100] {
+            let refused = state_interval_blocks(Some(tokens), 16).unwrap_err().to_string();
+            assert!(refused.contains("multiple of 16"), "{refused}");
+        }
+    }
 }

@@ -165,6 +165,28 @@ fn rows_that_are_lost_while_decoding_leave_the_others_on_ssd() {
     assert!(after.hit_tokens < account.hit_tokens, "nothing was lost");
 }
 
+#[test]
+fn a_fork_inside_a_long_output_finds_a_state() {
+    for guessing in [Guessing::Never, Guessing::Always] {
+        let dir = tempfile::tempdir().unwrap();
+        let node = node_with(drafting(), dir.path()).with_state_interval(2);
+        let prompt = support::Random(1).tokens(37, 4);
+        let job = |prompt: &[TokenId], restore| Job { max_new_tokens: 150, guessing, ..job(prompt, restore) };
+        let (output, _) = run(&node, job(&prompt, RestoreMode::Nothing));
+        settle(&node);
+        let output: Vec<TokenId> = output.iter().map(|&(id, _)| id).collect();
+        // Behind tokens of the output another turn: the states of every second block are found.
+        for (after, expected) in [(70, 96), (100, 128), (130, 160)] {
+            let fork: Vec<TokenId> =
+                [&prompt[..], &output[..after], &support::Random(7).tokens(20, 4)].concat();
+            let (got, account) = run(&node, job(&fork, RestoreMode::Ordered));
+            assert_eq!((account.hit_tokens, account.replayed_tokens), (expected, 0), "after {after}");
+            let computed = Job { stores: false, ..job(&fork, RestoreMode::Nothing) };
+            assert!(got == run(&node, computed).0, "after {after}");
+        }
+    }
+}
+
 /// One byte in every 64 KiB of what is stored, but for the first so many percent, is another one.
 fn damage(node: &Node, data: &Path, from_percent: u64) {
     let used = node.store.stats().record_bytes;

@@ -158,6 +158,18 @@ impl<'a> Trail<'a> {
         self.keep(sequence, boundary)
     }
 
+    /// Takes the state at the last block boundary where it is a multiple of so many blocks.
+    pub(super) fn keep_passed(
+        &mut self,
+        sequence: &Sequence,
+        interval_blocks: usize,
+    ) -> Result<(), GenerateError> {
+        match self.hashes_to(sequence.tokens()).is_multiple_of(interval_blocks) {
+            true => self.keep_state(sequence),
+            false => Ok(()),
+        }
+    }
+
     /// Takes the state at the very end too, where who goes on from there resumes; the other is for who has other last tokens.
     pub(super) fn keep_end(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
         self.keep_state(sequence)?;

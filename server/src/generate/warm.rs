@@ -12,7 +12,7 @@ use esker_store::{FetchOrder, FetchRequest, Found, PlaneSelection, PutOutcome, T
 
 use super::resume::Resumption;
 use super::trail::Trail;
-use super::{GenerateError, RestoreMode, STATE_INTERVAL_BLOCKS, listen};
+use super::{GenerateError, RestoreMode, listen};
 use crate::node::{Engine, Node};
 use crate::writers::Place;
 
@@ -81,7 +81,7 @@ pub(crate) fn warm(
     trail.stored = trail.hashes_to(sequence.tokens());
     listen(observe(Step::Found { tokens: sequence.tokens() }))?;
 
-    let interval = STATE_INTERVAL_BLOCKS * trail.block_tokens();
+    let interval = node.state_interval_blocks * trail.block_tokens();
     let step = STEP_TOKENS.max(trail.block_tokens());
     let (mut waiting, mut compute) = (0, Duration::ZERO);
     while sequence.tokens() < whole {
