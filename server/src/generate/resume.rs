@@ -30,7 +30,7 @@ const DAMAGE_SEARCH: Duration = Duration::from_millis(250);
 /// From so many bytes on a prefix is worth reading in the order of its layers, which takes a read per plane, not per block.
 pub(super) const ORDERED_FROM_BYTES: u64 = 1 << 20;
 /// Records below this length, on average, are taken as they are read, not in the order of the layers.
-const SMALL_RECORD_BYTES: u64 = 64 << 10;
+pub(super) const SMALL_RECORD_BYTES: u64 = 64 << 10;
 
 /// What is put back.
 struct Plan {

@@ -4,10 +4,12 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use bytes::Bytes;
 use esker_decoder::{KvFormat, ModelBuilder, Sampler};
-use esker_prefix::{RootSecret, ScopeKey, ScopeKind, TokenId};
-use esker_store::{MissKind, StoreSettings, TtlClass};
+use esker_prefix::{ObjectId, ObjectKind, RootSecret, ScopeKey, ScopeKind, TokenId};
+use esker_store::{FetchEvent, FetchOrder, FetchRequest, MissKind, PlaneSelection, StoreSettings, TtlClass};
 
+use super::trail::Trail;
 use super::{Account, Event, Guessing, Job, RestoreMode, generate};
 use crate::bundled;
 use crate::model_folder::LoadedModel;
@@ -22,7 +24,9 @@ const PROMPT_TOKENS: u32 = 8_000;
 const NEW_TOKENS: usize = 5;
 
 fn open(data: &Path) -> Node {
-    node_with(bundled::load(KvFormat::Bf16, 128).unwrap(), data)
+    let store = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
+    let settings = NodeSettings { data: data.to_owned(), store, ..NodeSettings::default() };
+    Node::open(&settings, Some(bundled::load(KvFormat::Bf16, 128).unwrap())).unwrap()
 }
 
 fn job(prompt: &[TokenId], restore: RestoreMode) -> Job {
@@ -187,6 +191,60 @@ fn a_fork_inside_a_long_output_finds_a_state() {
     }
 }
 
+#[test]
+fn wide_rows_come_plane_after_plane_sound_and_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = node_with(random(serde_json::json!({"head_dim": 512}), 128), dir.path());
+    let prompt = support::Random(3).tokens(1_400, 61);
+    let (expected, _) = run(&node, job(&prompt, RestoreMode::Nothing));
+    settle(&node);
+    let (got, account) = run(&node, job(&prompt, RestoreMode::Ordered));
+    assert_eq!(got, expected);
+    assert_eq!((account.hit_tokens, account.replayed_tokens), (1_280, 0));
+    let (small, least) = (super::resume::SMALL_RECORD_BYTES, super::resume::ORDERED_FROM_BYTES);
+    assert!(account.bytes_read > 10 * small && account.raw_bytes > least, "{account:?}");
+
+    // What comes plane after plane ends before a bad one.
+    damage_object(&node, dir.path(), &prompt[..7 * 128], ObjectKind::Block);
+    let (got, account) = run(&node, job(&prompt, RestoreMode::Ordered));
+    assert_eq!(got, expected);
+    assert_eq!(account.hit_tokens, 6 * 128);
+    assert!(account.lost.is_some_and(MissKind::is_damage));
+}
+
+/// A bit in the largest plane of the object at the end of this prefix is another one.
+fn damage_object(node: &Node, data: &Path, prefix: &[TokenId], kind: ObjectKind) {
+    let job = job(prefix, RestoreMode::Nothing);
+    let mut trail = Trail::new(node.engine.as_ref().unwrap(), &job.place, job.class);
+    trail.extend(prefix);
+    let id = ObjectId { kind, hash: *trail.hashes_within(prefix.len()).last().unwrap() };
+    let fetch = node.store.fetch(FetchRequest {
+        objects: node.store.get(&[id]).into_iter().flatten().collect(),
+        planes: PlaneSelection::All,
+        order: FetchOrder::ByObject,
+        deadline: None,
+    });
+    let planes = fetch.map(|event| match event {
+        FetchEvent::Plane { bytes, .. } => bytes,
+        FetchEvent::Miss { kind, .. } => panic!("{kind:?}"),
+    });
+    let plane = planes.max_by_key(Bytes::len).unwrap();
+    let mut found = 0;
+    for segment in std::fs::read_dir(data.join("store/segments")).unwrap() {
+        let file = std::fs::File::options().read(true).write(true).open(segment.unwrap().path()).unwrap();
+        let used = usize::try_from(file.metadata().unwrap().len().min(16 << 20)).unwrap();
+        let mut held = vec![0; used];
+        file.read_exact_at(&mut held, 0).unwrap();
+        let end = &plane[plane.len() - 64..];
+        for at in (0..used.saturating_sub(64)).filter(|&at| held[at..].starts_with(end)) {
+            file.write_all_at(&[held[at] ^ 0x10], at as u64).unwrap();
+            found += 1;
+        }
+        file.sync_all().unwrap();
+    }
+    assert_eq!(found, 1, "the plane is stored as it is, once");
+}
+
 /// One byte in every 64 KiB of what is stored, but for the first so many percent, is another one.
 fn damage(node: &Node, data: &Path, from_percent: u64) {
     let used = node.store.stats().record_bytes;
@@ -223,7 +281,8 @@ fn random(changes: serde_json::Value, block_tokens: u32) -> LoadedModel {
 }
 
 fn node_with(model: LoadedModel, data: &Path) -> Node {
-    let store = StoreSettings { scrub_bytes_per_s: 0, ..StoreSettings::default() };
+    // Raw, so that a test finds the bytes of a plane.
+    let store = StoreSettings { scrub_bytes_per_s: 0, zstd_level: None, ..StoreSettings::default() };
     let settings = NodeSettings { data: data.to_owned(), store, ..NodeSettings::default() };
     Node::open(&settings, Some(model)).unwrap()
 }
