@@ -62,12 +62,23 @@ impl Model {
     }
 
     /// Tokens that [`Sequence::replay`](crate::Sequence::replay) computes to rebuild the state after `tokens` tokens:
-    /// up to `layers * (sliding_window - 1) + 1`, and never more than `tokens`. Layers drop out one window after the
-    /// other, so it costs about half of a prefill of that length. None for a model without state groups.
+    /// up to `layers * (sliding_window - 1) + 1`, and never more than `tokens`. None for a model without state groups.
     pub fn replay_tokens(&self, tokens: usize) -> usize {
         match &self.config.family {
             Family::Mla(_) => 0,
             Family::V4(v4) => tokens - v4.replay_plan(tokens)[0],
+        }
+    }
+
+    /// What [`Sequence::replay`](crate::Sequence::replay) costs after `tokens` tokens, in tokens of a prefill: layers drop out one
+    /// window after the other, so that it is about half of the tokens that it computes.
+    pub fn replay_cost(&self, tokens: usize) -> usize {
+        match &self.config.family {
+            Family::Mla(_) => 0,
+            Family::V4(v4) => {
+                let of_layers = v4.replay_plan(tokens).into_iter().map(|first| tokens - first);
+                of_layers.sum::<usize>().div_ceil(self.config.num_hidden_layers)
+            }
         }
     }
 

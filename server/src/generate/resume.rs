@@ -160,7 +160,6 @@ impl<'a> Resumption<'a> {
         let model = &engine.loaded.model;
         let (blocks, total) = (plan.blocks.len(), plan.tokens(trail.block_tokens()));
         sequence.reserve(model, prompt.len());
-        let is_off_grid = total > blocks * trail.block_tokens();
         let objects: Vec<Found> = plan.blocks.into_iter().chain(plan.state).collect();
         let size = |found: &Found| (found.stored_bytes, found.raw_bytes, found.tokens);
         let sizes: Vec<(u64, u64, u64)> = objects.iter().map(size).collect();
@@ -170,12 +169,13 @@ impl<'a> Resumption<'a> {
             order: FetchOrder::ByObject,
             deadline: Some(Instant::now() + RESTORE_DEADLINE),
         });
-        let (mut resumed, mut planes) = (Resumed::default(), Vec::new());
+        let (mut resumed, mut planes, mut lost) = (Resumed::default(), Vec::new(), false);
         while let Some(event) = fetch.next() {
             let (object, bytes) = match event {
                 FetchEvent::Plane { object, bytes, .. } => (object, bytes),
                 FetchEvent::Miss { kind, .. } => {
                     find_damage(fetch, kind, offer);
+                    lost = true;
                     break;
                 }
             };
@@ -201,28 +201,34 @@ impl<'a> Resumption<'a> {
             if let Err(error) = restored {
                 offer.miss(MissKind::WrongRecord);
                 tracing::warn!(%error, "what is stored does not fit the model");
+                lost = true;
                 break;
             }
             resumed.bytes_read += stored_bytes;
             resumed.raw_bytes += raw_bytes;
             listen(emit(Event::Restoring { done: sequence.tokens(), total }))?;
         }
-        if sequence.needs_state() && is_off_grid {
-            // What the last block ends with does as well, and spares a replay.
-            let hash = trail.hashes_within(sequence.tokens()).last().copied();
-            let id = hash.map(|hash| ObjectId { kind: ObjectKind::State, hash });
-            let found = trail.find(&node.store, id.as_slice()).into_iter().flatten().next();
-            if let Some(found) = found {
-                let (tokens, bytes) = (found.tokens, (found.stored_bytes, found.raw_bytes));
-                let planes = whole_object(node, found, trail.planes(ObjectKind::State, tokens), offer);
-                let state = planes.and_then(|planes| trail.state(tokens, planes).ok());
-                if state.is_some_and(|state| sequence.restore_state(model, &state).is_ok()) {
-                    resumed.bytes_read += bytes.0;
-                    resumed.raw_bytes += bytes.1;
-                }
-            }
+        if lost && sequence.needs_state() {
+            self.step_back(trail, sequence, &mut resumed);
         }
         Ok(resumed)
+    }
+
+    /// Something was lost behind what the sequence holds, or its state: puts back the state of a shorter prefix, if that leaves less
+    /// to compute than a replay.
+    fn step_back(self, trail: &Trail<'_>, sequence: &mut Sequence, resumed: &mut Resumed<'_>) {
+        let Self { node, engine, prompt, offer, .. } = self;
+        let model = &engine.loaded.model;
+        let Some(found) = plan(node, model, trail, &prompt[..=sequence.tokens()]).state else { return };
+        let (tokens, stored_bytes, raw_bytes) = (found.tokens, found.stored_bytes, found.raw_bytes);
+        let planes = whole_object(node, found, trail.planes(ObjectKind::State, tokens), offer);
+        let Some(state) = planes.and_then(|planes| trail.state(tokens, planes).ok()) else { return };
+        let before = tokens - tokens % trail.block_tokens() as u64;
+        sequence.truncate(usize::try_from(before).unwrap_or(usize::MAX));
+        if sequence.restore_state(model, &state).is_ok() {
+            resumed.bytes_read += stored_bytes;
+            resumed.raw_bytes += raw_bytes;
+        }
     }
 
     /// The state now, and the rows layer after layer while the first are computed with. With a pool, rows that indexers pick
@@ -367,8 +373,7 @@ fn plan(node: &Node, model: &Model, trail: &Trail<'_>, prompt: &[TokenId]) -> Pl
     let tail = trail.tail(&node.store, prompt, blocks.len());
     let state = on_grid.into_iter().chain(tail).max_by_key(|state| state.tokens);
     let all = blocks.len() * trail.block_tokens();
-    // A replay goes through fewer layers with every window; it costs about half of a prefill of its length.
-    let replay = if trail.has_states() { model.replay_tokens(all) / 2 } else { 0 };
+    let replay = model.replay_cost(all);
     let left = |tokens: usize| prompt.len() - tokens;
     match state {
         Some(state) => {

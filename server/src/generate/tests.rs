@@ -212,6 +212,28 @@ fn wide_rows_come_plane_after_plane_sound_and_damaged() {
     assert!(account.lost.is_some_and(MissKind::is_damage));
 }
 
+#[test]
+fn where_a_state_is_damaged_an_earlier_one_may_cost_less_than_a_replay() {
+    // To step back costs a block of 16 tokens. A replay costs more of windows of nine, and less of windows of two.
+    for (window, hit_tokens) in [(9, 112), (2, 128)] {
+        let dir = tempfile::tempdir().unwrap();
+        let changes = serde_json::json!({"sliding_window": window, "compress_ratios": [0, 4, 4, 4, 4, 0]});
+        let model = random(changes, 16);
+        assert_eq!(model.model.replay_cost(128) < 16, window == 2);
+        let replayed_tokens = if window == 2 { model.model.replay_tokens(128) } else { 0 };
+        let node = node_with(model, dir.path()).with_state_interval(1);
+        let first = support::Random(5).tokens(140, 61);
+        run(&node, job(&first, RestoreMode::Nothing));
+        settle(&node);
+        damage_object(&node, dir.path(), &first[..128], ObjectKind::State);
+        let prompt: Vec<TokenId> = [&first[..133], &support::Random(6).tokens(40, 61)].concat();
+        let (expected, _) = run(&node, Job { stores: false, ..job(&prompt, RestoreMode::Nothing) });
+        let (got, account) = run(&node, job(&prompt, RestoreMode::Ordered));
+        assert_eq!(got, expected);
+        assert_eq!((account.hit_tokens, account.replayed_tokens), (hit_tokens, replayed_tokens), "{window}");
+    }
+}
+
 /// A bit in the largest plane of the object at the end of this prefix is another one.
 fn damage_object(node: &Node, data: &Path, prefix: &[TokenId], kind: ObjectKind) {
     let job = job(prefix, RestoreMode::Nothing);
