@@ -147,7 +147,7 @@ pub(crate) enum GenerateError {
 }
 
 impl GenerateError {
-    fn is_cancelled(&self) -> bool {
+    pub(crate) fn is_cancelled(&self) -> bool {
         matches!(self, Self::Cancelled | Self::Decoder(DecoderError::Cancelled { .. }))
     }
 }

@@ -135,7 +135,7 @@ impl Bill {
             return;
         }
         let prompt_tokens = served.prompt_tokens as u64;
-        let cancelled = matches!(why, GenerateError::Cancelled);
+        let cancelled = why.is_cancelled();
         let hit_tokens = served.hit_tokens.filter(|_| cancelled).map(|tokens| tokens as u64);
         let record = v1::UsageRecord {
             // The name stays free: the request may come again, and is billed by it then.

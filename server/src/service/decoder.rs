@@ -291,7 +291,7 @@ fn run(
 }
 
 fn report(error: &GenerateError) -> Status {
-    if !matches!(error, GenerateError::Cancelled) {
+    if !error.is_cancelled() {
         tracing::warn!(%error, "a generation failed");
     }
     from_generate(error)
