@@ -505,7 +505,7 @@ mod tests {
         let changes: [fn(&mut Message); 8] = [
             |message| message.tool_calls[0].function.arguments["x"] = json!(3),
             |message| message.tool_calls[0].function.arguments["z"] = json!(1),
-            |message| message.tool_calls[1].function.arguments = json!({}),
+            |message| message.tool_calls[1].function.arguments = json!({"z": {}}),
             |message| message.tool_calls[0].function.name = "h".into(),
             |message| message.content = "I do not look.\n".into(),
             |message| message.content.clear(),

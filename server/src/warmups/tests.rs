@@ -11,7 +11,7 @@ use esker_prefix::TokenId;
 use esker_store::StoreSettings;
 use tonic::Code;
 
-const POLICY: &str = "[tenants.a]\nwarmups = 3\n[tenants.b]\n";
+const POLICY: &str = "[tenants.a]\npublic = true\nwarmups = 3\n[tenants.b]\n";
 
 fn node(dir: &Path) -> Node {
     sealed_node(dir, None)
