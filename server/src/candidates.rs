@@ -123,8 +123,10 @@ impl Candidates {
             let known = gone.get(&parent).copied();
             known.unwrap_or_else(|| is_stored(named(&self.own, namespace, parent)) || !is_stored(parent))
         };
-        let parent_is_all =
-            |parent: ObjectId, gone: &Gone| gone.get(&parent) == Some(&false) || is_stored(parent);
+        let parent_is_all = |parent: ObjectId, gone: &Gone| match gone.get(&parent) {
+            Some(own) => !own,
+            None => is_stored(parent),
+        };
         let of_others: Vec<ObjectId> = peers.others.iter().map(|key| named(key, namespace, id)).collect();
         let said = store.holds(&object, &of_others);
         let own = named(&self.own, namespace, id);
@@ -132,7 +134,8 @@ impl Candidates {
         // Who has said something else before is refused, whoever else says this.
         let is_other = is_own && !store.holds(&object, &[own]);
         let continues = object.parent.is_none_or(|parent| parent_is_all(parent, gone));
-        let for_all = is_stored(id) || continues && !is_other && (said || peers.trusted);
+        // Behind a hole of the org's not even what is stored there is found by who puts it.
+        let for_all = continues && (is_stored(id) || peers.trusted || said && !is_other);
         gone.insert(id, !for_all);
         if !for_all {
             object.parent = object.parent.map(|parent| match parent_is_own(parent, gone) {

@@ -10,6 +10,7 @@ mod tests;
 mod trail;
 mod warm;
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -164,9 +165,14 @@ pub(crate) fn generate(
     trail.extend(&job.prompt);
     trail.end_prompt();
     let mut sequence = Sequence::new(&engine.loaded.model);
-    let ended = answer(node, engine, job, &mut trail, &mut sequence, emit);
-    if ended.as_ref().is_err_and(GenerateError::is_cancelled) {
-        // Who hangs up often asks again, for the same and a little more. A guess that was not drawn is no part of it.
+    let mut billed = false;
+    let ended = answer(node, engine, job, &mut trail, &mut sequence, &mut |event| {
+        billed |= matches!(event, Event::Prompt { .. });
+        emit(event)
+    });
+    if billed && ended.as_ref().is_err_and(GenerateError::is_cancelled) {
+        // Who hangs up often asks again, for the same and a little more. A guess that was not drawn is no part of it, and a prompt that
+        // was not computed to its end is nobody's bill, so it is not stored to be hit.
         sequence.truncate(trail.tokens());
         if let Err(error) = trail.store_rest(&sequence) {
             tracing::warn!(%error, "what was computed for who has gone is not stored");
@@ -192,7 +198,9 @@ fn answer(
     let (stores, resident_bytes) = (job.stores, job.resident_bytes);
     let offer = Arc::new(Offer::default());
     let counts = Arc::new(Counts::default());
-    let run = Run { node, engine, offer: &offer, counts: &counts, stores, resident_bytes, drafts };
+    let losses = Cell::new(0);
+    let run =
+        Run { node, engine, offer: &offer, counts: &counts, losses: &losses, stores, resident_bytes, drafts };
     let first = run.first_logits(&tokens, job.restore, trail, sequence, emit)?;
     let First { logits, hit_tokens, replayed_tokens, bytes_read, raw_bytes, restored } = first;
     let prefilled = Instant::now();
@@ -239,6 +247,7 @@ fn answer(
                 // A parked row was lost on the way: everything is put back or computed again, and goes on with the same bits.
                 Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens: held })) => {
                     tracing::warn!(layer, held, "a parked row cannot be had; the sequence is made anew");
+                    losses.set(losses.get() + 1);
                     let (quiet, served) = (&mut |_| ControlFlow::Continue(()), counts.raw_bytes());
                     let first = run.first_logits(&tokens, RestoreMode::Ordered, trail, sequence, quiet)?;
                     // What is put back a second time because it was lost is not served twice.
@@ -295,6 +304,8 @@ struct Run<'a> {
     engine: &'a Engine,
     offer: &'a Arc<Offer>,
     counts: &'a Arc<Counts>,
+    /// How often rows were lost so far.
+    losses: &'a Cell<usize>,
     stores: bool,
     resident_bytes: Option<u64>,
     /// Whether a draft block will guess.
@@ -312,8 +323,7 @@ impl<'a> Run<'a> {
         emit: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<First, GenerateError> {
         let served = self.counts.raw_bytes();
-        let tries = if self.resident_bytes.is_some() { PARKED_TRIES } else { 1 };
-        for _ in 0..tries {
+        while self.losses.get() < PARKED_TRIES {
             match self.attempt(prompt, mode, trail, sequence, emit) {
                 // What is damaged has been found out, or is looked for: a shorter prefix is chosen.
                 Err(GenerateError::Decoder(DecoderError::RowsMissing { layer, tokens }))
@@ -321,15 +331,17 @@ impl<'a> Run<'a> {
                 {
                     tracing::info!(layer, tokens, "rows did not come; the prefix is chosen anew");
                     self.counts.forget_bytes_since(served);
-                    if self.resident_bytes.is_some() {
-                        self.resumption(prompt).find_damage(trail);
+                    self.losses.set(self.losses.get() + 1);
+                    if sequence.residency().is_none() {
+                        break;
                     }
+                    self.resumption(prompt).find_damage(trail);
                 }
                 result => return result,
             }
         }
-        if self.resident_bytes.is_some() {
-            tracing::warn!(tries, "rows that stay on SSD were lost again and again; all come into memory");
+        if sequence.residency().is_some() {
+            tracing::warn!("rows that stay on SSD were lost again and again; all come into memory");
         }
         self.attempt(prompt, RestoreMode::Whole, trail, sequence, emit)
     }
@@ -353,7 +365,7 @@ impl<'a> Run<'a> {
         let Self { offer, stores, .. } = *self;
         std::thread::scope(|scope| {
             // Nothing is offered before it is known what is stored.
-            trail.stored = usize::MAX;
+            trail.begin_again();
             let resumed = self.resumption(prompt).resume(mode, trail, scope, sequence, emit)?;
             let (restored, hit_tokens) = (Instant::now(), sequence.tokens());
             trail.stored = if stores { trail.hashes_to(hit_tokens) } else { usize::MAX };
@@ -395,14 +407,18 @@ impl<'a> Run<'a> {
                 }
             }
             let want = if end == prompt.len() { Logits::Last } else { Logits::None };
+            let mut told = ControlFlow::Continue(());
             let logits = sequence.prefill_observed(model, &prompt[start..end], want, &mut |progress| {
-                emit(Event::Prefilling { done: start - first + progress.done, total })
+                told = emit(Event::Prefilling { done: start - first + progress.done, total });
+                told
             })?;
             if end == prompt.len() {
                 trail.keep_end(sequence)?;
                 return Ok(logits);
             }
-            trail.keep_state(sequence)?;
+            // The last part of each of these calls is computed to its end.
+            listen(told)?;
+            trail.keep_between(sequence)?;
         }
     }
 }

@@ -280,7 +280,11 @@ impl Tenants {
     ) -> Result<ScopeKey, Status> {
         match scope {
             v1::Scope::Unspecified | v1::Scope::Private => self.private(&principal.tenant, user),
-            v1::Scope::Org => self.org(&principal.tenant).ok_or_else(no_org),
+            // Its events tell a tenant whether another one has put what it puts.
+            v1::Scope::Org => {
+                principal.require(Role::Publisher)?;
+                self.org(&principal.tenant).ok_or_else(no_org)
+            }
             v1::Scope::Public => self.public_of(&principal.tenant),
         }
     }
@@ -435,10 +439,10 @@ impl Tenants {
         self.writers.of(tenant).iter().map(|writer| store.writer_bytes(*writer)).sum()
     }
 
-    /// Bytes of the records in the scopes that are a tenant's alone: what it may be told. Asks for each user.
+    /// Bytes of the records in a tenant's private scopes: what it may be told. Asks for each user. Of what it has put to its org
+    /// nothing: whether that lies with its candidates says whether another tenant has put the same.
     pub(crate) fn private_bytes(&self, store: &Store, tenant: &TenantId) -> u64 {
-        let scopes = self.scopes(tenant).into_iter().chain(self.sight(tenant).tag());
-        scopes.map(|scope| store.scope_bytes(scope)).sum()
+        self.scopes(tenant).into_iter().map(|scope| store.scope_bytes(scope)).sum()
     }
 
     /// Bytes of the records that a tenant's accounts have put, in whatever scope: what it gives of when the store is full.

@@ -184,14 +184,14 @@ async fn an_orgs_tenants_find_what_two_of_them_or_a_publisher_have_put() -> Resu
     assert_eq!(publisher.put(&fresh, org, fresh.blocks(1..=4)).await?, [Stored; 4]);
     assert_eq!(carol.found_blocks(&fresh).await?, 4);
 
-    // The scope's events tell what all of them find.
+    // Who follows the scope's events would learn whether another has put what it puts.
     let follow = |account: &Account| {
         let mut events = EventsClient::new(account.channel.clone());
         let request = v1::SubscribeRequest { scope: org.into(), ..Default::default() };
         async move { events.subscribe(request).await.map(drop).map_err(|status| status.code()) }
     };
-    assert_eq!(follow(&bob).await, Ok(()));
-    assert_eq!(follow(&dave).await, Err(Code::PermissionDenied));
+    assert_eq!(follow(&bob).await, Err(Code::PermissionDenied));
+    assert_eq!(follow(&publisher).await, Ok(()));
 
     node.kill()?;
     let node = start(&data, &policy).await?;
@@ -262,6 +262,34 @@ async fn what_an_account_has_put_is_taken_back_at_once_and_for_good() -> Result<
     for (prompt, blocks) in prompts.iter().zip([4, 1, 2, 4]) {
         assert_eq!(good.found_blocks(prompt).await?, blocks);
     }
+    node.kill()
+}
+
+#[tokio::test]
+async fn who_puts_again_what_was_taken_back_finds_it_again() -> Result<()> {
+    use v1::Outcome::{Present, Stored};
+    let folder = scratch();
+    let issuer = Issuer::new(&folder.path().join("identity"))?;
+    let node = start(&folder.path().join("data"), &issuer.policy(TENANTS)?).await?;
+    let account = |tenant: &str, roles: &[&str]| Account::new(&node, &issuer, tenant, "engine", roles);
+    let (mut alice, mut carol) = (account("alice", WRITER)?, account("carol", WRITER)?);
+    let (mut erin, admin) = (account("erin", WRITER)?, account("dave", &["admin"])?);
+    let mut publisher = Account::new(&node, &issuer, "bob", "press", &["reader", "writer", "publisher"])?;
+    let layout = flat_layout();
+    let namespace = alice.register(&layout).await?;
+    let prompt = Prompt::new(namespace, &layout, 5, 4);
+    let org = v1::Scope::Org;
+    assert_eq!(publisher.put(&prompt, org, prompt.blocks(1..=2)).await?, [Stored; 2]);
+    assert_eq!(alice.put(&prompt, org, prompt.blocks(3..=4)).await?, [Stored; 2]);
+    assert_eq!(carol.put(&prompt, org, prompt.blocks(3..=4)).await?, [Stored; 2]);
+    assert_eq!(erin.found_blocks(&prompt).await?, 4);
+    assert_eq!(admin.revoke("bob", "press").await?, 2);
+    assert_eq!((alice.found_blocks(&prompt).await?, carol.found_blocks(&prompt).await?), (0, 0));
+    assert_eq!(carol.put(&prompt, org, prompt.blocks(1..=4)).await?, [Stored; 4]);
+    assert_eq!((carol.found_blocks(&prompt).await?, erin.found_blocks(&prompt).await?), (4, 0));
+    ensure!(carol.wrong_planes(&prompt).await? == 0);
+    assert_eq!(alice.put(&prompt, org, prompt.blocks(1..=4)).await?, [Stored, Stored, Present, Present]);
+    assert_eq!((alice.found_blocks(&prompt).await?, erin.found_blocks(&prompt).await?), (4, 4));
     node.kill()
 }
 

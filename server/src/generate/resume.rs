@@ -143,7 +143,8 @@ impl<'a> Resumption<'a> {
             objects: plan.blocks,
             planes: PlaneSelection::All,
             order: FetchOrder::ByObject,
-            deadline: Some(until),
+            // What there was no time for is not late.
+            deadline: Some(Instant::now() + RESTORE_DEADLINE),
         });
         fetch.take_while(|_| Instant::now() < until).for_each(drop);
     }

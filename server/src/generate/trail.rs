@@ -19,6 +19,8 @@ use crate::writers::Place;
 
 /// Longest wait for what is on its way to the store, before an account is closed without it.
 const WRITTEN_WAIT: Duration = Duration::from_secs(2);
+/// States between a prompt's beginning and its end are left out while so many bytes of them wait.
+const MAX_WAITING_BYTES: u64 = 64 << 20;
 
 /// See the module.
 pub(super) struct Trail<'a> {
@@ -158,6 +160,23 @@ impl<'a> Trail<'a> {
         self.keep(sequence, boundary)
     }
 
+    /// The same on the way to the end, while not too many wait for their blocks to be stored.
+    pub(super) fn keep_between(&mut self, sequence: &Sequence) -> Result<(), GenerateError> {
+        let layout = self.engine.loaded.model.layout();
+        let state_bytes = layout.object_bytes_at(ObjectKind::State, u64::from(layout.block_tokens()));
+        if self.states.len() as u64 * state_bytes >= MAX_WAITING_BYTES {
+            return Ok(());
+        }
+        self.keep_state(sequence)
+    }
+
+    /// What was taken in an attempt that has failed is taken again.
+    pub(super) fn begin_again(&mut self) {
+        self.stored = usize::MAX;
+        self.states.clear();
+        self.kept.clear();
+    }
+
     /// Takes the state at the last block boundary where it is a multiple of so many blocks.
     pub(super) fn keep_passed(
         &mut self,
@@ -165,7 +184,7 @@ impl<'a> Trail<'a> {
         interval_blocks: usize,
     ) -> Result<(), GenerateError> {
         match self.hashes_to(sequence.tokens()).is_multiple_of(interval_blocks) {
-            true => self.keep_state(sequence),
+            true => self.keep_between(sequence),
             false => Ok(()),
         }
     }
@@ -211,6 +230,9 @@ impl<'a> Trail<'a> {
     /// The next whole block or state that is not stored yet.
     pub(super) fn next_object(&mut self, sequence: &Sequence) -> Result<Option<PutObject>, GenerateError> {
         let model = &self.engine.loaded.model;
+        if self.stored == usize::MAX {
+            return Ok(None);
+        }
         if let Some((_, state)) = self.states.pop_front_if(|(blocks, _)| *blocks <= self.stored) {
             return Ok(Some(self.own(PutObject::state(model.layout(), state))));
         }

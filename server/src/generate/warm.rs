@@ -86,7 +86,7 @@ pub(crate) fn warm(
     let (mut waiting, mut compute) = (0, Duration::ZERO);
     while sequence.tokens() < whole {
         let start = sequence.tokens();
-        let end = whole.min((start / step + 1) * step);
+        let end = whole.min((start / step + 1) * step).min((start / interval + 1) * interval);
         let blocks = (waiting + end - start).div_ceil(trail.block_tokens()) as u64;
         let bytes = blocks * block_bytes + state_bytes;
         let next = Step::Next { tokens: waiting + end - start, bytes };
@@ -147,16 +147,17 @@ pub(crate) fn chain_blocks(
     (place.sight.run(&node.store, engine.namespace, &ids, takes), ids)
 }
 
-/// Counts what is stored of a chain as used, up to where it can be resumed, once its end has been read; how many blocks that are.
+/// Counts what is stored of a chain as used, and the last state that it can be resumed from, once both have been read; how many
+/// blocks are stored.
 pub(crate) fn keep_chain(node: &Node, engine: &Engine, place: &Place, hashes: &[BlockHash]) -> usize {
-    let (mut found, _) = chain_blocks(node, engine, place, hashes);
+    let (found, _) = chain_blocks(node, engine, place, hashes);
     let blocks = found.len();
-    let Some(last) = blocks.checked_sub(1) else { return 0 };
-    if engine.loaded.model.layout().has_states() {
-        let state = ObjectId { kind: ObjectKind::State, hash: hashes[last] };
-        found.extend(place.sight.find(&node.store, engine.namespace, &[state]).pop().flatten());
-    }
-    if is_read(node, found) { blocks } else { 0 }
+    let states: Vec<ObjectId> =
+        hashes[..blocks].iter().map(|&hash| ObjectId { kind: ObjectKind::State, hash }).collect();
+    let states = place.sight.find(&node.store, engine.namespace, &states).into_iter().flatten();
+    let last_state = states.last().map(|state| vec![state]);
+    let read = last_state.is_none_or(|state| is_read(node, state)) && is_read(node, found);
+    if read { blocks } else { 0 }
 }
 
 /// Whether a prefix can be resumed at its very end. If so, it counts as used from now on.

@@ -141,8 +141,9 @@ fn held(node: &Node) -> HashMap<Holder, (u64, u64)> {
     for tenant in node.tenants.names() {
         let tags = node.tenants.scopes(&tenant);
         owners.extend(tags.into_iter().map(|tag| (tag, (tenant.0.clone(), "private"))));
-        owners.extend(node.tenants.sight(&tenant).tag().map(|tag| (tag, (tenant.0.clone(), "org"))));
-        owners.extend(node.tenants.org_tag(&tenant).map(|tag| (tag, (String::new(), "org"))));
+        // Nor are a tenant's candidates billed apart: that would tell which of them others have put, too.
+        let of_org = node.tenants.org_tag(&tenant).into_iter().chain(node.tenants.sight(&tenant).tag());
+        owners.extend(of_org.map(|tag| (tag, (String::new(), "org"))));
     }
     owners.insert(node.tenants.public_tag(), (String::new(), "public"));
     let mut held: HashMap<Holder, (u64, u64)> = HashMap::new();

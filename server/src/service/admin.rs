@@ -36,7 +36,9 @@ impl v1::admin_server::Admin for AdminService {
         let node = self.node.clone();
         blocking(move || {
             let tenant = TenantId(tenant);
-            let (scopes, epoch) = (node.tenants.scopes(&tenant), node.tenants.get(&tenant).epoch());
+            let mut scopes = node.tenants.scopes(&tenant);
+            scopes.extend(node.tenants.sight(&tenant).tag());
+            let epoch = node.tenants.get(&tenant).epoch();
             let erased = node.tenants.erase(&node.store, &tenant, || {
                 node.staging.forget(&tenant);
                 // Each whatever becomes of the other.

@@ -88,6 +88,9 @@ fn work(node: &Node, engine: &Engine, job: &Job) -> Turn {
         let tokens = match prompt {
             Prompt::Tokens(tokens) => tokens,
             Prompt::Chain(hashes) => {
+                if let Some(turn) = observe(node, job, &mut pace, Step::Next { tokens: 0, bytes: 0 }) {
+                    return turn;
+                }
                 let kept = keep_chain(node, engine, &place, hashes);
                 let block_tokens = engine.loaded.model.layout().block_tokens() as usize;
                 if let Some(turn) = observe(node, job, &mut pace, Step::Found { tokens: kept * block_tokens })
