@@ -209,7 +209,7 @@ async fn what_is_refused_is_in_the_audit_log_and_a_flood_of_it_is_a_few_lines() 
         let status = web(&site, "GET", "/api/overview", headers, "")?.status;
         ensure!(status == 401, "{status}");
     }
-    // The scope of an org that the tenant is not in, and a quota.
+    // A scope whose events are for publishers, and a quota.
     let channel = InterceptedService::new(node.channel.clone(), issuer.token("acme", &["reader", "pinner"])?);
     let follow = v1::SubscribeRequest { scope: v1::Scope::Org.into(), ..Default::default() };
     let open = v1::OpenSessionRequest {
@@ -225,7 +225,7 @@ async fn what_is_refused_is_in_the_audit_log_and_a_flood_of_it_is_a_few_lines() 
         let refused = SessionsClient::new(channel.clone()).open_session(open.clone()).await.err();
         ensure!(refused.is_some_and(|status| status.code() == Code::ResourceExhausted));
     }
-    let denial = ["acme/engine", "/esker.v1.Events/Subscribe", "joins this tenant to no org", "denied"];
+    let denial = ["acme/engine", "/esker.v1.Events/Subscribe", "role publisher", "denied"];
     let quota =
         ["\"who\":\"acme\"", "\"operation\":\"quota\",\"object\":\"sessions\",\"result\":\"refused\""];
     let unknown = ["127.0.0.1", "unauthenticated"];
