@@ -113,6 +113,15 @@ async fn node(folder: &Path, options: &[&str]) -> Result<(Node, PathBuf)> {
     Ok((Node::start(&folder.join("data"), &all).await?, path))
 }
 
+/// The beginning of a put of a prompt.
+fn prefix_of(prompt: &Prompt) -> v1::PutPrefix {
+    v1::PutPrefix {
+        namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
+        tokens: prompt.tokens.iter().map(|token| token.0).collect(),
+        ..Default::default()
+    }
+}
+
 /// Everything of a prompt, fetched through the arena and compared with what its writer put.
 async fn fetch_all(node: &Node, local: &LocalClient, prompt: &Prompt) -> Result<v1::FetchDone> {
     let grant = node.lookup(prompt).await?.grant;
@@ -157,11 +166,7 @@ async fn the_same_bytes_come_through_shared_memory() -> Result<()> {
         }
         let count = objects.len();
         let bytes: usize = objects.iter().flat_map(|object| &object.planes).map(Bytes::len).sum();
-        let prefix = v1::PutPrefix {
-            namespace: Bytes::copy_from_slice(namespace.as_bytes()),
-            tokens: prompt.tokens.iter().map(|token| token.0).collect(),
-            ..Default::default()
-        };
+        let prefix = prefix_of(&prompt);
         let results = local.put(prefix.clone(), objects.clone()).await?;
         assert_eq!(results.len(), count);
         assert!(results.iter().all(|result| result.outcome() == v1::Outcome::Stored), "{results:?}");
@@ -307,11 +312,7 @@ async fn lies_are_named_and_end_only_their_call() -> Result<()> {
         (put_at, u64::MAX, 1),
         (put_at, bytes, 1025),
     ] {
-        let prefix = v1::PutPrefix {
-            namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
-            tokens: prompt.tokens.iter().map(|token| token.0).collect(),
-            ..Default::default()
-        };
+        let prefix = prefix_of(&prompt);
         let start =
             v1::PutLocalStart { arena: raw.attached.arena.clone(), prefix: Some(prefix), together: false };
         let object =
@@ -345,11 +346,7 @@ async fn what_an_arena_held_that_is_gone_is_not_stored() -> Result<()> {
         raw.memory.write_all_at(plane, end)?;
         end += plane.len() as u64;
     }
-    let prefix = v1::PutPrefix {
-        namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
-        tokens: prompt.tokens.iter().map(|token| token.0).collect(),
-        ..Default::default()
-    };
+    let prefix = prefix_of(&prompt);
     let start =
         v1::PutLocalStart { arena: raw.attached.arena.clone(), prefix: Some(prefix), together: false };
     let (steps, queue) = mpsc::channel(4);
@@ -381,14 +378,7 @@ async fn puts_of_one_client_wait_for_each_other_and_a_dropped_one_leaves_no_room
     let local = LocalClient::attach(&path).await?;
     let namespace = node.register(&flat_layout(), 7).await?;
     let prompts: Vec<Prompt> = (0..4).map(|seed| Prompt::new(namespace, &flat_layout(), seed, 20)).collect();
-    let put = |prompt: &Prompt| {
-        let prefix = v1::PutPrefix {
-            namespace: Bytes::copy_from_slice(prompt.namespace.as_bytes()),
-            tokens: prompt.tokens.iter().map(|token| token.0).collect(),
-            ..Default::default()
-        };
-        local.put(prefix, prompt.blocks(1..=20))
-    };
+    let put = |prompt: &Prompt| local.put(prefix_of(prompt), prompt.blocks(1..=20));
     let (one, two, three) = tokio::join!(put(&prompts[0]), put(&prompts[1]), put(&prompts[2]));
     for (prompt, results) in prompts.iter().zip([one?, two?, three?]) {
         ensure!(results.len() == 20, "{results:?}");

@@ -34,7 +34,7 @@ impl Hashed {
     /// Checks an object against its specs and against what a segment holds, and hashes its planes.
     pub(crate) fn new(object: PutObject, settings: &StoreSettings, seal: Option<Seal>) -> Result<Self> {
         check(&object, settings.segment_bytes_of(object.class), seal.is_some())?;
-        let digests = object.planes.iter().map(|plane| *blake3::hash(&plane.bytes).as_bytes()).collect();
+        let digests = digests(&object);
         Ok(Self { object, digests, seal })
     }
 
@@ -113,6 +113,16 @@ impl Hashed {
         let header = RecordHeader { id, parent, namespace, scope, writer, class, tokens, seal, planes };
         Ok(Encoded { digest: header.content_digest(), header, record })
     }
+}
+
+/// The digest of an object's content, whether it could be stored or not.
+pub(crate) fn content_digest(object: &PutObject) -> ContentDigest {
+    record::content_digest(digests(object).iter())
+}
+
+/// Of each plane.
+fn digests(object: &PutObject) -> Vec<[u8; 32]> {
+    object.planes.iter().map(|plane| *blake3::hash(&plane.bytes).as_bytes()).collect()
 }
 
 fn check(object: &PutObject, segment_bytes: u64, sealed: bool) -> Result<()> {

@@ -11,7 +11,7 @@ use esker_prefix::{BlockHash, KvLayout, NamespaceId, ObjectId, ObjectKind, Scope
 
 use crate::clock::{Clock, StoreTime, SystemClock};
 use crate::commit::{Committer, Outcome, Position, Submission};
-use crate::encoding::Hashed;
+use crate::encoding::{Hashed, content_digest};
 use crate::erasure::{Erase, Lapses};
 use crate::fetch::{Fetch, FetchEvent, FetchOrder, FetchRequest, PlaneSelection, Verifiers};
 use crate::hits::HitCounts;
@@ -20,7 +20,7 @@ use crate::io::{self, AlignedBuf, BufferPool, ByteGate, Disk, IoEngine, Region};
 use crate::lease::{self, Lease, LeaseId, Leases, MAX_ENDS};
 use crate::observer::{Observed, Observer};
 use crate::owner::{OwnerId, OwnerOf};
-use crate::record::{RecordHeader, content_digest};
+use crate::record::RecordHeader;
 use crate::recovery::{self, Recovery};
 use crate::scrub::Scrubber;
 use crate::sealing::{self, Sealer};
@@ -300,9 +300,7 @@ impl Store {
     /// Whether the bytes of an object are stored under any of these names. Hashes them in any case, so that how long it takes tells
     /// little.
     pub fn holds(&self, object: &PutObject, names: &[ObjectId]) -> bool {
-        let digests: Vec<_> =
-            object.planes.iter().map(|plane| *blake3::hash(&plane.bytes).as_bytes()).collect();
-        let digest = Some(content_digest(digests.iter()));
+        let digest = Some(content_digest(object));
         names.iter().any(|&name| self.shared.stored_digest(name) == digest)
     }
 
